@@ -1,0 +1,395 @@
+"""Every option of a run, as frozen dataclasses, and the bridge from `--config` files to them.
+
+A config file builds a `ConfigDict` (easy to edit); a run reads dataclasses (typed, frozen). All
+problems of a config are reported together, one line each, by the name of the field.
+"""
+
+import ast
+import dataclasses
+import difflib
+import pathlib
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+Unit = Literal["steps", "tokens", "epochs"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; `problems` holds one line for each thing that is wrong."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is. Two runs with equal values here compute the same function."""
+
+    vocab_size: int = 100_352  # rows of the softmax
+    padded_vocab_size: int | None = None  # rows stored, for sharding; the extra ones never score
+    d_model: int = 2048
+    n_layers: int = 16
+    n_heads: int = 16
+    n_kv_heads: int = 16
+    head_dim: int = 128
+    d_ff: int = 8192
+    max_seq_len: int = 4096  # longest sequence that the model is meant for, tokens
+    norm: Literal["rms", "nonparametric"] = "rms"
+    norm_position: Literal["before", "after"] = "after"  # of the sub-layer: OLMo 1 / OLMo 2
+    norm_eps: float = 1e-6
+    qk_norm: Literal["none", "full"] = "full"  # full: over all heads together
+    clip_qkv: float | None = None  # q, k and v are clamped to ± this
+    tie_embeddings: bool = False
+    layer_types: tuple[Literal["full", "sliding"], ...] = ("full",)  # a shorter list repeats
+    window: int | None = None  # positions that a sliding layer sees, the own one included
+    rope_theta: float = 500_000.0
+    yarn_factor: float | None = None  # YaRN on the full layers (never on sliding ones)
+    yarn_original_len: int = 8192  # tokens
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_attention_factor: float | None = None  # None: 0.1 ln(yarn_factor) + 1
+    init: Literal["normal", "mitchell"] = "normal"
+    init_std: float = 0.02  # of every matrix (normal), truncated at three of it
+    embed_init_std: float | None = None  # None: as init says
+    head_init_std: float | None = None  # None: as init says
+    post_norm_init: float = 1.0  # gain of the norms on the sub-layers' outputs
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, `n_layers` of them."""
+        return self.layer_types * (self.n_layers // len(self.layer_types))
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table and columns of the head."""
+        return self.padded_vocab_size or self.vocab_size
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the function is computed: speed and memory, never what the model is."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; float32 on a CPU always
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # weight gradients and their reduction
+    remat: Literal["none", "attention", "qkv", "qkv_mlp", "full", "offload"] = "full"
+    attention: Literal["auto", "reference"] = "auto"
+    loss_chunk: int | None = 1024  # tokens whose logits are held at once; None: all
+    accumulate: int = 1  # micro-batches per step
+    deterministic: bool = False  # GPU: bit-exact resume, at some speed
+    compilation_cache: str | None = "~/.cache/olmo_jax/xla"  # None: compile anew in each process
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens, in which order."""
+
+    paths: tuple[str, ...] = ()  # token files or globs; their order is part of the data order
+    root: str = ""  # put before every relative path
+    corpus: Literal["stdlib"] | None = None  # prepare this embedded corpus instead of `paths`
+    corpus_vocab_size: int = 4096
+    corpus_dir: str = "data"  # where prepared corpora are kept
+    dtype: Literal["uint8", "uint16", "uint32"] | None = None  # None: smallest for vocab_size
+    tokenizer: str | None = None  # tokenizer.json or sentencepiece .model that made the tokens
+    eos_id: int | None = None
+    seq_len: int = 4096  # tokens per row
+    global_batch_size: int = 4_194_304  # tokens per step
+    batch_sizes: tuple[int, ...] = ()  # a schedule of global batch sizes, tokens ...
+    batch_starts: tuple[int, ...] = ()  # ... and the tokens seen at which each begins, first 0
+    order: Literal["core", "legacy"] = "core"  # OLMo-core (epochs from 1), OLMo (from 0)
+    seed: int = 34521  # of the order
+    source_permutation_seed: int | None = None  # shuffle the list of paths first
+    max_target_seq_len: int | None = None  # shuffle in chunks of this many tokens
+    document_mask: Literal["none", "eos", "boundaries"] = "none"  # attend within documents only
+    instance_filter: bool = False  # no loss on rows that repeat an n-gram ...
+    filter_max_period: int = 13  # ... of at most this many tokens ...
+    filter_min_repeats: int = 32  # ... at least so often
+    threads: int = 4  # that read rows
+    prefetch: int = 4  # batches made ahead
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a composable or sequential schedule."""
+
+    duration: int = 0  # in the schedule's unit
+    shape: str = "linear"  # linear | cosine, or a schedule's name in a sequential schedule
+    end: float = 1.0  # fraction of the peak LR at the stage's end
+    alpha_f: float = 0.1  # of a schedule in a sequential one
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over a run; names and formulas are OLMo-core's."""
+
+    name: Literal[
+        "constant", "constant_with_warmup", "wsd", "power_lr", "linear_with_warmup",
+        "inv_sqrt_with_warmup", "cos_with_warmup", "half_cos_with_warmup",
+        "cos_with_warmup_and_linear_decay", "composable", "sequential", "wsds", "exponential",
+        "legacy_inv_sqrt", "legacy_cos_linear",
+    ] = "cos_with_warmup"  # fmt: skip
+    unit: Literal["steps", "tokens"] = "steps"
+    warmup: int = 0  # units
+    warmup_fraction: float | None = None  # of t_max, instead of warmup
+    warmup_min_lr: float = 0.0  # where warm-up starts
+    t_max: int | None = None  # units; None: the run's duration
+    alpha_f: float = 0.1  # final LR as a fraction of the peak
+    decay: int | None = None  # units of the last, linear phase
+    decay_fraction: float | None = None  # of t_max, instead of decay
+    decay_min_lr: float = 0.0
+    power: float = -0.51  # exponent of power_lr
+    lr_min: float = 1e-9  # start of exponential
+    period_lengths: tuple[int, ...] = ()  # of wsds, units
+    period_peaks: tuple[float, ...] = ()  # multipliers of the peak, one per period; (): all 1
+    stages: tuple[StageConfig, ...] = ()  # of composable and sequential
+    final_decay_start: int | None = None  # composable, sequential: decay from here on, units
+    final_decay: int = 0  # for so many units
+    final_decay_lr: float = 0.0  # down to this
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its groups, its guard and its schedule."""
+
+    name: Literal["adamw", "skip_step_adamw"] = "skip_step_adamw"
+    lr: float = 3e-4  # peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("embed",)  # globs over parameter paths; each must match
+    max_grad_norm: float | None = 1.0
+    clip_warmup: int = 0  # schedule units during which max_grad_norm is ...
+    clip_warmup_factor: float = 1.0  # ... times this
+    skip_window: int = 128  # steps of history that skip_step_adamw compares with
+    skip_sigma: float = 6.0  # standard deviations above the mean that are still taken
+    freeze_adam_step: bool = False  # the OLMo-core bug that OLMo 2 32B trained with
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one axis may be -1, which takes the rest."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and which loss."""
+
+    seed: int = 0  # of the initial parameters
+    duration: int = 1000
+    duration_unit: Unit = "steps"
+    hard_stop: int | None = None  # end here, without changing the schedule
+    hard_stop_unit: Unit = "steps"
+    skip_steps: tuple[tuple[int, int], ...] = ()  # [start, stop) steps whose batch is not trained
+    z_loss: float | None = None  # coefficient of mean logsumexp(logits)²; None: none
+    loss_normalization: Literal[
+        "global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"
+    ] = "global_tokens"
+    loss_ranks: int | None = None  # ranks of per_rank_tokens; None: data-parallel ways
+    max_nonfinite_steps: int = 8  # steps in a row without a finite loss that end the run
+    step_timeout_s: int = 1800  # a step that takes longer ends the run
+    summary: bool = False  # draw curves, compare with gzip and xz, continue a text at the end
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during training."""
+
+    paths: tuple[str, ...] = ()  # token files; the label in the metrics is the file's stem
+    interval: int | None = None  # steps
+    at_start: bool = False
+    at_finish: bool = True
+    seq_len: int | None = None  # None: data.seq_len
+    stride: int | None = None  # tokens scored per row, the rest is context; None: all
+    batch_rows: int = 16
+    max_rows: int | None = None  # for evaluations before the last one
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved when, and where a run starts from."""
+
+    interval: int = 1000  # steps between permanent checkpoints
+    ephemeral_interval: int | None = None  # steps; only the newest of these is kept
+    fixed_steps: tuple[int, ...] = ()
+    step0: bool = True  # save before the first step
+    keep: int | None = None  # permanent checkpoints kept; None: all
+    async_save: bool = True
+    load_path: str | None = None  # a checkpoint, or a run's folder, to start from
+    load_optimizer: bool = True  # of load_path
+    load_position: bool = False  # step, tokens and place in the data of load_path
+    allow_changes: tuple[str, ...] = ()  # config keys that may differ from the checkpoint's
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training."""
+
+    interval: int = 10  # steps between console lines
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "olmo_jax"
+    norms_interval: int | None = None  # steps between per-layer norms
+    device_peak_flops: float | None = None  # FLOP/s for MFU; None: from the chip's name
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    name: str = "run"
+    dir: str | None = None  # of checkpoints and logs; None: runs/{name}
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of checkpoints and logs."""
+        return self.dir or f"runs/{self.name}"
+
+
+# --- ConfigDict <-> dataclasses -------------------------------------------------------------------
+
+
+def default() -> ConfigDict:
+    """All options at their defaults, for a config file to edit."""
+    return ConfigDict(to_dict(Config()), type_safe=False, convert_dict=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain dicts, lists and scalars, ready for JSON."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def from_dict(values: Any) -> Config:
+    """Typed config from nested mappings.
+
+    Raises:
+      ConfigError: with every unknown key and wrong type, one line each.
+    """
+    problems: list[str] = []
+    config = _build(Config, values, "config", problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _build(cls: Any, values: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(values, (dict, ConfigDict)):
+        problems.append(f"{path}: expected a group of options, found {values!r}")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    known = {}
+    for name, value in values.items():
+        if name in hints:
+            known[name] = _convert(hints[name], value, f"{path}.{name}", problems)
+        else:
+            close = difflib.get_close_matches(name, hints, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(hints)}"
+            problems.append(f"{path}.{name}: unknown option{hint}")
+    return cls(**known)
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """`value` as the type that `hint` asks for, or a line in `problems`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path, problems)
+    if origin in (types.UnionType, typing.Union):  # X | None
+        return None if value is None else _convert(args[0], value, path, problems)
+    if origin is Literal:
+        if value in args:
+            return value
+        problems.append(f"{path}: found {value!r}, need one of {', '.join(map(str, args))}")
+    elif origin is tuple:
+        if isinstance(value, (tuple, list)):
+            each = args[:1] * len(value) if args[-1] is Ellipsis else args
+            if len(each) == len(value):
+                pairs = enumerate(zip(each, value, strict=True))
+                return tuple(_convert(h, v, f"{path}[{i}]", problems) for i, (h, v) in pairs)
+        problems.append(f"{path}: found {value!r}, need a list of {_name(hint)}")
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    else:
+        problems.append(f"{path}: found {value!r}, need {_name(hint)}")
+    return value
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def load(path: str, overrides: dict[str, str] | None = None) -> Config:
+    """The config of a file, with dotted overrides, typed but not yet validated.
+
+    Args:
+      path: a Python file with `get_config() -> ConfigDict`.
+      overrides: {"model.d_model": "512"}: values as written on the command line.
+    Raises:
+      ConfigError: with every problem at once.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ConfigError([f"--config={path}: no such file"])
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ConfigError([f"--config={path}: the file defines no get_config()"])
+    values = get_config()
+    for key, text in (overrides or {}).items():
+        _set(values, key.split("."), _literal(text))
+    return from_dict(values)
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _set(values: Any, keys: list[str], value: Any) -> None:
+    """Set a dotted key, making the groups on the way so that `from_dict` can name a wrong one."""
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), (dict, ConfigDict)):
+            values[key] = ConfigDict()
+        values = values[key]
+    old = values.get(keys[-1])
+    # `--config.data.paths=a.npy,b.npy` is a list: quoting brackets in a shell is a nuisance.
+    if isinstance(old, (tuple, list)) and not isinstance(value, (tuple, list)):
+        value = (
+            tuple(value.split(",")) if isinstance(value, str) else () if value is None else (value,)
+        )
+    values[keys[-1]] = value

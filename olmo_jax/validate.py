@@ -1,0 +1,197 @@
+"""The relations between options, checked once, at start, for the whole config and its mesh."""
+
+import dataclasses
+import math
+
+from olmo_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
+
+# Options that count something; `None` where an option may be off.
+POSITIVE = (
+    "model.vocab_size model.d_model model.n_layers model.n_heads model.n_kv_heads model.head_dim"
+    " model.d_ff model.max_seq_len compute.accumulate compute.loss_chunk data.seq_len data.threads"
+    " data.prefetch data.max_target_seq_len data.corpus_vocab_size optim.lr optim.eps"
+    " optim.skip_window train.duration train.hard_stop train.step_timeout_s train.z_loss"
+    " train.loss_ranks train.max_nonfinite_steps eval.interval eval.seq_len eval.stride"
+    " eval.batch_rows eval.max_rows checkpoint.interval checkpoint.ephemeral_interval"
+    " checkpoint.keep log.interval log.norms_interval"
+).split()
+
+
+def validate(config: Config, n_devices: int) -> None:
+    """Check the relations between options, for a run on `n_devices`.
+
+    Raises:
+      ConfigError: with every problem at once, one line each.
+    """
+    problems = []
+    for name in POSITIVE:
+        part, key = name.split(".")
+        value = getattr(getattr(config, part), key)
+        if value is not None and value <= 0:
+            problems.append(f"config.{name}={value}: need a positive number")
+    if not problems:  # the relations below divide by these
+        problems = _model(config.model) + _data(config) + _training(config)
+        try:
+            problems += _mesh(config, mesh_shape(config.mesh, n_devices))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def mesh_shape(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
+    """Devices along each axis, with -1 resolved.
+
+    Raises:
+      ConfigError: if the axes cannot cover exactly `n_devices`.
+    """
+    shape = dataclasses.asdict(mesh)
+    free = [axis for axis, n in shape.items() if n == -1]
+    problems = [
+        f"config.mesh.{axis}={n}: need a positive number or -1"
+        for axis, n in shape.items()
+        if n < 1 and n != -1
+    ]
+    if len(free) > 1:
+        problems.append(f"config.mesh: only one axis can be -1, found {', '.join(free)}")
+    if problems:
+        raise ConfigError(problems)
+    used = math.prod(n for n in shape.values() if n != -1)
+    if n_devices % used or (not free and used != n_devices):
+        axes = " x ".join(f"{axis} {n}" for axis, n in shape.items() if n > 1) or "one device"
+        need = f"a multiple of {used}" if free else f"{used}"
+        raise ConfigError([f"config.mesh: {axes} needs {need} devices, found {n_devices}"])
+    return shape | dict.fromkeys(free, n_devices // used)
+
+
+def batch_stages(data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """The batch-size schedule as (tokens seen at its start, tokens per step) pairs."""
+    if not data.batch_sizes:
+        return ((0, data.global_batch_size),)
+    return tuple(zip(data.batch_starts, data.batch_sizes, strict=True))
+
+
+def _model(m: ModelConfig) -> list[str]:
+    problems = []
+    if m.n_heads % m.n_kv_heads:
+        problems.append(
+            f"config.model.n_heads={m.n_heads} is no multiple of n_kv_heads={m.n_kv_heads}"
+        )
+    if m.head_dim % 2:
+        problems.append(f"config.model.head_dim={m.head_dim}: rotary embedding needs an even one")
+    if not m.layer_types or m.n_layers % len(m.layer_types):
+        problems.append(
+            f"config.model.layer_types: {len(m.layer_types)} entries do not repeat evenly over"
+            f" n_layers={m.n_layers}; write the kind of every layer"
+        )
+    if "sliding" in m.layer_types and (m.window is None or m.window < 1):
+        problems.append(f"config.model.window={m.window}: sliding layers need at least 1 position")
+    if m.vocab_rows < m.vocab_size:
+        problems.append(
+            f"config.model.padded_vocab_size={m.vocab_rows} is below vocab_size={m.vocab_size}"
+        )
+    return problems
+
+
+def _data(c: Config) -> list[str]:
+    d, problems = c.data, []
+    rising = list(d.batch_starts) == sorted(set(d.batch_starts)) and d.batch_starts[:1] in (
+        (),
+        (0,),
+    )
+    if len(d.batch_sizes) != len(d.batch_starts) or not rising:
+        problems.append(
+            "config.data.batch_starts: need one start per batch size, rising, the first 0;"
+            f" found {d.batch_starts} for {d.batch_sizes}"
+        )
+    else:
+        problems += [
+            f"config.data.global_batch_size={size} tokens is no multiple of seq_len={d.seq_len}"
+            for _, size in batch_stages(d)
+            if size < 1 or size % d.seq_len
+        ]
+    if d.seq_len > c.model.max_seq_len:
+        problems.append(
+            f"config.data.seq_len={d.seq_len} is above model.max_seq_len={c.model.max_seq_len}"
+        )
+    if d.max_target_seq_len is not None and d.max_target_seq_len % d.seq_len:
+        problems.append(
+            f"config.data.max_target_seq_len={d.max_target_seq_len} is no multiple of"
+            f" seq_len={d.seq_len}"
+        )
+    if d.max_target_seq_len is not None and d.order == "legacy":
+        problems.append("config.data.max_target_seq_len: only order='core' shuffles in chunks")
+    if d.document_mask == "eos" and d.eos_id is None and d.corpus is None:
+        problems.append("config.data.eos_id: document_mask='eos' needs it")
+    if d.eos_id is not None and not 0 <= d.eos_id < c.model.vocab_size:
+        problems.append(
+            f"config.data.eos_id={d.eos_id} is outside model.vocab_size={c.model.vocab_size}"
+        )
+    if not d.paths and d.corpus is None:
+        problems.append("config.data.paths: no token files; name some, or set data.corpus=stdlib")
+    if c.eval.stride is not None and c.eval.stride > (c.eval.seq_len or d.seq_len):
+        problems.append(
+            f"config.eval.stride={c.eval.stride} is above the row of"
+            f" {c.eval.seq_len or d.seq_len} tokens"
+        )
+    return problems
+
+
+def _training(c: Config) -> list[str]:
+    problems, k = [], c.checkpoint
+    if k.ephemeral_interval is not None and k.ephemeral_interval >= k.interval:
+        problems.append(
+            f"config.checkpoint.ephemeral_interval={k.ephemeral_interval} must be below"
+            f" interval={k.interval}"
+        )
+    for start, stop in c.train.skip_steps:
+        if not 1 <= start < stop:
+            problems.append(
+                f"config.train.skip_steps: [{start}, {stop}) is empty; steps start at 1"
+            )
+    return problems
+
+
+def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
+    problems = []
+    for name, size, axis in (
+        ("model.n_heads", c.model.n_heads, "tensor"),
+        ("model.n_kv_heads", c.model.n_kv_heads, "tensor"),
+        ("model.d_ff", c.model.d_ff, "tensor"),
+        ("model.d_model", c.model.d_model, "fsdp"),
+        ("data.seq_len", c.data.seq_len, "context"),
+    ):
+        if size % shape[axis]:
+            problems.append(
+                f"config.{name}={size} is not divisible by mesh.{axis}={shape[axis]};"
+                f" use {_divisors(size)}"
+            )
+    if c.model.vocab_rows % shape["tensor"]:
+        block = math.lcm(128, shape["tensor"])
+        problems.append(
+            f"config.model.vocab_size={c.model.vocab_rows} is not divisible by"
+            f" mesh.tensor={shape['tensor']}; set model.padded_vocab_size="
+            f"{-(-c.model.vocab_rows // block) * block}"
+        )
+    ways = shape["data"] * shape["fsdp"] * shape["expert"]
+    if len(c.data.batch_sizes) != len(c.data.batch_starts):
+        return problems
+    for _, size in batch_stages(c.data):
+        rows = size // c.data.seq_len
+        if rows % (ways * c.compute.accumulate):
+            problems.append(
+                f"config.data.global_batch_size={size} tokens is {rows} rows of"
+                f" seq_len={c.data.seq_len}, not divisible by mesh.data x fsdp x expert = {ways}"
+                f" times compute.accumulate={c.compute.accumulate}"
+            )
+        if c.train.loss_ranks is not None and rows % c.train.loss_ranks:
+            problems.append(
+                f"config.train.loss_ranks={c.train.loss_ranks} does not divide the {rows} rows of"
+                " a batch"
+            )
+    return problems
+
+
+def _divisors(n: int) -> str:
+    small = [str(d) for d in range(1, min(n, 512) + 1) if n % d == 0]
+    return ", ".join(small[:-1]) + f" or {small[-1]}" if len(small) > 1 else "1"
