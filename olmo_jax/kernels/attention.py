@@ -1,0 +1,47 @@
+"""Attention: one public function, masks as descriptions, a named implementation or a logged choice."""
+
+import functools
+import logging
+
+import jax
+
+from olmo_jax.kernels import reference
+
+log = logging.getLogger(__name__)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: int | None = None,
+    segment_ids: jax.Array | None = None,
+    impl: str = "auto",
+) -> jax.Array:
+    """Causal attention of queries over keys, within documents and within a window.
+
+    Args:
+      q: [batch, seq, n_heads, head_dim].
+      k, v: [batch, seq, n_kv_heads, head_dim]; n_heads is a multiple of n_kv_heads.
+      window: positions visible to the left, the own one included; None for all.
+      segment_ids: [batch, seq] int32, equal within a document; None for one document.
+      impl: "auto" or "reference". A named one never falls back.
+
+    Returns:
+      [batch, seq, n_heads, head_dim], in the dtype of q; softmax in fp32.
+
+    Raises:
+      NotImplementedError: for an implementation that does not exist.
+    """
+    if impl == "auto":
+        impl = _choose()
+    if impl != "reference":
+        raise NotImplementedError(f"attention impl={impl!r}: there is auto and reference")
+    return reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+
+
+@functools.cache  # the choice is logged once
+def _choose() -> str:
+    log.info("attention: auto takes reference (dense scores in XLA)")
+    return "reference"

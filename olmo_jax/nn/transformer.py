@@ -1,0 +1,160 @@
+"""The one Transformer of all OLMo generations: embedding, a scan over blocks, head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.nn import rope
+from olmo_jax.nn.attention import Attention
+from olmo_jax.nn.layers import MLP, einsum, lookup, matrix_init, norm, normal, weight
+from olmo_jax.sharding import constrain
+
+Params = dict[str, Any]
+
+
+class Block(nn.Module):
+    """Attention and MLP on the residual stream, norms before (OLMo 1) or after them (OLMo 2)."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    stats: bool = False  # also return the RMS of the output
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        layer: dict[str, jax.Array],
+        tables: dict[str, rope.Table],
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`x [batch, seq, d_model]` -> the same shape, and this layer's statistics if asked for.
+
+        Args:
+          x: the residual stream.
+          layer: int32 `kind` (entry of `tables`) and `index` of this layer.
+          tables: RoPE tables per kind.
+          segment_ids: [batch, seq], or None.
+        """
+        c = self.config
+        before, gain = c.norm_position == "before", c.post_norm_init
+        attend = Attention(c, self.compute, name="attn")
+        mlp = MLP(c, self.compute, name="mlp")
+
+        y = norm(self, "attn_norm", x, c) if before else x
+        y = attend(y, layer["kind"], layer["index"], tables, segment_ids)
+        x = x + (y if before else norm(self, "attn_norm", y, c, gain))
+        x = constrain(x, ("batch", "seq", None))
+
+        y = norm(self, "mlp_norm", x, c) if before else x
+        y = mlp(y, layer["index"])
+        x = x + (y if before else norm(self, "mlp_norm", y, c, gain))
+        x = constrain(x, ("batch", "seq", None))
+        rms = {"activation rms": jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))}
+        return x, rms if self.stats else {}
+
+
+# What the backward pass finds saved; the rest is computed again. Names are set in `nn/`.
+_QKV = ("attention_q", "attention_k", "attention_v", "attention_out")
+_REMAT: dict[str, Any] = {
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
+    "qkv_mlp": jax.checkpoint_policies.save_only_these_names(*_QKV, "gate", "up"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[*_QKV],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model; `model.apply({"params": params}, tokens)` gives logits."""
+
+    config: ModelConfig
+    compute: ComputeConfig = ComputeConfig(dtype="float32", remat="none")
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        output: str = "logits",
+    ) -> Any:
+        """Score every next token.
+
+        Args:
+          tokens: [batch, seq] int32.
+          positions: [batch, seq] int32 within the document; None: 0, 1, 2, …
+          segment_ids: [batch, seq] int32, equal within a document; None: one document.
+          output: "logits", "hidden", or "stats".
+
+        Returns:
+          logits: fp32 `[batch, seq, vocab_size]`. hidden: what the head multiplies,
+          `[batch, seq, d_model]`. stats: hidden and `{name: [n_layers]}`.
+        """
+        c = self.config
+        embed_std = c.embed_init_std
+        init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
+        embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
+        # Looked up in a table sharded on d_model, XLA would rematerialise the whole output.
+        table = constrain(embed, ("vocab", None))
+        x = constrain(lookup(table, tokens, self.compute.dtype), ("batch", "seq", None))
+
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])
+        kinds = sorted(set(c.layer_kinds))  # the order that `tables` has as a tree
+        tables = {kind: rope.table(c, kind, positions) for kind in kinds}
+        layer = {
+            "kind": jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32),
+            "index": jnp.arange(c.n_layers, dtype=jnp.int32),
+        }
+        block = Block
+        if self.compute.remat != "none":
+            policy = _REMAT[self.compute.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=False)
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.n_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        blocks = scan(c, self.compute, output == "stats", name="layers")
+        x, stats = blocks(x, layer, tables, segment_ids)
+        x = norm(self, "final_norm", x, c)
+
+        if self.is_initializing() and not c.tie_embeddings:
+            head_std = c.head_init_std
+            init = normal(head_std) if head_std is not None else matrix_init(c, c.d_model)
+            weight(self, "lm_head", (c.d_model, c.vocab_rows), ("embed", "vocab"), init)
+        if output == "logits" and not self.is_initializing():
+            # fp32 out of the product, as OLMo-core's head does for its loss.
+            w = head(self.variables["params"])
+            logits = einsum("btd,dv->btv", x.astype(jnp.float32), w)
+            return logits[..., : c.vocab_size]
+        return (x, stats) if output == "stats" else x
+
+
+def head(params: Params) -> jax.Array:
+    """The matrix that turns hidden states into logits, `[d_model, vocab_rows]`."""
+    return params["embed"].T if "lm_head" not in params else params["lm_head"]
+
+
+def init(model: Transformer, key: jax.Array) -> Params:
+    """Fresh parameters, fp32; the values do not depend on a mesh."""
+    return nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def logical_axes(model: Transformer) -> Any:
+    """The tree of parameters with each leaf replaced by its logical axes."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
+    return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)

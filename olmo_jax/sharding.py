@@ -1,0 +1,138 @@
+"""The mesh, the one table from logical to mesh axes, and the way between host and global arrays.
+
+Mesh axes: `data` (replicas, also across slices), `fsdp`, `expert`, `context`, `tensor`; all five
+are always present, with size 1 where unused. Arrays name logical axes; `spec` turns them into a
+`PartitionSpec` by RULES and refuses a clash instead of dropping it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from olmo_jax.config import MeshConfig
+from olmo_jax.validate import mesh_shape
+
+Axes = tuple[str | None, ...]
+
+BATCH_AXES = ("data", "fsdp", "expert")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "seq": ("context",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "embed": ("fsdp",),
+    "head_dim": (),
+    "layers": (),
+    "norm": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all of all processes).
+
+    Several slices (TPU pods joined by the data-centre network) lie along `data`, so that only
+    gradients cross the slow network; the axes inside a slice follow its torus.
+
+    Raises:
+      ConfigError: if the axes do not cover the devices.
+      ValueError: if slices cannot be laid along `data`.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config, len(devices))
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    if shape["data"] % len(slices):
+        raise ValueError(
+            f"config.mesh.data={shape['data']} is no multiple of the {len(slices)} slices found;"
+            " only `data` may cross slices"
+        )
+    inner = (shape["data"] // len(slices), *list(shape.values())[1:])
+    blocks = [mesh_utils.create_device_mesh(inner, slices[i]) for i in sorted(slices)]
+    return Mesh(np.concatenate(blocks), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """The `PartitionSpec` of an array whose dimensions have these logical names (None: whole).
+
+    Raises:
+      ValueError: if two dimensions ask for the same mesh axis.
+    """
+    taken: dict[str, str] = {}
+    entries: list[Any] = []
+    for name in axes:
+        mesh_axes = RULES[name] if name is not None else ()
+        for mesh_axis in mesh_axes:
+            if mesh_axis in taken:
+                raise ValueError(
+                    f"mesh axis {mesh_axis!r} is asked for by both {taken[mesh_axis]!r} and {name!r}"
+                )
+            taken[mesh_axis] = str(name)
+        entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(mesh: Mesh, axes: Any) -> Any:
+    """A tree of logical axes as a tree of shardings on `mesh`."""
+    return jax.tree.map(
+        lambda a: NamedSharding(mesh, spec(a)), axes, is_leaf=lambda a: isinstance(a, tuple)
+    )
+
+
+def axis_size(*names: str) -> int:
+    """Ways along these axes of the mesh in force; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(name, 1) for name in names)
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Pin the sharding of an intermediate array; does nothing without a mesh in force."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
+    """The rows of a global batch of `n_rows` that this process' devices hold, ascending.
+
+    Processes that differ only along `context` or `tensor` hold the same rows.
+    """
+    sharding = NamedSharding(mesh, spec(("batch",)))
+    held = sharding.addressable_devices_indices_map((n_rows,)).values()
+    return np.unique(np.concatenate([np.arange(n_rows)[index] for index in held]))
+
+
+def to_global(
+    batch: dict[str, np.ndarray], mesh: Mesh, n_rows: int, rows: np.ndarray | None = None
+) -> dict[str, jax.Array]:
+    """Arrays `[len(rows), seq]` of this process as global arrays `[n_rows, seq]`.
+
+    Args:
+      batch: the rows `rows` of the global batch.
+      mesh: the mesh of the run.
+      n_rows: rows of the global batch.
+      rows: as `local_rows` gives them; computed if not given.
+    """
+    sharding = NamedSharding(mesh, spec(("batch", "seq")))
+    rows = local_rows(mesh, n_rows) if rows is None else rows
+
+    def block(array: np.ndarray) -> Callable[[Any], np.ndarray]:
+        def at(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(n_rows)
+            first = int(np.searchsorted(rows, start))
+            return array[first : first + stop - start, index[1]]
+
+        return at
+
+    return {
+        name: jax.make_array_from_callback((n_rows, *a.shape[1:]), sharding, block(a))
+        for name, a in batch.items()
+    }

@@ -1,0 +1,120 @@
+"""Random Hugging Face models of every dense family, as configs and parameters of ours."""
+
+import numpy as np
+import torch
+import transformers
+from jax import numpy as jnp
+
+from olmo_jax.config import ModelConfig
+
+ROPE = dict(
+    rope_type="yarn",
+    factor=8.0,
+    original_max_position_embeddings=8192,
+    beta_fast=32,
+    beta_slow=1,
+    attention_factor=1.2079441541679836,
+)
+COMMON = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    pad_token_id=1,
+    eos_token_id=2,
+)
+OLMO1 = dict(norm="nonparametric", norm_position="before", norm_eps=1e-5, qk_norm="none")
+SLIDING = dict(layer_types=("sliding", "sliding", "sliding", "full"), window=5)
+YARN = dict(yarn_factor=8.0, yarn_attention_factor=1.2079441541679836)
+
+# name -> (Hugging Face family, its options, our options)
+FAMILIES = {
+    "olmo1 tied": ("Olmo", dict(tie_word_embeddings=True), OLMO1 | dict(tie_embeddings=True)),
+    "olmo1 untied": ("Olmo", dict(tie_word_embeddings=False), OLMO1),
+    "olmo1 clipped": ("Olmo", dict(clip_qkv=0.7), OLMO1 | dict(clip_qkv=0.7)),
+    "olmo2": ("Olmo2", dict(rms_norm_eps=1e-6), {}),
+    "olmo2 grouped": ("Olmo2", dict(num_key_value_heads=2, rms_norm_eps=1e-6), dict(n_kv_heads=2)),
+    "olmo3": ("Olmo3", dict(sliding_window=5, rms_norm_eps=1e-6), SLIDING),
+    "olmo3 yarn grouped": (
+        "Olmo3",
+        dict(sliding_window=5, rms_norm_eps=1e-6, num_key_value_heads=2, rope_scaling=ROPE),
+        SLIDING | YARN | dict(n_kv_heads=2),
+    ),
+    "olmo3 odd depth": (
+        "Olmo3",
+        dict(
+            sliding_window=5,
+            rms_norm_eps=1e-6,
+            num_hidden_layers=5,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"]
+            + ["full_attention"] * 2,
+        ),
+        dict(
+            n_layers=5, layer_types=("full", "sliding", "sliding", "full", "full"), window=5
+        ),
+    ),
+    "olmo3 window beyond the sequence": (
+        "Olmo3",
+        dict(sliding_window=500, rms_norm_eps=1e-6),
+        SLIDING | dict(window=500),
+    ),
+}  # fmt: skip
+
+
+def random_model(name: str) -> tuple[torch.nn.Module, ModelConfig, dict]:
+    """A Hugging Face model with loud random weights, and the same as (config, params) of ours."""
+    family, options, ours = FAMILIES[name]
+    theta = 10_000.0 if family == "Olmo" else 500_000.0
+    hf_config = getattr(transformers, f"{family}Config")(**COMMON | {"rope_theta": theta} | options)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(
+        hf_config, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for key, p in model.named_parameters():  # the default init hides norm and scale faults
+            noise = torch.randn_like(p)
+            p.copy_(1 + 0.3 * noise if "norm" in key else 0.15 * noise)
+    config = ModelConfig(
+        **dict(
+            vocab_size=97,
+            d_model=64,
+            n_layers=4,
+            n_heads=4,
+            n_kv_heads=4,
+            head_dim=16,
+            d_ff=48,
+            max_seq_len=65536,
+            rope_theta=theta,
+        )
+        | ours
+    )
+    return model.eval(), config, params_of(model, config)
+
+
+def params_of(model: torch.nn.Module, config: ModelConfig) -> dict:
+    """The Hugging Face weights in our tree."""
+    state = {k: v.detach().numpy() for k, v in model.state_dict().items()}
+    h = config.head_dim
+
+    def stack(name: str, form) -> jnp.ndarray:
+        layers = range(config.n_layers)
+        return jnp.asarray(
+            np.stack([form(state[f"model.layers.{i}.{name}.weight"]) for i in layers])
+        )
+
+    heads = lambda w: w.T.reshape(w.shape[1], -1, h)  # noqa: E731
+    attn = {f"w{x}": stack(f"self_attn.{x}_proj", heads) for x in "qkv"}
+    attn["wo"] = stack("self_attn.o_proj", lambda w: w.T.reshape(-1, h, w.shape[0]))
+    mlp = {f"w_{x}": stack(f"mlp.{x}_proj", lambda w: w.T) for x in ("gate", "up", "down")}
+    params = {"embed": jnp.asarray(state["model.embed_tokens.weight"])}
+    layers = {"attn": attn, "mlp": mlp}
+    if config.norm == "rms":
+        for x in "qk":
+            attn[f"{x}_norm"] = stack(f"self_attn.{x}_norm", lambda w: w.reshape(-1, h))
+        layers["attn_norm"] = stack("post_attention_layernorm", lambda w: w)
+        layers["mlp_norm"] = stack("post_feedforward_layernorm", lambda w: w)
+        params["final_norm"] = jnp.asarray(state["model.norm.weight"])
+    if not config.tie_embeddings:
+        params["lm_head"] = jnp.asarray(state["lm_head.weight"].T)
+    return params | {"layers": layers}
