@@ -72,9 +72,8 @@ def spec(axes: Axes) -> PartitionSpec:
         mesh_axes = RULES[name] if name is not None else ()
         for mesh_axis in mesh_axes:
             if mesh_axis in taken:
-                raise ValueError(
-                    f"mesh axis {mesh_axis!r} is asked for by both {taken[mesh_axis]!r} and {name!r}"
-                )
+                both = f"{taken[mesh_axis]!r} and {name!r}"
+                raise ValueError(f"mesh axis {mesh_axis!r} is asked for by both {both}")
             taken[mesh_axis] = str(name)
         entries.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return PartitionSpec(*entries)

@@ -1,4 +1,4 @@
-"""Attention: one public function, masks as descriptions, a named implementation or a logged choice."""
+"""Attention: one public function; masks are descriptions; an implementation is named or logged."""
 
 import functools
 import logging

@@ -7,8 +7,10 @@ d d_model, n heads, k kv heads, g heads per kv head, h head_dim, f d_ff, v vocab
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,6 +19,15 @@ from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.sharding import Axes, axis_size
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+@flax.struct.dataclass
+class Named(nn.Partitioned):
+    """A fresh parameter with its logical axes; unlike flax's, it never constrains by itself."""
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The array."""
+        return self.value
 
 
 def weight(
@@ -28,7 +39,7 @@ def weight(
       ValueError: if the parameter is missing or has another shape, by its path.
     """
     if module.is_initializing():
-        return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+        return module.param(name, lambda *a: Named(init(*a), axes), shape, jnp.float32)
     path = "/".join((*module.path, name))
     if not module.has_variable("params", name):
         raise ValueError(f"parameter {path} is missing; the model needs it with shape {shape}")

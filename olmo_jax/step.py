@@ -1,0 +1,210 @@
+"""The training step: state, its birth on the mesh, one update, and the evaluation step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from olmo_jax import losses, optim
+from olmo_jax.config import Config
+from olmo_jax.nn import transformer
+from olmo_jax.nn.transformer import Transformer
+from olmo_jax.sharding import BATCH_AXES, shardings, spec
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes: finished steps (int32), parameters and optimizer state."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def build_model(config: Config) -> Transformer:
+    """The model of a config, computed as it says."""
+    return Transformer(config.model, config.compute)
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each array of the state lives: moments beside their parameters, scalars everywhere."""
+    params = shardings(mesh, transformer.logical_axes(build_model(config)))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
+    opt_state = {
+        name: params if name in ("mu", "nu") else jax.tree.map(lambda _: whole, value)
+        for name, value in shapes.opt_state.items()
+    }
+    return TrainState(whole, params, opt_state)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; takes no memory, whatever the model's size."""
+    shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        state_shardings(config, mesh),
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, born sharded; its values depend on `train.seed`, never on the mesh."""
+    fresh = jax.jit(_fresh, static_argnums=0, out_shardings=state_shardings(config, mesh))
+    with jax.set_mesh(mesh):
+        return fresh(config, jax.random.key(config.train.seed))
+
+
+def _fresh(config: Config, key: jax.Array) -> TrainState:
+    params = transformer.init(build_model(config), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optim.init(config.optim, params))
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled update `(state, batch, lr, max_grad_norm) -> (state, metrics)`.
+
+    The state is donated and keeps its shardings. Metrics are device scalars by OLMo-core's names,
+    for the host to read later. `batch` holds global `[batch, seq]` arrays; a new shape compiles.
+    """
+    model = build_model(config)
+    ranks = config.train.loss_ranks or _ways(mesh)
+    state_spec, whole = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+
+    def update(
+        state: TrainState, batch: Batch, lr: jax.Array, max_grad_norm: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        weights = batch["loss_weights"]
+        scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
+        grads, parts = _gradients(config, model, state.params, batch | {"loss_weights": scaled})
+        loss = parts["ce"] + (config.train.z_loss or 0.0) * parts["z"]
+        params, opt_state, metrics = optim.update(
+            config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
+            parts["ce"] if config.train.z_loss is None else loss, weights.sum() > 0,
+        )  # fmt: skip
+        metrics |= {
+            "train/CE loss": parts["ce"],
+            "train/masked labels (%)": 1.0 - jnp.mean(weights),  # OLMo-core: a fraction
+            "train/masked instances (%)": jnp.mean(weights.sum(1) == 0, dtype=jnp.float32),
+        }
+        if config.train.z_loss is not None:
+            metrics["train/Z loss"] = config.train.z_loss * parts["z"]
+            metrics["train/Z loss unscaled"] = parts["z"]
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    rows = NamedSharding(mesh, spec(("batch", "seq")))
+    return _under(mesh, jax.jit(
+        update,
+        in_shardings=(state_spec, rows, whole, whole),
+        out_shardings=(state_spec, whole),
+        donate_argnums=0,
+    ))  # fmt: skip
+
+
+def _gradients(
+    config: Config, model: Transformer, params: Any, batch: Batch
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Summed gradients and loss parts of the batch, over `compute.accumulate` micro-batches."""
+
+    def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden = model.apply(
+            {"params": params},
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segment_ids"),
+            output="hidden",
+        )
+        return losses.next_token(hidden, transformer.head(params), batch, config)
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    n = config.compute.accumulate
+    if n == 1:
+        return grad_fn(params, batch)
+
+    def add(total: Any, micro: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None
+
+    # Strided, so that each device splits its own rows: contiguous parts would move rows around.
+    micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, _first(micro)))
+    return jax.lax.scan(add, zeros, micro)[0]
+
+
+def _first(micro: Batch) -> Batch:
+    return jax.tree.map(lambda a: a[0], micro)
+
+
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
+    """The compiled `(params, batch) -> {"ce_sum", "tokens"}`: nats over, and number of, tokens.
+
+    `batch` holds global arrays with `loss_weights` 1 for tokens that are scored, else 0.
+    """
+    model = build_model(config)
+
+    def evaluate(params: Any, batch: Batch) -> Metrics:
+        hidden = model.apply(
+            {"params": params},
+            batch["tokens"],
+            batch.get("positions"),
+            batch.get("segment_ids"),
+            output="hidden",
+        )
+        parts = losses.next_token(hidden, transformer.head(params), batch, config)[1]
+        return {"ce_sum": parts["ce"], "tokens": batch["loss_weights"].sum()}
+
+    params = state_shardings(config, mesh).params
+    rows, whole = (NamedSharding(mesh, spec(a)) for a in (("batch", "seq"), ()))
+    return _under(mesh, jax.jit(evaluate, in_shardings=(params, rows), out_shardings=whole))
+
+
+def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
+    """The compiled `(params, batch) -> per-layer norms` of parameters, gradients, activations.
+
+    Returns a flat dict: `norms/param/{path}` and `norms/grad/{path}` (L2), `norms/activation`
+    (RMS of each block's output); leaves under `layers` and activations are `[n_layers]`.
+    """
+    model = build_model(config)
+
+    def norms(params: Any, batch: Batch) -> Metrics:
+        weights = batch["loss_weights"]
+        ranks = config.train.loss_ranks or _ways(mesh)
+        scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
+        grads, _ = _gradients(config, model, params, batch | {"loss_weights": scaled})
+        optional = batch.get("positions"), batch.get("segment_ids")
+        _, stats = model.apply({"params": params}, batch["tokens"], *optional, output="stats")
+        out = {"norms/activation": stats["activation rms"]}
+        for kind, tree in (("param", params), ("grad", grads)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                axes = tuple(range(int(name.startswith("layers/")), leaf.ndim))
+                out[f"norms/{kind}/{name}"] = jnp.sqrt(jnp.sum(jnp.square(leaf), axes))
+        return out
+
+    params = state_shardings(config, mesh).params
+    rows, whole = (NamedSharding(mesh, spec(a)) for a in (("batch", "seq"), ()))
+    return _under(mesh, jax.jit(norms, in_shardings=(params, rows), out_shardings=whole))
+
+
+def _ways(mesh: Mesh) -> int:
+    """Data-parallel ways: devices that see different rows."""
+    ways = 1
+    for axis in BATCH_AXES:
+        ways *= mesh.shape[axis]
+    return ways
+
+
+def _under(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` with the mesh in force, which `constrain` asks for while tracing."""
+
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return step(*args)
+
+    call.jitted = step  # type: ignore[attr-defined] # for lowering ahead of time and cache counts
+    return call
