@@ -223,9 +223,9 @@ class CheckpointConfig:
 
     interval: int = 1000  # steps between permanent checkpoints
     ephemeral_interval: int | None = None  # steps; only the newest of these is kept
-    fixed_steps: tuple[int, ...] = ()
+    fixed_steps: tuple[int, ...] = ()  # saved too, and never deleted
     step0: bool = True  # save before the first step
-    keep: int | None = None  # permanent checkpoints kept; None: all
+    keep: int | None = None  # permanent checkpoints kept besides fixed_steps; None: all
     async_save: bool = True
     load_path: str | None = None  # a checkpoint, or a run's folder, to start from
     load_optimizer: bool = True  # of load_path

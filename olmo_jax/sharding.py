@@ -5,6 +5,7 @@ are always present, with size 1 where unused. Arrays name logical axes; `spec` t
 `PartitionSpec` by RULES and refuses a clash instead of dropping it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,6 +100,7 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+@functools.lru_cache(maxsize=8)
 def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
     """The rows of a global batch of `n_rows` that this process' devices hold, ascending.
 

@@ -62,6 +62,18 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
         return fresh(config, jax.random.key(config.train.seed))
 
 
+def init_opt_state(config: Config, mesh: Mesh, params: Any) -> Any:
+    """A fresh optimizer state for parameters that are there already."""
+    out = state_shardings(config, mesh).opt_state
+    return jax.jit(lambda p: optim.init(config.optim, p), out_shardings=out)(params)
+
+
+def replicated(mesh: Mesh, value: Any) -> jax.Array:
+    """A scalar on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback((), sharding, lambda _: value)
+
+
 def _fresh(config: Config, key: jax.Array) -> TrainState:
     params = transformer.init(build_model(config), key)
     return TrainState(jnp.zeros((), jnp.int32), params, optim.init(config.optim, params))

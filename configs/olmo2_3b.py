@@ -1,0 +1,30 @@
+"""OLMo 2 3B, a rung of OLMo-core's scaling ladder: 253.6B tokens, 4 times Chinchilla's.
+
+Run:    python -m olmo_jax.train --config=configs/olmo2_3b.py --config.data.root=gs://BUCKET
+Data:   OLMo-mix-0925/*.npy under data.root: uint32 dolma2 tokens. --dry_run needs no files.
+Needs:  32 chips of TPU v5e or better, or 32 GPUs. 42.0 GB of fp32 parameters and moments in all.
+Expect: speed and loss not measured here yet, official ones unknown. The learning rate falls from
+        7.619e-04 to 0 at 0.5, 1, 2 and 4 times 20 tokens per parameter; to stop at 1:
+        --config.train.hard_stop=20151
+Source: OLMo-core 2.6.0, model_ladder/; the recipe is presets.ladder(). The data order is that of
+        OLMo-core's plain loader, not of its composable one.
+        3,145,728 tokens per step are what OLMo-core makes of an aim of 3,117,679 on 8 H100.
+        OLMo-core's own ladder has Olmo 3 models in rows of 8,192.
+"""
+
+from olmo_jax import config, presets
+
+
+def get_config():
+    c = config.default()
+    c.name = "olmo2_3b"
+    c.model.update(presets.MODELS["olmo2_3B"])
+    c.update(presets.CORE_RUN)
+    c.update(presets.ladder(n_params=3_169_537_280, batch=3_145_728))
+
+    c.data.paths = ("OLMo-mix-0925/*.npy",)
+    c.data.seq_len = 4096
+
+    c.mesh.fsdp = -1
+    c.compute.accumulate = 3
+    return c

@@ -1,0 +1,358 @@
+"""Which checkpoints a run keeps, where it starts from, and which changes of its config it refuses.
+
+Kinds: `permanent` (every `interval` steps, step 0, the last step), `fixed` (named steps, never
+deleted), `ephemeral` (every `ephemeral_interval` steps, or on preemption: deleted as soon as a
+newer checkpoint is complete). Nothing is deleted before the new one is complete.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+import olmo_jax
+from olmo_jax import processes, snapshot, storage
+from olmo_jax.config import Config, to_dict
+
+log = logging.getLogger(__name__)
+
+# What the function of a trained model does not depend on.
+NOT_THE_FUNCTION = frozenset(
+    f"model.{name}"
+    for name in "max_seq_len init init_std embed_init_std head_init_std post_norm_init".split()
+)
+# What the order of the data depends on.
+DATA_ORDER = frozenset(
+    f"data.{name}"
+    for name in (
+        "paths root corpus corpus_vocab_size dtype seq_len order seed source_permutation_seed"
+        " max_target_seq_len"
+    ).split()
+)
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def steps(folder: storage.Path) -> dict[int, str]:
+    """The complete checkpoints `step{N}` in a folder: the kind of each, by rising step."""
+    found = {step: child for step, child in _children(folder) if storage.is_complete(child)}
+    return {step: storage.kind(child) for step, child in sorted(found.items())}
+
+
+def find(name: str, option: str = "config.checkpoint.load_path") -> storage.Path:
+    """The checkpoint at a path: itself, or the newest complete one of a run's folder.
+
+    Args:
+      name: local or `gs://`.
+      option: what to call it in errors.
+    Raises:
+      ValueError: if there is none.
+    """
+    if not name.strip():
+        raise ValueError(f"{option} is empty: name a checkpoint or a run's folder, or none")
+    folder = storage.path(name)
+    if not folder.exists():
+        raise ValueError(f"{option}: {name} does not exist")
+    if storage.is_complete(folder):
+        return folder
+    torn: list[str] = []
+    for parent in (folder / "checkpoints", folder):
+        torn += [child.name for _, child in _children(parent)]
+        complete = [step for step, child in _children(parent) if storage.is_complete(child)]
+        if complete:
+            return parent / f"step{max(complete)}"
+    rest = f"; {', '.join(torn)} {'is' if len(torn) == 1 else 'are'} incomplete" if torn else ""
+    raise ValueError(f"{option}: no complete checkpoint in {name}{rest}")
+
+
+def load_params(name: str, abstract: Any, *, cast: bool = False) -> Any:
+    """The parameters of a checkpoint or of a run's newest one.
+
+    Args:
+      name: path, local or `gs://`.
+      abstract: tree of `jax.ShapeDtypeStruct`, with shardings or without (then NumPy arrays).
+      cast: convert to its dtypes; otherwise another dtype is refused.
+    """
+    folder = find(name, "checkpoint")
+    return storage.restore(folder, {"params": abstract}, partial=True, cast=cast)["params"]
+
+
+def _children(folder: storage.Path) -> list[tuple[int, storage.Path]]:
+    if not folder.is_dir():
+        return []
+    matches = [(re.fullmatch(r"step(\d+)", child.name), child) for child in folder.iterdir()]
+    return [(int(match[1]), child) for match, child in matches if match]
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves a run's state and keeps what the config asks for; all processes make the same calls."""
+
+    def __init__(self, config: Config):
+        """Look for the checkpoints that the run has already; writes nothing.
+
+        Args:
+          config: the run's; `run_dir` and `checkpoint` are used.
+        """
+        self.config = config.checkpoint
+        self.folder = storage.path(config.run_dir) / "checkpoints"
+        found = processes.from_process_0(lambda: list(steps(self.folder).items()))
+        self.kinds: dict[int, str] = dict(found)  # of each complete checkpoint
+        self._pending: snapshot.Save | None = None
+        self._kinds_then: dict[int, str] = {}  # when that is complete
+
+    def latest(self) -> int | None:
+        """The newest step that is saved."""
+        return max(self.kinds, default=None)
+
+    def folder_of(self, step: int) -> storage.Path:
+        """Where the checkpoint of a step is."""
+        return self.folder / f"step{step}"
+
+    def due(self, step: int) -> str | None:
+        """The kind of checkpoint to save after a step; None: nothing to save."""
+        every = self.config.ephemeral_interval
+        if step in self.config.fixed_steps:
+            return "fixed"
+        if step == 0:
+            return "permanent" if self.config.step0 else None
+        if step % self.config.interval == 0:
+            return "permanent"
+        return "ephemeral" if every and step % every == 0 else None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: Mapping[str, Any],
+        kind: str = "permanent",
+        files: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Save the state after a step, behind the training if the config says so.
+
+        Args:
+          step: finished steps.
+          state: the TrainState; its arrays may be donated when this returns.
+          meta: what `meta` returned.
+          kind: permanent, fixed or ephemeral.
+          files: files to keep beside the arrays, {name there: path}.
+        Returns: False if the step is saved already; a complete checkpoint is never overwritten.
+        Raises:
+          OSError: if this save failed, or the one before it did in the background.
+        """
+        self.finish()
+        if step in self.kinds:
+            if self.kinds[step] == "ephemeral" != kind:
+                processes.from_process_0(lambda: storage.set_kind(self.folder_of(step), kind))
+                self.kinds[step] = kind
+            return False
+        kinds = self.kinds | {step: kind}
+        old = to_remove(kinds, self.config.keep)
+        self._kinds_then = {step: kind for step, kind in kinds.items() if step not in old}
+        self._pending = snapshot.save(
+            self.folder_of(step),
+            state,
+            meta,
+            kind=kind,
+            files=files,
+            background=self.config.async_save,
+            before=self._remove_torn,
+            after=lambda: self._remove(old),
+        )
+        if not self.config.async_save:
+            self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+          OSError: if it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+            self.kinds = self._kinds_then
+
+    def _remove_torn(self) -> None:
+        """Make room: what an interrupted save or deletion left is of no use."""
+        for _, child in _children(self.folder):
+            if not storage.is_complete(child):
+                storage.remove(child)
+
+    def _remove(self, old: Iterable[int]) -> None:
+        for step in old:
+            try:
+                storage.remove(self.folder_of(step))
+            except OSError as error:  # too many checkpoints are no reason to end a run
+                log.warning("could not delete %s: %s", self.folder_of(step), error)
+
+
+def to_remove(kinds: Mapping[int, str], keep: int | None) -> list[int]:
+    """The steps to delete once the newest of them is complete.
+
+    Args:
+      kinds: the kind of each checkpoint by step, the newest included.
+      keep: permanent ones to keep; None: all.
+    """
+    newest = max(kinds)
+    permanent = sorted(step for step, kind in kinds.items() if kind == "permanent")
+    old = permanent[:-keep] if keep else []
+    return sorted(old + [s for s, kind in kinds.items() if kind == "ephemeral" and s != newest])
+
+
+def meta(
+    config: Config,
+    position: Mapping[str, Any],
+    metrics_position: Any,
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays.
+
+    Args:
+      config: the run's.
+      position: in the data, as integers by name.
+      metrics_position: where the metrics files end, for the resumed run to cut them there.
+      fingerprint: of the data files.
+    """
+    return {
+        "model": to_dict(config.model),
+        "config": to_dict(config),
+        "position": dict(position),
+        "metrics_position": metrics_position,
+        "fingerprint": fingerprint,
+        "versions": {"olmo_jax": olmo_jax.__version__, "jax": jax.__version__},
+    }
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run starts from."""
+
+    folder: storage.Path
+    parts: tuple[str, ...]  # of the state that are taken from there
+    is_resume: bool  # the run's own checkpoint: it continues
+    line: str  # says which was taken and why
+
+    def load(self, state: Any) -> dict[str, Any]:
+        """The taken parts of the state by name.
+
+        Args:
+          state: the abstract TrainState, with shardings.
+        Raises:
+          ValueError: if a leaf is missing, left over, damaged, or of another shape or dtype.
+        """
+        wanted = {part: getattr(state, part) for part in self.parts}
+        try:
+            return storage.restore(self.folder, wanted, partial=not self.is_resume)
+        except ValueError as error:
+            if self.is_resume or "opt_state" not in str(error):
+                raise
+            hint = "config.checkpoint.load_optimizer=False starts with a new optimizer state"
+            raise ValueError(f"{error}; {hint}") from None
+
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint says beside its arrays."""
+        return storage.read_meta(self.folder)
+
+
+def source(config: Config, checkpointer: Checkpointer) -> Source | None:
+    """The run's own newest checkpoint, else `checkpoint.load_path`, else None: new parameters.
+
+    Raises:
+      ValueError: if load_path is needed and holds no checkpoint (OSError in processes but 0).
+    """
+    options, step = config.checkpoint, checkpointer.latest()
+    if step is not None:
+        folder = checkpointer.folder_of(step)
+        unused = f"; config.checkpoint.load_path={options.load_path} is not used"
+        line = f"resuming after step {step}: this run's own newest checkpoint is {folder}"
+        line += unused if options.load_path is not None else ""
+        return Source(folder, ("step", "params", "opt_state"), True, line)
+    if options.load_path is None:
+        return None
+    load_path = options.load_path
+    folder = storage.path(processes.from_process_0(lambda: str(find(load_path))))
+    taken = {
+        "params": True,
+        "opt_state": options.load_optimizer,
+        "step": options.load_position,
+    }
+    words = {"params": "parameters", "opt_state": "optimizer state", "step": "step and data"}
+    line = f"starting from {folder} (config.checkpoint.load_path; this run has no checkpoint yet): "
+    line += ", ".join(f"{words[part]} {'loaded' if yes else 'new'}" for part, yes in taken.items())
+    return Source(folder, tuple(part for part, yes in taken.items() if yes), False, line)
+
+
+# --- changes of the config ------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """An option that differs from the checkpoint's."""
+
+    key: str  # such as model.rope_theta
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        note = "; the data comes in another order from here on" if self.key in DATA_ORDER else ""
+        return f"config.{self.key}: {self.old!r} -> {self.new!r}{note}"
+
+
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """The options that differ between two configs, as `config.to_dict` gives them.
+
+    An option that one of them does not know has its default there: it was added or removed since.
+    """
+    before, after, default = _flat(old), _flat(new), _flat(to_dict(Config()))
+    pairs = {
+        key: (before.get(key, default.get(key)), after.get(key, default.get(key)))
+        for key in [*after, *(key for key in before if key not in after)]
+        if key.split(".")[0] in old and key.split(".")[0] in new
+    }
+    return [Change(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def refuse_changes(changes: Iterable[Change], allow: Iterable[str]) -> None:
+    """Refuse a resume or start that would silently compute another function.
+
+    Args:
+      changes: from `config_changes`.
+      allow: `checkpoint.allow_changes`.
+    Raises:
+      ValueError: with every model option that changed and is not allowed to.
+    """
+    allow = set(allow)
+    unknown = sorted(allow - _flat(to_dict(Config())).keys())
+    if unknown:
+        raise ValueError(f"config.checkpoint.allow_changes: no option {', '.join(unknown)}")
+    refused = [
+        f"config.{key}={new!r}, but the checkpoint was trained with {old!r}"
+        for key, old, new in changes
+        if key.startswith("model.") and key not in NOT_THE_FUNCTION | allow
+    ]
+    if refused:
+        need = "set them as they were, or name them in config.checkpoint.allow_changes"
+        raise ValueError("; ".join([*refused, need]))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    kinds, n_layers = flat.get("model.layer_types"), flat.get("model.n_layers")
+    if kinds and n_layers:  # a short list repeats
+        flat["model.layer_types"] = kinds * (n_layers // len(kinds))
+    return flat

@@ -1,0 +1,201 @@
+"""Several processes as one run: finding out who they are, meeting, and never waiting for ever."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+import jax
+
+WAIT_LINE_S = 10.0  # between lines that say who is missing
+STALLED = 74  # exit code of a run that a stalled step ended (EX_IOERR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Who is in the run: where process 0 listens, how many processes, which one this is."""
+
+    coordinator: str  # host:port
+    n_processes: int
+    process_id: int
+
+
+def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
+    """The cluster that the flags or SLURM describe, or None.
+
+    Raises:
+      ValueError: if only some of the three flags are given, or one makes no sense.
+    """
+    names = ("coordinator", "n_processes", "process_id")
+    given = [name for name in names if name in flags]
+    if given:
+        if len(given) < len(names):
+            missing = ", ".join(f"--{name}" for name in names if name not in flags)
+            raise ValueError(f"--{given[0]} is given without {missing}: all three, or none")
+        if not all(flags[name].isdigit() for name in names[1:]):
+            raise ValueError("--n_processes and --process_id: need whole numbers")
+        if not re.fullmatch(r".+:\d+", flags["coordinator"]):
+            raise ValueError(f"--coordinator={flags['coordinator']}: need host:port")
+        cluster = Cluster(flags["coordinator"], int(flags["n_processes"]), int(flags["process_id"]))
+        if not 0 <= cluster.process_id < cluster.n_processes:
+            n = cluster.n_processes
+            raise ValueError(f"--process_id={cluster.process_id} is not below --n_processes={n}")
+        return cluster
+    # srun sets all of these; sbatch alone, which starts one process, does not.
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
+    if all(name in environ for name in slurm) and int(environ["SLURM_NTASKS"]) > 1:
+        port = 61_440 + int(environ["SLURM_JOB_ID"]) % 4096
+        host = first_host(environ["SLURM_STEP_NODELIST"])
+        return Cluster(f"{host}:{port}", int(environ["SLURM_NTASKS"]), int(environ["SLURM_PROCID"]))
+    return None
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-007,9],x1` -> `gpu003`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    if not match:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r}: cannot read the first host")
+    return "".join(part or "" for part in match.groups())
+
+
+def start(cluster: Cluster | None, timeout_s: float) -> None:
+    """Join the other processes, if there are any: from `cluster`, or a TPU pod's own metadata.
+
+    Raises:
+      TimeoutError: if not all have arrived after `timeout_s`; it names the missing ones.
+    """
+    if cluster is not None and cluster.n_processes > 1:
+        meet(cluster, timeout_s)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.n_processes,
+            cluster.process_id,
+            initialization_timeout=int(timeout_s),
+        )
+    elif cluster is None and _is_tpu_host():
+        print("joining the TPU pod, if this host is part of one", flush=True)
+        jax.distributed.initialize(initialization_timeout=int(timeout_s))
+
+
+def _is_tpu_host() -> bool:
+    devices = os.path.exists("/dev/accel0") or os.path.isdir("/dev/vfio")
+    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    return devices and wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def meet(cluster: Cluster, timeout_s: float) -> None:
+    """Wait until every process has said that it is there; process 0 listens and names the rest.
+
+    JAX's own start waits without a word. This meeting uses the same address just before it.
+    """
+    host, port = cluster.coordinator.rsplit(":", 1)
+    deadline = time.monotonic() + timeout_s
+    if cluster.process_id == 0:
+        _listen(cluster, int(port), deadline)
+    else:
+        _report(cluster, host, int(port), deadline)
+
+
+def _listen(cluster: Cluster, port: int, deadline: float) -> None:
+    missing = set(range(1, cluster.n_processes))
+    arrived: list[socket.socket] = []
+    last_line = time.monotonic()
+    try:
+        server = socket.create_server(("", port), backlog=cluster.n_processes)
+    except OSError as error:
+        raise OSError(f"--coordinator={cluster.coordinator}: cannot listen: {error}") from error
+    with server:
+        server.settimeout(0.5)
+        while missing:
+            try:
+                peer, _ = server.accept()
+                peer.settimeout(5.0)
+                missing.discard(int(peer.recv(16).decode() or -1))
+                arrived.append(peer)
+            except (TimeoutError, ValueError):
+                pass
+            names = ", ".join(map(str, sorted(missing)[:16])) + (" …" if len(missing) > 16 else "")
+            here = f"{cluster.n_processes - len(missing)} of {cluster.n_processes} processes"
+            if missing and time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"only {here} came to {cluster.coordinator}; missing: process {names}. Start"
+                    f" the same command there with --process_id={sorted(missing)[0]}"
+                )
+            if missing and time.monotonic() - last_line > WAIT_LINE_S:
+                last_line = time.monotonic()
+                print(
+                    f"waiting at {cluster.coordinator}: {here} are here, missing: process {names}",
+                    flush=True,
+                )
+    for peer in arrived:
+        peer.sendall(b"go")
+        peer.close()
+
+
+def _report(cluster: Cluster, host: str, port: int, deadline: float) -> None:
+    last_line = time.monotonic()
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5.0) as peer:
+                peer.sendall(str(cluster.process_id).encode())
+                peer.settimeout(max(1.0, deadline - time.monotonic()) + 5.0)
+                if peer.recv(2) == b"go":
+                    return
+        except OSError:
+            pass  # process 0 is not there yet
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"process {cluster.process_id} found no process 0 at {cluster.coordinator}; start"
+                " the same command there with --process_id=0"
+            )
+        if time.monotonic() - last_line > WAIT_LINE_S:
+            last_line = time.monotonic()
+            print(f"process {cluster.process_id} waits for process 0 at {cluster.coordinator}")
+            sys.stdout.flush()
+        time.sleep(0.5)
+
+
+class Watchdog:
+    """Ends the process if nothing moves: a peer that died leaves the others in a collective.
+
+    Use as a context.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._beat = time.monotonic()
+        self._what = "start"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def beat(self, what: str) -> None:
+        """Something moved; `what` begins now."""
+        self._beat, self._what = time.monotonic(), what
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._timeout_s / 4)):
+            waited = time.monotonic() - self._beat
+            if waited > self._timeout_s:
+                print(
+                    f"error: {self._what} has not finished after {waited:.0f} s"
+                    f" (config.train.step_timeout_s={self._timeout_s:g}) in process"
+                    f" {jax.process_index()} of {jax.process_count()}; the run ends here and can"
+                    " be resumed",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(STALLED)  # the main thread is stuck inside a collective

@@ -1,0 +1,209 @@
+"""Loss, perplexity and bits per byte of held-out token files.
+
+A file is scored as one stream. Rows of `seq_len` tokens start `stride` tokens apart and each
+scores only what the row before has not, so that every token is scored exactly once, and with at
+least `seq_len - stride` tokens of context wherever the stream has so many. The first token is
+scored with an EOS in front, where the EOS is known; else it is only context.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from olmo_jax import sharding, step
+from olmo_jax.config import Config
+from olmo_jax.data import tokens as token_files
+from olmo_jax.data.tokenizer import Tokenizer
+
+EvalStep = Callable[[Any, Any], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What a model thinks of a text, as sums and counts."""
+
+    nats: float  # -ln p, summed over the scored tokens
+    n_tokens: int  # scored, the EOS of each document among them
+    n_bytes: int | None  # of text that the scored tokens stand for; None: not known
+
+    @property
+    def ce(self) -> float:
+        """Mean cross-entropy, nats per token."""
+        return self.nats / self.n_tokens
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity per token; infinite where it is too large for a float."""
+        return math.exp(self.ce) if self.ce < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text, comparable across tokenizers; None if bytes are not known."""
+        return self.nats / (self.n_bytes * math.log(2)) if self.n_bytes else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One held-out text as tokens.
+
+    Args:
+      tokens: [n], may be memory-mapped.
+      eos_id: stands before the first token; None: the first token is not scored.
+      document_starts: sorted offsets, the first 0, that attention does not look behind; None: it
+        looks across documents.
+      byte_lengths: bytes of text per id, [vocab_size]; None: not known.
+    """
+
+    tokens: np.ndarray
+    eos_id: int | None = None
+    document_starts: np.ndarray | None = None
+    byte_lengths: np.ndarray | None = None
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: Any,
+    mesh: Mesh,
+    stream: Stream,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    batch_rows: int = 16,
+    max_rows: int | None = None,
+) -> Score:
+    """Score a stream, with one shape of batch (the last one is filled up with weight 0).
+
+    Args:
+      eval_step: `(params, batch) -> {"ce_sum": …}`, from `step.make_eval_step`.
+      params: of the model.
+      mesh: where batches go.
+      stream: what to score.
+      seq_len: tokens per row.
+      stride: tokens that a row scores; None: all of the row.
+      batch_rows: rows per batch, rounded up to what the mesh can split.
+      max_rows: score only so many rows, evenly spaced over the stream; None: all.
+
+    Raises:
+      ValueError: if there is nothing to score, or `stride` is not in [1, seq_len].
+    """
+    stride = seq_len if stride is None else stride
+    if not 1 <= stride <= seq_len:
+        raise ValueError(f"config.eval.stride={stride}: need 1 to seq_len={seq_len}")
+    n_targets = len(stream.tokens) - (stream.eos_id is None)
+    if n_targets < 1:
+        raise ValueError(f"config.eval.paths: {len(stream.tokens)} tokens hold nothing to score")
+    n_rows = 1 + -(-max(0, n_targets - seq_len) // stride)
+    rows = np.arange(n_rows)
+    if max_rows is not None and max_rows < n_rows:
+        rows = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
+    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    batch_rows = -(-batch_rows // ways) * ways
+
+    nats, n_tokens, n_bytes = 0.0, 0, 0
+    for batch in _batches(stream, rows, seq_len, stride, batch_rows):
+        scored = batch["loss_weights"] > 0
+        n_tokens += int(scored.sum())
+        if stream.byte_lengths is not None:
+            n_bytes += int(stream.byte_lengths[batch["targets"][scored]].sum())
+        arrays = sharding.to_global(batch, mesh, batch_rows, np.arange(batch_rows))
+        # Waiting for each batch keeps many virtual CPU devices from starving in a collective.
+        nats += float(eval_step(params, arrays)["ce_sum"])
+    return Score(nats, n_tokens, None if stream.byte_lengths is None else n_bytes)
+
+
+def _batches(
+    stream: Stream, rows: np.ndarray, seq_len: int, stride: int, batch_rows: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches `[batch_rows, seq_len]` of numbered rows of the stream."""
+    tokens, eos_id = stream.tokens, stream.eos_id
+    columns = np.arange(seq_len + 1)[None] - (eos_id is not None)  # -1: the EOS in front
+    for first in range(0, len(rows), batch_rows):
+        chosen = rows[first : first + batch_rows]
+        filled = np.pad(chosen, (0, batch_rows - len(chosen)), mode="edge")[:, None]
+        place = filled * stride + columns  # [batch_rows, seq_len + 1]
+        ids = tokens[np.clip(place, 0, len(tokens) - 1)].astype(np.int32)
+        if eos_id is not None:
+            ids = np.where(place < 0, np.int32(eos_id), ids)
+        scored = (place[:, 1:] < len(tokens)) & (np.arange(batch_rows)[:, None] < len(chosen))
+        scored &= (filled == 0) | (np.arange(seq_len)[None] >= seq_len - stride)
+        batch = {
+            "tokens": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "loss_weights": scored.astype(np.float32),
+        }
+        if (starts := stream.document_starts) is not None:
+            last = starts.searchsorted(place[:, :-1], "right") - 1
+            is_start = starts[last] == place[:, :-1]
+            batch["segment_ids"], batch["positions"] = token_files.segments(is_start)
+        yield batch
+
+
+class Evaluator:
+    """The files of `config.eval.paths`, opened and checked once, scored whenever called."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        """Open the files.
+
+        Raises:
+          FileNotFoundError: if a file is missing.
+          ValueError: if a file is no token file of this model, or two files have one name.
+        """
+        self._config, self._mesh = config, mesh
+        self._eval_step = step.make_eval_step(config, mesh)
+        option, vocab_size = "config.eval.paths", config.model.vocab_size
+        paths = token_files.resolve_paths(config.eval.paths, config.data.root, option=option)
+        dtype = token_files.token_dtype(config.data.dtype, vocab_size)
+        files = token_files.TokenFiles(paths, dtype, option)
+        lengths = _byte_lengths(config)
+        self.streams: dict[str, Stream] = {}
+        for i, path in enumerate(paths):
+            tokens = files.read(i, 0, int(files.lengths[i]))
+            files.check_ids(i, 0, tokens, vocab_size)
+            if Path(path).stem in self.streams:
+                raise ValueError(f"{option}: two files are called {Path(path).stem}")
+            starts = _document_starts(config, path, tokens)
+            self.streams[Path(path).stem] = Stream(tokens, config.data.eos_id, starts, lengths)
+
+    def scores(self, params: Any, max_rows: int | None = None) -> dict[str, Score]:
+        """The score of each file, by the stem of its name; of `max_rows` rows only if given."""
+        e = self._config.eval
+        seq_len = e.seq_len or self._config.data.seq_len
+        options = {"stride": e.stride, "batch_rows": e.batch_rows, "max_rows": max_rows}
+        return {
+            label: evaluate(self._eval_step, params, self._mesh, stream, seq_len=seq_len, **options)
+            for label, stream in self.streams.items()
+        }
+
+    def metrics(self, params: Any, max_rows: int | None = None) -> dict[str, float]:
+        """The scores under OLMo-core's names, with `BPB` beside them where bytes are known."""
+        out = {}
+        for label, score in self.scores(params, max_rows).items():
+            out[f"eval/lm/{label}/CE loss"] = score.ce
+            out[f"eval/lm/{label}/PPL"] = score.ppl
+            if score.bits_per_byte is not None:
+                out[f"eval/lm/{label}/BPB"] = score.bits_per_byte
+        return out
+
+
+def _byte_lengths(config: Config) -> np.ndarray | None:
+    """Bytes per id of the run's tokenizer, 0 for ids that it lacks, `[≥ vocab_size]`."""
+    if config.data.tokenizer is None:
+        return None
+    lengths = Tokenizer(config.data.tokenizer).byte_lengths()
+    return np.pad(lengths, (0, max(0, config.model.vocab_size - len(lengths))))
+
+
+def _document_starts(config: Config, path: str, tokens: np.ndarray) -> np.ndarray | None:
+    """Where documents start, if training masks them; found in the same way."""
+    if config.data.document_mask == "none":
+        return None
+    if config.data.document_mask == "boundaries":
+        ends = token_files.read_boundaries(path, len(tokens))
+    else:
+        ends = np.flatnonzero(tokens == config.data.eos_id) + 1
+    return np.concatenate([[0], ends])

@@ -1,0 +1,158 @@
+"""AdamW with groups, clipping and the guard against bad steps: pure functions over plain trees.
+
+The state mirrors the parameters, so it can take their shardings:
+`{"mu": like params, "nu": like params, "count": int32}`, all moments float32, and for
+skip_step_adamw `"history": {"loss": [skip_window], "grad_norm": [skip_window], "filled": int32}`.
+The learning rate is an argument (`schedules.py`), never a part of the state.
+Source: Decoupled Weight Decay Regularization, arXiv 1711.05101; the guard is OLMo-core's,
+`src/olmo_core/optim/skip_step_optimizer.py`.
+"""
+
+import fnmatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from olmo_jax.config import OptimConfig
+
+Tree = Any  # nested dicts of arrays
+
+
+def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
+    """Which parameters weight decay acts on: a bool for each leaf of `params`.
+
+    Args:
+      params: arrays or shapes; a path is written `layers/attn/q_norm`, `*` also matches `/`.
+    Raises:
+      ValueError: if a glob of `cfg.no_decay` matches nothing.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    for glob in cfg.no_decay:
+        if not fnmatch.filter(names, glob):
+            raise ValueError(
+                f"config.optim.no_decay: {glob!r} matches no parameter; there are"
+                f" {', '.join(names)}"
+            )
+    decayed = [not any(fnmatch.fnmatchcase(name, glob) for glob in cfg.no_decay) for name in names]
+    return structure.unflatten(decayed)
+
+
+def describe_groups(cfg: OptimConfig, params: Tree) -> str:
+    """The decayed and the exempt parameters, one line each; the same for any depth and width."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(cfg, params)):
+        names[decayed].append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return (
+        f"weight decay {cfg.weight_decay:g}: {', '.join(names[True]) or 'nothing'}\n"
+        f"no weight decay: {', '.join(names[False]) or 'nothing'}"
+    )
+
+
+def init(cfg: OptimConfig, params: Tree) -> dict[str, Any]:
+    """The optimizer's state before the first step, see the head of this file."""
+
+    def zeros() -> Tree:
+        return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+
+    state = {"mu": zeros(), "nu": zeros(), "count": jnp.zeros([], jnp.int32)}
+    if cfg.name == "skip_step_adamw":
+        state["history"] = {
+            "loss": jnp.zeros([cfg.skip_window], jnp.float32),
+            "grad_norm": jnp.zeros([cfg.skip_window], jnp.float32),
+            "filled": jnp.zeros([], jnp.int32),
+        }
+    return state
+
+
+def update(
+    cfg: OptimConfig,
+    grads: Tree,
+    opt_state: dict[str, Any],
+    params: Tree,
+    lr: jax.Array | float,
+    max_grad_norm: jax.Array | float,
+    loss: jax.Array,
+    has_tokens: jax.Array | bool,
+) -> tuple[Tree, dict[str, Any], dict[str, jax.Array]]:
+    """One step of the optimizer, or none where the step must not be taken.
+
+    Nothing changes after a step without tokens, with a loss or gradient norm that is not finite,
+    or (skip_step_adamw) with one far above its history; only a finite pair enters that history.
+
+    Args:
+      grads: like params, of the mean loss; float32 or bfloat16.
+      opt_state: from `init`.
+      params: float32.
+      lr: scalar.
+      max_grad_norm: scalar; infinite for no clipping.
+      loss: scalar, of the whole batch.
+      has_tokens: scalar bool; false if the batch has nothing to learn from.
+    Returns: params, opt_state, and metrics by OLMo-core's names: the norm is that before clipping,
+      "optim/step skipped" is 1.0 where nothing changed.
+    """
+    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    loss = jnp.asarray(loss, jnp.float32)
+    valid = jnp.isfinite(loss) & jnp.isfinite(norm) & has_tokens
+    take, history = valid, {}
+    if cfg.name == "skip_step_adamw":
+        old = opt_state["history"]
+        take = valid & _as_expected(cfg, old, loss, norm)
+        history = {"history": _keep(valid, _remember(old, loss, norm), old)}
+
+    clip = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * clip, grads)
+    adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(cfg, params))
+    state = optax.ScaleByAdamState(opt_state["count"], opt_state["mu"], opt_state["nu"])
+    steps, state = adam.update(grads, state)
+    steps, _ = decay.update(steps, decay.init(params), params)
+    # OLMo: before PR#317 the count stayed at zero, so that every step was corrected like the first.
+    count = opt_state["count"] if cfg.freeze_adam_step else state.count
+    new = {"mu": state.mu, "nu": state.nu, "count": count}
+
+    # OLMo: multiplies the step by 0 there, which makes parameters NaN if it is not finite.
+    params = _keep(take, jax.tree.map(lambda p, step: p - lr * step, params, steps), params)
+    new = _keep(take, new, {name: opt_state[name] for name in new})
+    metrics = {
+        "optim/total grad norm": norm,
+        "optim/step skipped": 1.0 - take.astype(jnp.float32),
+    }
+    return params, new | history, metrics
+
+
+def _keep(take: jax.Array, new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda n, o: jnp.where(take, n, o), new, old)
+
+
+def _as_expected(
+    cfg: OptimConfig, history: dict[str, jax.Array], loss: jax.Array, norm: jax.Array
+) -> jax.Array:
+    """Whether neither value is far above the earlier ones, outliers among them included."""
+    n = jnp.minimum(history["filled"], cfg.skip_window)
+    ok = _within(cfg, history["loss"], n, loss)
+    if cfg.max_grad_norm is not None:  # OLMo: has the norm only where it clips
+        ok &= _within(cfg, history["grad_norm"], n, norm)
+    return ok | (n + 1 < max(2, cfg.skip_window // 2))
+
+
+def _within(cfg: OptimConfig, values: jax.Array, n: jax.Array, value: jax.Array) -> jax.Array:
+    """Whether `value` is at most skip_sigma deviations above the mean of the first n `values`."""
+    kept = jnp.arange(cfg.skip_window) < n
+    mean = jnp.sum(values, where=kept) / n
+    variance = jnp.sum(jnp.square(values - mean), where=kept) / (n - 1)
+    return value - mean <= cfg.skip_sigma * jnp.sqrt(variance)
+
+
+def _remember(
+    history: dict[str, jax.Array], loss: jax.Array, norm: jax.Array
+) -> dict[str, jax.Array]:
+    """The history with one more pair, in place of the oldest; only mean and deviation matter."""
+    at = history["filled"] % history["loss"].shape[0]
+    return {
+        "loss": history["loss"].at[at].set(loss),
+        "grad_norm": history["grad_norm"].at[at].set(norm),
+        "filled": history["filled"] + 1,
+    }

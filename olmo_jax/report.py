@@ -1,0 +1,83 @@
+"""What a run will be, in words: the answer of `--dry_run`, from shapes and formulas alone."""
+
+import dataclasses
+from typing import Any
+
+from olmo_jax import flops
+from olmo_jax.config import Config
+from olmo_jax.validate import batch_stages, mesh_shape
+
+GIB = 2**30
+
+
+def describe(config: Config, n_devices: int) -> str:
+    """The resolved config, parameters, FLOPs, mesh and memory of the state, as text.
+
+    Args:
+      config: validated.
+      n_devices: devices of the run; they need not be here.
+    """
+    model, shape = config.model, mesh_shape(config.mesh, n_devices)
+    counts = flops.n_params(model)
+    state = flops.state_bytes(model, shape, config.compute.grad_dtype)
+    seq = config.data.seq_len
+    ways = shape["data"] * shape["fsdp"] * shape["expert"]
+    lines = [*_options(config), ""]
+    lines += [
+        f"parameters        {counts.total:,} ({counts.non_embedding:,} non-embedding,"
+        f" {counts.core:,} without the head too)",
+        f"FLOPs per token   {flops.flops_per_token(model, seq):.6e} at {seq:,} tokens"
+        f" ({flops.flops_per_token_core2(model, seq):.6e} as OLMo-core 2 counts)",
+        f"layers            {_kinds(model.layer_kinds, model.window)}",
+        f"mesh              {n_devices} devices: "
+        + " x ".join(f"{axis} {n}" for axis, n in shape.items()),
+    ]
+    for start, size in batch_stages(config.data):
+        rows = size // seq
+        lines.append(
+            f"batch             {size:,} tokens = {rows:,} rows of {seq:,}, "
+            f"{rows / ways / config.compute.accumulate:g} rows per device and micro-batch,"
+            f" {config.compute.accumulate} micro-batch(es), from token {start:,}"
+        )
+    lines += [
+        f"state per device  {state.total / GIB:.2f} GiB: parameters {state.params / GIB:.2f},"
+        f" moments {state.moments / GIB:.2f}, gradients {state.gradients / GIB:.2f};"
+        " activations come on top",
+        f"checkpoint        {counts.total * 12 / GIB:.2f} GiB each",
+        *(f"optimizer         {line}" for line in _groups(config)),
+    ]
+    return "\n".join(lines)
+
+
+def _options(config: Any, path: str = "config") -> list[str]:
+    lines = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            lines += _options(value, f"{path}.{f.name}")
+        else:
+            lines.append(f"{path}.{f.name} = {value!r}")
+    return lines
+
+
+def _kinds(kinds: tuple[str, ...], window: int | None) -> str:
+    full = kinds.count("full")
+    if full == len(kinds):
+        return f"{full} full"
+    return f"{len(kinds) - full} sliding (window {window:,}), {full} full"
+
+
+def _groups(config: Config) -> list[str]:
+    # The optimizer needs JAX; a config error has been answered before this import.
+    import jax
+
+    from olmo_jax import optim
+
+    tree: dict[str, Any] = {}
+    for path, dims in flops.weights(config.model).items():
+        node = tree
+        *folders, leaf = path.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = jax.ShapeDtypeStruct(tuple(n for n, _ in dims), "float32")
+    return optim.describe_groups(config.optim, tree).splitlines()

@@ -1,0 +1,354 @@
+"""Arrays on disk: one checkpoint is one folder, which plain Orbax restores too.
+
+    step10/
+      params.embed/zarr.json, c/0/0 …  one zarr3 array per leaf, a checksum behind every chunk
+      _METADATA                        Orbax's list of the leaves, with shapes and dtypes
+      meta.json                        what the caller adds: config, position in the data, …
+      tokenizer.json                   and other files that were asked for
+      commit_success.txt               written last: a folder without it is no checkpoint
+
+Each chunk belongs to one device's shard and lies within one layer, so every file has one writer,
+layers can be converted one at a time, and any mesh reads only what it needs. Chunks are not
+compressed: random mantissas gain 7 %. Orbax's own writer cannot put a checksum on values and holds
+whole leaves in memory; its layout is kept, its code is needed only by the tests that restore it.
+"""
+
+import collections
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+CHUNK_BYTES = 64 << 20  # largest chunk
+IN_FLIGHT_BYTES = 128 << 20  # given to TensorStore and not yet on disk
+MARKER = "commit_success.txt"
+FORMAT = 1
+
+Path = epath.Path
+Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
+
+
+def path(name: str | os.PathLike) -> Path:
+    """The path of a local folder (made absolute) or of a `gs://` one."""
+    text = os.fspath(name)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def names(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by name, such as `params/layers/attn/wq`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder is a checkpoint whose save came to its end."""
+    return (folder / MARKER).exists()
+
+
+def kind(folder: Path) -> str:
+    """The kind that the checkpoint was saved as."""
+    return _marker(folder)["kind"]
+
+
+def read(folder: Path, name: str) -> bytes:
+    """A small file of a checkpoint, after a look at its digest.
+
+    Raises:
+      FileNotFoundError: if the checkpoint is incomplete or has no such file.
+      ValueError: if the file is not what was written.
+    """
+    digests = _marker(folder)["sha256"]
+    if name not in digests:
+        raise FileNotFoundError(f"{folder}: this checkpoint has no {name}")
+    data = (folder / name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != digests[name]:
+        raise ValueError(f"{folder / name} is damaged: it is not what was saved")
+    return data
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta` that was saved with the arrays."""
+    return json.loads(read(folder, "meta.json"))
+
+
+def tree_of(folder: Path) -> Leaves:
+    """Shapes and dtypes of all leaves by name, without reading them."""
+    stored = json.loads(read(folder, "_METADATA"))["custom_metadata"]["leaves"]
+    return {
+        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        for name, (shape, dtype) in stored.items()
+    }
+
+
+def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = False) -> Any:
+    """Read a checkpoint onto the shardings of `abstract`; each process reads only its own part.
+
+    Args:
+      folder: a complete checkpoint.
+      abstract: a tree of `jax.ShapeDtypeStruct`; leaves without a sharding become NumPy arrays.
+      partial: leave unread the top-level parts (`opt_state`, …) that `abstract` does not have.
+      cast: convert to the dtypes of `abstract`; otherwise another dtype is refused.
+    Returns: the tree of `abstract`, filled.
+    Raises:
+      FileNotFoundError: if the folder is no complete checkpoint.
+      ValueError: if the trees differ, with every leaf that does; or if a leaf is damaged.
+    """
+    stored, wanted = tree_of(folder), names(abstract)
+    if partial:
+        parts = {name.split("/")[0] for name in wanted}
+        stored = {name: leaf for name, leaf in stored.items() if name.split("/")[0] in parts}
+    problems = _differences(stored, wanted, cast)
+    if problems:
+        raise ValueError(f"{folder} does not fit: " + "; ".join(problems))
+    filled = [_read_leaf(folder, name, stored[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), filled)
+
+
+def _marker(folder: Path) -> dict[str, Any]:
+    if not is_complete(folder):
+        raise FileNotFoundError(f"{folder}: no complete checkpoint here ({MARKER} is missing)")
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+        known = marker["format"] <= FORMAT
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / MARKER} is damaged, or not written by olmo_jax") from None
+    if not known:
+        raise ValueError(f"{folder}: format {marker['format']}; this version reads up to {FORMAT}")
+    return marker
+
+
+def _differences(stored: Leaves, wanted: Mapping[str, Any], cast: bool) -> list[str]:
+    problems = [f"missing leaf {name}" for name in wanted if name not in stored]
+    problems += [f"extra leaf {name}" for name in stored if name not in wanted]
+    for name in wanted.keys() & stored.keys():
+        found, need = stored[name], wanted[name]
+        if found.shape != tuple(need.shape):
+            problems.append(f"{name} has shape {found.shape}, need {tuple(need.shape)}")
+        if found.dtype != need.dtype and not cast:
+            problems.append(f"{name} is {found.dtype}, need {need.dtype}")
+    return problems
+
+
+def _read_leaf(
+    folder: Path, name: str, stored: jax.ShapeDtypeStruct, leaf: Any
+) -> jax.Array | np.ndarray:
+    blocks: dict[Any, np.ndarray] = {}  # replicas on this process share one read
+
+    def block(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in blocks:
+            blocks[key] = np.asarray(array[index].read().result()).astype(leaf.dtype, copy=False)
+        return blocks[key]
+
+    try:
+        array = ts.open(_spec(folder, name), open=True, read=True).result()
+        if array.shape != stored.shape or array.dtype.numpy_dtype != stored.dtype:
+            raise ValueError(f"{array.shape} {array.dtype.name} is not what was saved")
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None:
+            return block((slice(None),) * len(stored.shape))
+        return jax.make_array_from_callback(stored.shape, sharding, block, dtype=leaf.dtype)
+    except ValueError as error:
+        raise ValueError(f"{folder}: leaf {name} is damaged: {cause(error)}") from None
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def chunk_shape(name: str, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The chunk of a leaf: within one shard, one layer and CHUNK_BYTES, dividing the shard evenly.
+
+    Args:
+      name: of the leaf; under `layers/` its first dimension counts layers.
+      leaf: its shape, dtype and, where it has one, sharding.
+    """
+    sharding = getattr(leaf, "sharding", None)
+    chunk = list(sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape)
+    if chunk and "layers" in name.split("/"):
+        chunk[0] = 1
+    for axis, size in enumerate(chunk):
+        rest = math.prod(chunk) // max(size, 1) * leaf.dtype.itemsize
+        fits = (n for n in range(size, 1, -1) if size % n == 0 and n * rest <= CHUNK_BYTES)
+        chunk[axis] = next(fits, 1)
+    return tuple(chunk)
+
+
+class Writer:
+    """Writes one checkpoint, slice by slice: what is held in memory is what is under way.
+
+    ```
+    writer = Writer(path(DST), leaves)
+    for layer in range(n_layers):
+        writer.write("params/layers/attn/wq", (layer, 0, 0, 0), block)  # [1, d_model, …]
+    writer.commit(meta)
+    ```
+    """
+
+    def __init__(self, folder: Path, leaves: Leaves, *, create: bool = True):
+        """Lay out the arrays.
+
+        Args:
+          folder: new or empty.
+          leaves: shape and dtype of each leaf by name; chunks follow a sharding if it has one.
+          create: False opens what another process has laid out.
+        Raises:
+          FileExistsError: if there is something in the folder.
+        """
+        self.folder = folder
+        self._leaves = leaves
+        if create:
+            if folder.exists() and any(folder.iterdir()):
+                raise FileExistsError(f"{folder} is there already and is not overwritten")
+            folder.mkdir(parents=True, exist_ok=True)
+        opening = {
+            name: ts.open(_spec(folder, name, leaf), create=create, open=not create)
+            for name, leaf in leaves.items()
+        }
+        self._arrays = {name: future.result() for name, future in opening.items()}
+        self._pending: collections.deque[tuple[Any, int]] = collections.deque()
+        self._bytes = 0
+
+    def write(self, name: str, start: Sequence[int], block: np.ndarray) -> None:
+        """Write a part of a leaf: whole chunks, each once; `block` must stay as it is.
+
+        Args:
+          name: of the leaf.
+          start: index of the part's first element.
+          block: its values, of the leaf's dtype.
+        """
+        need = self._leaves[name].dtype
+        if block.dtype != need:
+            raise ValueError(f"{self.folder}: {name} is {need}, found {block.dtype}")
+        index = tuple(slice(i, i + n) for i, n in zip(start, block.shape, strict=True))
+        future = self._arrays[name][index].write(block, can_reference_source_data_indefinitely=True)
+        self._pending.append((future, block.nbytes))
+        self._bytes += block.nbytes
+        while self._bytes > IN_FLIGHT_BYTES:
+            self._wait_for_one()
+
+    def wait(self) -> None:
+        """Wait until all that was given is on disk."""
+        while self._pending:
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        future, n_bytes = self._pending.popleft()
+        self._bytes -= n_bytes
+        future.result()
+
+    def commit(
+        self,
+        meta: Mapping[str, Any],
+        *,
+        kind: str = "permanent",
+        files: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make the folder a checkpoint, after everything was written.
+
+        Args:
+          meta: what JSON can hold.
+          kind: kept for the one who decides what to delete.
+          files: paths of files to copy into the checkpoint, by their names there.
+        """
+        self.wait()
+        texts = {name: path(source).read_bytes() for name, source in (files or {}).items()}
+        texts["meta.json"] = json.dumps(meta, indent=1).encode()
+        texts["_METADATA"] = json.dumps(_orbax_metadata(self._leaves)).encode()
+        for name, data in texts.items():
+            _write(self.folder, name, data)
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()}
+        _write_marker(self.folder, {"format": FORMAT, "kind": kind, "sha256": digests})
+
+
+def set_kind(folder: Path, kind: str) -> None:
+    """Change the kind of a complete checkpoint."""
+    _write_marker(folder, {**_marker(folder), "kind": kind})
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, complete or not: first the marker, so that no half of it counts."""
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmtree(missing_ok=True)
+
+
+# --- Orbax's layout -------------------------------------------------------------------------------
+
+
+def _kvstore(folder: Path) -> dict[str, Any]:
+    """TensorStore's description of a folder."""
+    text = os.fspath(folder)
+    if text.startswith("gs://"):
+        bucket, _, prefix = text.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
+    # Each file has one writer, so no locks, which some cluster file systems refuse.
+    return {"driver": "file", "path": f"{text}/", "file_io_locking": {"mode": "none"}}
+
+
+def _spec(folder: Path, name: str, leaf: jax.ShapeDtypeStruct | None = None) -> dict[str, Any]:
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore(folder / name.replace("/", ".")),
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
+    }
+    if leaf is not None:
+        grid = {"chunk_shape": chunk_shape(name, leaf)}
+        spec["metadata"] = {
+            "shape": leaf.shape,
+            "data_type": leaf.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": grid},
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+        }
+    return spec
+
+
+def _orbax_metadata(leaves: Leaves) -> dict[str, Any]:
+    """Orbax's `_METADATA`; `np.ndarray` lets it restore without the mesh of the writer."""
+    tree = {}
+    for name, leaf in leaves.items():
+        keys = tuple(name.split("/"))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": k, "key_type": 1 if k.isdigit() else 2} for k in keys],
+            "value_metadata": {
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": chunk_shape(name, leaf),
+            },
+        }
+    ours = {name: (leaf.shape, leaf.dtype.name) for name, leaf in leaves.items()}
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": {"leaves": ours},
+    }
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, and survives a power cut."""
+    ts.KvStore.open(_kvstore(folder)).result().write(name, data).result()
+
+
+def _write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
+    _write(folder, MARKER, json.dumps(marker).encode())
+
+
+def cause(error: BaseException) -> str:
+    """One line, without TensorStore's description of itself."""
+    text = str(error) or type(error).__name__
+    return text.split(" [tensorstore_spec=")[0].splitlines()[0]

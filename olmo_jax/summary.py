@@ -1,0 +1,178 @@
+"""What came out of a run, for people: its curves in one picture."""
+
+import io
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from olmo_jax import records
+
+COLORS = ("#2f6db5", "#d9722e", "#3a9a5b", "#b5423f", "#7d5ba6", "#8a6d3b", "#c45a9a", "#5f6b76")
+HELD_OUT_MARKERS = "os^Dv"
+MAX_POINTS = 300  # per curve; of more, groups are drawn as their mean and, pale, their range
+LOSS, LR, NORM, SPEED = (
+    "train/CE loss",
+    "optim/LR (group 0)",
+    "optim/total grad norm",
+    "throughput/device/TPS",
+)
+TITLES = {
+    LOSS: "loss, nats per token",
+    LR: "learning rate",
+    NORM: "gradient norm",
+    SPEED: "tokens per second and device",
+}
+Steps = dict[int, dict[str, float]]
+
+
+def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
+    """Draw loss (held-out too), learning rate, gradient norm and speed of runs into one picture.
+
+    A step has one value, that of the newest timeline, however often a run was resumed.
+
+    Args:
+      run_dirs: folders of runs, as strings or path objects.
+      out: the picture, a file whose ending says the format.
+      x: "tokens" or "steps".
+
+    Raises:
+      FileNotFoundError: if a folder has no records.
+      ValueError: if they hold no training step.
+    """
+    from matplotlib.figure import Figure  # half a second, which training should not pay
+
+    out = pathlib.Path(out) if isinstance(out, str) else out
+    runs = dict(zip(_names(run_dirs), map(_load, run_dirs), strict=True))
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    panels = dict(zip(TITLES, figure.subplots(2, 2).flat, strict=True))
+    for i, (name, steps) in enumerate(runs.items()):
+        color = COLORS[i % len(COLORS)]
+        for metric, axes in panels.items():
+            _curve(axes, *_points(steps, metric, x), color, name)
+        _held_out(panels[LOSS], steps, x, color, is_alone=len(runs) == 1)
+    for metric, axes in panels.items():
+        _finish(axes, metric, x)
+    _limit_loss(panels[LOSS], [_points(steps, LOSS, x)[1] for steps in runs.values()])
+    if len(runs) == 1:
+        figure.suptitle(next(iter(runs)), fontsize=14, fontweight="bold")
+    else:
+        lines = [line for line in panels[LOSS].lines if line.get_label() in runs]
+        figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=out.suffix[1:] or "png", dpi=120)
+    out.write_bytes(picture.getvalue())
+
+
+def _names(run_dirs: list[Any]) -> list[str]:
+    """The folders' own names, or as much of their paths as tells them apart."""
+    paths = [os.path.abspath(os.fspath(d)).split(os.sep) for d in run_dirs]
+    for n in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-n:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("a run is named twice")
+
+
+def _load(run_dir: Any) -> Steps:
+    if "://" in os.fspath(run_dir):
+        from olmo_jax import storage
+
+        run_dir = storage.path(run_dir)
+    steps = records.read(run_dir)
+    if not any(LOSS in values for values in steps.values()):
+        raise ValueError(f"{run_dir}/{records.NAME}: no training step yet")
+    return steps
+
+
+def _points(steps: Steps, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and values `[n]` of a metric, where it is finite."""
+    points = [
+        (values["tokens"] if x == "tokens" else step, values[metric])
+        for step, values in steps.items()
+        if math.isfinite(values.get(metric, math.nan))
+    ]
+    at, values = np.array(points, float).reshape(-1, 2).T
+    return at, values
+
+
+def _curve(axes: Any, at: np.ndarray, values: np.ndarray, color: str, name: str) -> None:
+    size = max(1, len(values) // MAX_POINTS)
+    starts = np.arange(0, len(values), size)
+    if size > 1:
+        low, high = (f.reduceat(values, starts) for f in (np.minimum, np.maximum))
+        counts = np.diff(starts, append=len(values))
+        at, values = (np.add.reduceat(y, starts) / counts for y in (at, values))
+        axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(at, values, color=color, linewidth=1.6, label=name, marker="." * (len(at) == 1))
+
+
+def _held_out(axes: Any, steps: Steps, x: str, color: str, is_alone: bool) -> None:
+    """Held-out losses: their own colours beside one run, else dashes in the run's."""
+    metrics = dict.fromkeys(
+        name
+        for values in steps.values()
+        for name in values
+        if name.startswith("eval/lm/") and name.endswith("/CE loss")
+    )
+    for i, metric in enumerate(metrics):
+        axes.plot(
+            *_points(steps, metric, x),
+            color=COLORS[(i + 1) % len(COLORS)] if is_alone else color,
+            linestyle="--",
+            linewidth=1.2,
+            marker=HELD_OUT_MARKERS[i % len(HELD_OUT_MARKERS)],
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            label=f"held out: {metric.split('/')[2]}",
+        )
+
+
+def _limit_loss(axes: Any, curves: list[np.ndarray]) -> None:
+    """Give the room to the part of the curves that is worth seeing, not to the first fall."""
+    tops = [values[len(values) // 20 :].max() for values in curves]
+    low, high = min(values.min() for values in curves), max(tops)
+    low = min([low, *(line.get_ydata().min() for line in axes.lines if len(line.get_ydata()))])
+    margin = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def _finish(axes: Any, metric: str, x: str) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_title(TITLES[metric], loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.7")
+    axes.tick_params(color="0.7")
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    if not len(values):
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color="0.5")
+        return
+    if metric == LR:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    if metric in (LR, SPEED):
+        axes.set_ylim(bottom=0)
+    if metric == SPEED:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if metric == NORM and values.min() > 0 and values.max() > 20 * values.min():
+        axes.set_yscale("log")
+    if metric == LOSS:
+        handles, labels = axes.get_legend_handles_labels()
+        held_out = {la: h for h, la in zip(handles, labels, strict=True) if la[:9] == "held out:"}
+        if held_out:
+            axes.legend(held_out.values(), held_out.keys(), frameon=False, loc="upper right")
+
+
+# --- the written summary --------------------------------------------------------------------------
+
+
+def is_written(d): return False
+def write(*a): pass

@@ -1,0 +1,118 @@
+"""Train a model: `python -m olmo_jax.train --config=configs/quickstart.py`."""
+
+import os
+import sys
+import traceback
+
+from olmo_jax.config import Config, ConfigError, load
+from olmo_jax.validate import validate
+
+USAGE = """\
+Train an OLMo model, or go on with a run that was stopped.
+
+  python -m olmo_jax.train --config=FILE [--config.PART.OPTION=VALUE ...]
+
+  --config=FILE             a Python file with get_config(); see configs/
+  --config.optim.lr=1e-4    change one option; `none` switches an optional one off,
+                            a list is written a,b,c
+  --dry_run                 print the whole config, parameters, FLOPs, mesh and memory, and stop
+  --n_devices=N             for --dry_run: devices of the run that is planned
+  --coordinator=HOST:PORT   several processes without TPU pod or SLURM: where process 0 listens,
+  --n_processes=N           how many there are,
+  --process_id=I            and which one this is
+  --connect_timeout=S       seconds to wait for the other processes (300)
+  --debug                   show where in the code an error arose
+
+Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: start it again.
+"""
+VALUES = ("n_devices", "coordinator", "n_processes", "process_id", "connect_timeout")
+SWITCHES = ("dry_run", "debug")
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    try:
+        flags, overrides = parse(argv)
+        config = load(flags.pop("config"), overrides)
+        if "dry_run" in flags:
+            return _dry_run(config, flags)
+        return _train(config, flags)
+    except ConfigError as error:
+        _fail(argv, *error.problems)
+        return 2
+    except (ValueError, OSError) as error:
+        _fail(argv, str(error) or type(error).__name__)
+        return 1
+
+
+def _fail(argv: list[str], *lines: str) -> None:
+    if "--debug" in argv:
+        traceback.print_exc()
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+
+
+def parse(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Flags by name, and overrides of config options by dotted path.
+
+    Raises:
+      ConfigError: with every argument that makes no sense.
+    """
+    flags, overrides, problems = {}, {}, []
+    for argument in argv:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            problems.append(f"{argument}: options begin with --, see --help")
+        elif name in SWITCHES and value.lower() in ("", "true"):
+            flags[name] = "true"
+        elif "=" not in argument:
+            problems.append(f"{argument}: needs a value, as in {argument}=…; see --help")
+        elif name == "config" or name in VALUES:
+            flags[name] = value
+        elif name.startswith("config."):
+            overrides[name.removeprefix("config.")] = value
+        else:
+            problems.append(f"{argument}: there is no such flag; see --help")
+    problems += [
+        f"--{name}={flags[name]}: need a whole number"
+        for name in ("n_devices", "connect_timeout")
+        if name in flags and not flags[name].isdigit()
+    ]
+    if "config" not in flags:
+        problems.append("--config=FILE is missing; see configs/, and --help")
+    if problems:
+        raise ConfigError(problems)
+    return flags, overrides
+
+
+def _dry_run(config: Config, flags: dict[str, str]) -> int:
+    fixed = [n for n in vars(config.mesh).values() if n > 0]
+    n_devices = int(flags.get("n_devices", 0))
+    for n in fixed if not n_devices else ():
+        n_devices = max(n_devices, 1) * n
+    n_devices = n_devices or 1
+    validate(config, n_devices)
+    from olmo_jax import report
+
+    print(report.describe(config, n_devices))
+    return 0
+
+
+def _train(config: Config, flags: dict[str, str]) -> int:
+    if config.compute.deterministic:  # has to be set before JAX meets its devices
+        os.environ["XLA_FLAGS"] = (
+            os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+        )
+    # JAX takes a second to import: errors above this line answer at once.
+    from olmo_jax import distributed, loop
+
+    cluster = distributed.find_cluster(flags, os.environ)
+    distributed.start(cluster, float(flags.get("connect_timeout", 300)))
+    return loop.train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

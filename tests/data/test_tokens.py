@@ -1,0 +1,321 @@
+import csv
+import gzip
+import json
+import resource
+
+import numpy as np
+import pytest
+
+from olmo_jax.data import tokens
+from olmo_jax.data.tokens import Boundaries, Instances, TokenFiles
+
+U16 = np.dtype("<u2")
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    return json.loads((shared / "golden/data_order.json").read_text())
+
+
+def write(folder, dtype=np.uint16, **files):
+    """Token files `name.npy` in `folder`, as their makers write them."""
+    for name, ids in files.items():
+        np.asarray(ids, dtype).tofile(folder / f"{name}.npy")
+    return [str(folder / f"{name}.npy") for name in files]
+
+
+def lengths_of(segment_ids):
+    return [np.bincount(row).tolist() for row in segment_ids]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_the_source_permutation_is_that_of_olmo_core(golden, tmp_path):
+    for case in golden["source_permutation"]:
+        names = write(tmp_path, **{f"p{i:02}": [1] for i in range(case["n"])})
+        found = tokens.resolve_paths(names, permutation_seed=case["seed"])
+        assert found == [names[i] for i in case["order"]]
+
+
+def test_globs_are_sorted_in_place_and_leave_side_files_out(tmp_path):
+    write(tmp_path, b=[1], a=[1], z=[1])
+    (tmp_path / "a.csv.gz").touch()
+    (tmp_path / "part[0].npy").write_bytes(b"\1\0")
+    paths = ["z.npy", "[ab].*", "part[0].npy", str(tmp_path / "b.npy")]
+    found = tokens.resolve_paths(paths, root=str(tmp_path))
+    names = ["z.npy", "a.npy", "b.npy", "part[0].npy", "b.npy"]
+    assert found == [str(tmp_path / name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none.npy", r"config\.data\.paths: no such token file: .*none\.npy"),
+        ("none*.npy", r"config\.data\.paths: no token file matches .*none\*\.npy"),
+        (".", r"config\.data\.paths: no such token file"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path, path, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        tokens.resolve_paths([path], root=str(tmp_path))
+
+
+def test_no_files_are_refused():
+    with pytest.raises(ValueError, match=r"config\.data\.paths: no token files"):
+        TokenFiles([], U16)
+
+
+def test_a_remote_file_is_refused():
+    with pytest.raises(ValueError, match=r"config\.data\.paths: gs://b/a\.npy is remote"):
+        tokens.resolve_paths(["a.npy"], root="gs://b")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"config\.data\.paths: .*a\.npy is empty"),
+        (b"\0" * 7, r"a\.npy has 7 bytes, no multiple of the 2 of uint16.*config\.data\.dtype"),
+        (b"\x93NUMPY\1\0" * 16, r"a\.npy has a NumPy header; need the bare array"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_fault(tmp_path, content, message):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        TokenFiles([str(tmp_path / "a.npy")], U16)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "name"),
+    [(200, "uint8"), (256, "uint8"), (257, "uint16"), (50_280, "uint16"), (65_536, "uint16"),
+     (65_537, "uint32"), (100_278, "uint32")],
+)  # fmt: skip
+def test_the_type_of_tokens_is_the_smallest_that_holds_the_vocabulary(vocab_size, name):
+    assert tokens.token_dtype(None, vocab_size) == np.dtype(name)
+    assert tokens.token_dtype("uint32", vocab_size) == np.uint32
+
+
+def test_the_fingerprint_is_that_of_olmo_core(golden, tmp_path):
+    case = golden["core_fsl_toy"]
+    files = TokenFiles(write(tmp_path, a=case["files"]["a.npy"], b=case["files"]["b.npy"]), U16)
+    found = tokens.fingerprint(files, case["vocab_size"], case["eos_token_id"], pad_id=1)
+    assert found == case["fingerprint"]
+
+
+def test_a_wrong_type_is_told_at_start_by_file_offset_and_id(tmp_path):
+    (path,) = write(tmp_path, np.uint32, a=[5, 6, 70_000, 7])
+    tokens.check(TokenFiles([path], np.dtype("<u4")), 100_000)
+    with pytest.raises(ValueError, match=r"a\.npy has id 4464 at token 4.*config\.data\.dtype"):
+        tokens.check(TokenFiles([path], U16), 100)
+
+
+def test_a_type_that_is_too_narrow_is_told_at_start_though_all_ids_are_valid(tmp_path):
+    (path,) = write(tmp_path, np.uint32, a=np.arange(1, 100))
+    with pytest.raises(ValueError, match=r"a\.npy every second id is 0.*config\.data\.dtype"):
+        tokens.check(TokenFiles([path], U16), 50_280)
+
+
+def test_the_sample_takes_the_beginning_the_middle_and_the_end_of_each_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "SAMPLE_BYTES", 20)
+    paths = write(tmp_path, a=np.arange(30), b=np.arange(101))
+    found = [(f, start, len(ids)) for f, start, ids in TokenFiles(paths, U16).samples()]
+    assert found == [(0, 0, 30), (1, 0, 10), (1, 45, 10), (1, 91, 10)]
+
+
+def test_an_eos_that_never_occurs_is_told_with_both_options(tmp_path):
+    files = TokenFiles(write(tmp_path, a=[1, 2, 3], b=[4, 9]), U16)
+    tokens.check(files, 10, eos_id=9)
+    message = r"config\.data\.eos_id=0 never occurs in the 5 .*config\.data\.document_mask=eos"
+    with pytest.raises(ValueError, match=message):
+        tokens.check(files, 10, eos_id=0)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["legacy_memmap_toy", "core_fsl_toy"])
+def test_instances_and_their_documents_are_those_of_olmo(golden, tmp_path, name):
+    case = golden[name]
+    files = TokenFiles(write(tmp_path, a=case["files"]["a.npy"], b=case["files"]["b.npy"]), U16)
+    rows = Instances(files, seq_len=4)
+    assert len(rows) == len(case["instances"]) == case["offsets"][-1][1]
+    assert [rows.locate(first) for first, _ in case["offsets"]] == [(0, 0), (1, 0)]
+    found = rows.read(np.arange(6, dtype=np.uint32), 32_000)
+    assert found.dtype == np.int32
+    assert found.tolist() == case["instances"]
+    segment_ids, _ = tokens.segments(tokens.starts_after(found, case["eos_token_id"]))
+    assert lengths_of(segment_ids) == case["doc_lens"]
+
+
+def test_files_shorter_than_a_row_and_remainders_are_left_out(tmp_path):
+    rows = Instances(TokenFiles(write(tmp_path, a=[1] * 3, b=[2] * 9, c=[3] * 4), U16), 4)
+    assert rows.read(np.array([0, 1, 2]), 10)[:, 0].tolist() == [2, 2, 3]
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        rows.locate(3)
+
+
+def test_a_target_length_drops_the_remainder_in_its_own_multiples(tmp_path):
+    files = TokenFiles(write(tmp_path, a=np.arange(23), b=np.arange(17)), U16)
+    assert len(Instances(files, 2)) == 11 + 8
+    assert len(Instances(files, 2, 8)) == 8 + 8
+    assert Instances(files, 2, 8).locate(8) == (1, 0)
+
+
+def test_tokens_beyond_two_to_the_31st_are_found_with_little_memory(tmp_path):  # P21
+    first, known = 2**31 + 1024, np.arange(1000, 1064, dtype=np.uint16)
+    path = tmp_path / "big.npy"
+    with path.open("wb") as file:
+        file.truncate(2 * (2**31 + 4096))  # sparse
+        file.seek(2 * first)
+        known.tofile(file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    files = TokenFiles([str(path)], U16)
+    tokens.check(files, 65_536)
+    rows = Instances(files, 64)
+    assert len(rows) == 2**25 + 64
+    row = np.uint32(first // 64)
+    assert rows.locate(row) == (0, first)
+    np.testing.assert_array_equal(rows.read(np.array([row]), 65_536)[0], known)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 1024  # KiB
+    with pytest.raises(ValueError, match=rf"big\.npy has id 1000 at token {first}, need"):
+        rows.read(np.array([row]), 1000)
+
+
+def test_labels_are_those_of_olmo(golden):
+    case = golden["labels_doclens"]
+    ids = np.array(case["input_ids"], np.int32)
+    for mask, labels in (
+        (None, "labels"),
+        (np.array(case["label_mask"], bool), "labels_with_mask"),
+    ):
+        targets, weights = tokens.next_tokens(ids, mask)
+        assert np.where(weights > 0, targets, -100).tolist() == case[labels]
+        assert (targets.dtype, weights.dtype) == (np.int32, np.float32)
+        assert targets[:, -1].tolist() == [0]
+    segment_ids, positions = tokens.segments(tokens.starts_after(ids, case["eos"]))
+    assert lengths_of(segment_ids) == [case["doc_lens"]]
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+
+
+def test_documents_of_the_toy_file_are_those_of_olmo(golden):
+    case = golden["toy_docs"]
+    segment_ids, _ = tokens.segments(tokens.starts_after(np.array([case["d1"]]), 0))
+    assert lengths_of(segment_ids) == [case["doc_lens"]["d1"]]
+
+
+def test_repetitions_are_those_of_olmo(golden):
+    for case in golden["repetition_filter"]:
+        ids = np.array([case["ids"]])
+        found = {p: int(tokens.repeats(ids, p)[0]) for p in range(1, len(case["ids"]) + 2)}
+        known = {p: times for _, _, p, times in case["matches_start_end_period_times"]}
+        assert {p: times for p, times in found.items() if times >= 3} == known
+
+
+def test_repetitions_equal_a_count_by_hand():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 2, (60, 40))
+    for period in (1, 2, 3, 5):
+        best = []
+        for row in rows.tolist():
+            lengths = [0]
+            for j in range(period, len(row)):
+                lengths.append(lengths[-1] + 1 if row[j] == row[j - period] else 0)
+            best.append((max(lengths) + period) // period)
+        assert tokens.repeats(rows, period).tolist() == best
+
+
+def test_the_filter_masks_a_row_from_the_set_number_of_repetitions_on():
+    rows = np.arange(5 * 512).reshape(5, 512)
+    rows[1, 100:132] = 7  # 32 times one token
+    rows[2, 100:131] = 7
+    rows[3, : 13 * 32] = np.tile(np.arange(13), 32)
+    rows[4, : 14 * 32] = np.tile(np.arange(14), 32)  # of a period that is not looked at
+    assert tokens.is_repetitive(rows, 13, 32).tolist() == [False, True, False, True, False]
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+def test_written_documents_come_back_with_their_side_file(tmp_path):
+    path = tmp_path / "x.npy"
+    documents = [[1, 2, 0], [], np.array([3, 0]), [4, 5, 6, 0]]
+    assert tokens.write_documents(path, documents, "uint16", ["a,b.py", "c", 'd"', "é"]) == 9
+    assert np.fromfile(path, "<u2").tolist() == [1, 2, 0, 3, 0, 4, 5, 6, 0]
+    with gzip.open(tmp_path / "x.csv.gz", "rt", encoding="utf-8", newline="") as file:
+        lines = list(csv.reader(file))
+    assert [line[:3] for line in lines] == [
+        ["0", "3", "0"], ["3", "3", "1"], ["3", "5", "2"], ["5", "9", "3"],
+    ]  # fmt: skip
+    assert [line[3:] for line in lines] == [["a,b.py", "1"], ["c", "1"], ['d"', "1"], ["é", "1"]]
+    assert tokens.read_boundaries(str(path), 9).tolist() == [3, 3, 5, 9]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.csv.gz", "x.npy"]
+
+
+def test_equal_documents_give_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tokens.write_documents(tmp_path / folder / "x.npy", [[1, 0], [2, 0]], np.uint8)
+    for name in ("x.npy", "x.csv.gz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_files(tmp_path):
+    path = tmp_path / "x.npy"
+    tokens.write_documents(path, [[1, 0]], np.uint8)
+    old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="document 1 has ids outside uint8"):
+        tokens.write_documents(path, [[1, 0], [256]], np.uint8)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
+
+
+def test_boundaries_equal_eos_where_each_document_ends_with_it(tmp_path):
+    rng = np.random.default_rng(1)
+    paths = [str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]
+    for path in paths:
+        documents = [[*rng.integers(1, 9, n), 0] for n in rng.integers(0, 30, 40)]
+        tokens.write_documents(path, documents, np.uint8)
+    files = TokenFiles(paths, np.dtype("u1"))
+    rows = Instances(files, 16)
+    ids = np.arange(len(rows))
+    expected = tokens.starts_after(rows.read(ids, 9), 0)
+    assert expected.sum() > 50
+    np.testing.assert_array_equal(Boundaries(files).starts(rows, ids), expected)
+
+
+def test_documents_of_a_row_follow_the_side_file_whatever_the_tokens(tmp_path):  # P28
+    path = tmp_path / "x.npy"
+    tokens.write_documents(path, [[5] * 10, [], [5] * 27, [5] * 27, [5] * 64], np.uint8)
+    files = TokenFiles([str(path)], np.dtype("u1"))
+    rows = Instances(files, 64)
+    segment_ids, positions = tokens.segments(Boundaries(files).starts(rows, np.array([0, 1])))
+    assert lengths_of(segment_ids) == [[10, 27, 27], [64]]
+    assert positions[0].tolist() == [*range(10), *range(27), *range(27)]
+    assert segment_ids.dtype == positions.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("0,4,a\n4,9,b\n", r"x\.csv\.gz ends at token 9, but .*x\.npy has 10"),
+        ("0,4,a\n5,10,b\n", r"x\.csv\.gz: document 1 is \[5, 10\) after 4"),
+        ("0,4,a\nfour,10,b\n", r"x\.csv\.gz: invalid literal for int"),
+        ("", r"x\.csv\.gz ends at token 0, but .*x\.npy has 10"),
+    ],
+)
+def test_a_side_file_that_does_not_fit_is_refused(tmp_path, lines, message):
+    files = TokenFiles(write(tmp_path, x=[1] * 10), U16)
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(lines.encode()))
+    with pytest.raises(ValueError, match=r"config\.data\.document_mask=boundaries: .*" + message):
+        Boundaries(files)
+
+
+def test_a_damaged_or_missing_side_file_is_named(tmp_path):
+    files = TokenFiles(write(tmp_path, x=[1] * 10), U16)
+    with pytest.raises(FileNotFoundError, match=r"document_mask=boundaries: .*x\.csv\.gz"):
+        Boundaries(files)
+    whole = bytearray(gzip.compress(b"0,10,a,b,1\n"))
+    for broken in (whole[:-9], b"plain text", whole[:10] + b"\xff" * 10 + whole[20:]):
+        (tmp_path / "x.csv.gz").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"document_mask=boundaries: .*x\.csv\.gz: "):
+            Boundaries(files)

@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from olmo_jax import config
+from olmo_jax.generation import sampling
+from olmo_jax.generation.sampling import sample
+from olmo_jax.nn import transformer
+
+MODEL = config.ModelConfig(
+    vocab_size=50, padded_vocab_size=64, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2,
+    head_dim=8, d_ff=32, max_seq_len=16, init_std=0.5, layer_types=("sliding", "full"), window=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return transformer.Transformer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(1))
+
+
+class Fixed:
+    """A model whose logits do not depend on its input."""
+
+    def __init__(self, logits):
+        self.logits = jnp.array(logits, jnp.float32)
+
+    def apply(self, variables, tokens):
+        return jnp.broadcast_to(self.logits, (*tokens.shape, self.logits.size))
+
+
+@pytest.mark.parametrize("n_prompt", [1, 7, 8, 20])
+def test_greedy_takes_the_most_likely_id_of_the_last_context_ids(model, params, n_prompt):
+    ids = [int(i) for i in np.random.default_rng(n_prompt).integers(0, 50, n_prompt)]
+    logits = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    for new in sample(model, params, ids, 12, temperature=0.0, context=8):
+        seen = ids[-8:]
+        window = np.pad(np.array(seen, np.int32), (0, 8 - len(seen)))
+        assert new == int(logits(window[None])[0, len(seen) - 1].argmax())
+        ids.append(new)
+
+
+def test_one_compilation_serves_all_prompts_temperatures_and_seeds(model, params):
+    sampling._continue.clear_cache()
+    for ids, temperature, seed in ([1], 0, 0), ([1, 2, 3], 0.7, 1), (list(range(30)), 1.0, 2):
+        assert len(sample(model, params, ids, 3, temperature, seed, context=8)) == 3
+    assert sampling._continue._cache_size() == 1
+
+
+def test_the_same_seed_gives_the_same_ids_and_another_seed_others(model, params):
+    draw = [sample(model, params, [1, 2], 16, 1.0, seed, context=8) for seed in (0, 0, 1)]
+    assert draw[0] == draw[1] != draw[2]
+    assert all(0 <= i < 50 for ids in draw for i in ids)  # never a padded row
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_distribution_at_their_temperature(temperature):
+    logits = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
+    ids = sample(Fixed(logits), {}, [0], 4000, temperature, seed=3, context=2)
+    p = np.exp(logits / temperature)
+    p /= p.sum()
+    counts = np.bincount(ids, minlength=5)
+    chi2 = np.sum((counts - 4000 * p) ** 2 / (4000 * p))
+    assert chi2 < 18.5  # 99.9 % of 4 degrees of freedom
+
+
+def test_bad_requests_are_refused(model, params):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        sample(model, params, [], 1)
+    with pytest.raises(ValueError, match=r"temperature=-1"):
+        sample(model, params, [1], 1, -1)
+    assert sample(model, params, [1], 0) == []
