@@ -63,7 +63,8 @@ class Writer:
         process_index: int = 0,
     ):
         self._interval, self._total_steps = cfg.log.interval, total_steps
-        self._first_step, self._tokens = start_step + 1, start_tokens
+        self._first_step, self._last_step, self._tokens = start_step + 1, start_step, start_tokens
+        self._early: dict[int, dict[str, float]] = {}  # of steps that are not finished
         self._speed = progress.Speed(cfg, n_devices, device_kind)
         self._on = process_index == 0
         if not self._on:
@@ -108,10 +109,10 @@ class Writer:
             values["train/PPL"] = math.exp(loss)
         values |= {"train/global batch size": batch_tokens, "optim/LR (group 0)": float(lr)}
         values |= self._speed.step(tokens, batch_tokens, data_wait_s)
-        self._tokens = tokens
+        self._tokens, self._last_step = tokens, step
         if not self._on:
             return
-        self._record(step, values)
+        self._record(step, self._early.pop(step, {}) | values)
         eta = self._speed.eta(self._total_steps - step)
         if step % self._interval == 0 or step in (self._first_step, self._total_steps):
             words = [f"step {step:,}/{self._total_steps:,}", f"loss {loss:.4f}", f"lr {lr:.3g}"]
@@ -123,10 +124,14 @@ class Writer:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record more about a step: `eval/lm/{label}/CE loss` (`PPL`, `BPB`), norms, durations.
 
-        Arrays `[n_layers]` become one metric per layer, `{name}/{layer}`. Losses are printed.
+        Arrays `[n_layers]` become one metric per layer, `{name}/{layer}`. Losses are printed. What
+        comes before the step is finished is recorded with it.
         """
         values = _scalars(metrics)
         if not self._on or not values:
+            return
+        if step > self._last_step:
+            self._early.setdefault(step, {}).update(values)
             return
         self._record(step, values)
         for name in values:
@@ -165,6 +170,8 @@ class Writer:
         if self._on:
             self._on = False
             self._bar.clear()
+            for step, values in self._early.items():
+                self._record(step, values)
             with records.writing(self._folder.local):
                 for sink in self._sinks:
                     sink.close()
@@ -204,8 +211,8 @@ class _TensorBoard:
             sys.modules["torch"] = None  # type: ignore[assignment]
         try:
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.proto.summary_pb2 import Summary
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+            from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
         finally:
             if hide:
                 del sys.modules["torch"]
@@ -271,16 +278,16 @@ class _Wandb:
             ) from error
         self._path = folder / "wandb.json"
         self._state = {"id": uuid.uuid4().hex[:8], "offset": 0, "segment": 0, "last_row": -1}
-        last_row = -1  # that W&B has seen
-        if self._path.exists():
+        last_row, known = -1, self._path.exists()  # last_row: that W&B has seen
+        if known:
             self._state |= json.loads(self._path.read_bytes())
             last_row = max(seen + self._state["offset"], self._state["last_row"])
         self._save()
         expected = last_step + self._state["offset"]
         self._run = self._start(wandb, cfg, folder, expected, last_row > expected)
         self._next_row, self._began = last_row + 1, False  # lower ones would be dropped
-        if isinstance(getattr(self._run, "step", None), int):
-            self._next_row = self._run.step  # it knows better: rows may have been lost, or rewound
+        if isinstance(getattr(self._run, "step", None), int):  # W&B knows: lost, or rewound to
+            self._next_row = max(self._run.step, expected + 1 if known else 0)
         self._waiting: dict[str, float] = {}
         shift = self._next_row - (expected + 1)
         if shift > 0:

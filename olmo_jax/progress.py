@@ -56,7 +56,8 @@ class Speed:
         values |= self._rates(" (actual avg)", self._steps / total, self._tokens / total)
         if not compiled:
             values |= self._rates("", 1 / seconds, batch_tokens / seconds)
-            values[DEVICE + "data loading (%)"] = 100 * data_wait_s / seconds
+            # The host is a step ahead of the device, so a wait may lie outside the step's time.
+            values[DEVICE + "data loading (%)"] = min(100 * data_wait_s / seconds, 100.0)
             for i, x in enumerate((seconds, batch_tokens, data_wait_s)):
                 self._interval[i] += x
         return values
@@ -84,7 +85,7 @@ class Speed:
         words = [f"{_short(tps)} tokens/s"]
         if self._peak:
             words.append(f"MFU {100 * self._flops * tps / self._n_devices / self._peak:.1f}%")
-        return [*words, f"data wait {100 * waited / seconds:.1f}%"]
+        return [*words, f"data wait {min(100 * waited / seconds, 100):.1f}%"]
 
     def eta(self, steps_left: int) -> list[str]:
         """How long the rest will take, with its evaluations and checkpoints, in words."""

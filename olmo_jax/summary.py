@@ -23,7 +23,7 @@ TITLES = {
     LOSS: "loss, nats per token",
     LR: "learning rate",
     NORM: "gradient norm",
-    SPEED: "tokens per second and device",
+    SPEED: "tokens per second, each device",
 }
 Steps = dict[int, dict[str, float]]
 
@@ -47,6 +47,7 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
     out = pathlib.Path(out) if isinstance(out, str) else out
     runs = dict(zip(_names(run_dirs), map(_load, run_dirs), strict=True))
     figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
     panels = dict(zip(TITLES, figure.subplots(2, 2).flat, strict=True))
     for i, (name, steps) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]
@@ -56,11 +57,7 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
     for metric, axes in panels.items():
         _finish(axes, metric, x)
     _limit_loss(panels[LOSS], [_points(steps, LOSS, x)[1] for steps in runs.values()])
-    if len(runs) == 1:
-        figure.suptitle(next(iter(runs)), fontsize=14, fontweight="bold")
-    else:
-        lines = [line for line in panels[LOSS].lines if line.get_label() in runs]
-        figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False)
+    _legend(figure, panels[LOSS], list(runs))
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix[1:] or "png", dpi=120)
     out.write_bytes(picture.getvalue())
@@ -131,11 +128,29 @@ def _held_out(axes: Any, steps: Steps, x: str, color: str, is_alone: bool) -> No
         )
 
 
+def _legend(figure: Any, axes: Any, names: list[str]) -> None:
+    lines = {line.get_label(): line for line in axes.lines}
+    if len(names) == 1:
+        figure.suptitle(names[0], fontsize=14, fontweight="bold")
+        lines = {"training": lines.pop(names[0]), **lines}
+    else:
+        runs = [lines.pop(name) for name in names]
+        figure.legend(handles=runs, loc="outside upper center", ncols=4, frameon=False)
+        for label, line in lines.items():  # the colours are the runs', so grey stands for any
+            (lines[label],) = axes.plot([], [])
+            lines[label].update_from(line)
+            lines[label].set_color("0.4")
+    if lines:
+        axes.legend(lines.values(), lines.keys(), loc="upper right", frameon=False)
+
+
 def _limit_loss(axes: Any, curves: list[np.ndarray]) -> None:
     """Give the room to the part of the curves that is worth seeing, not to the first fall."""
-    tops = [values[len(values) // 20 :].max() for values in curves]
-    low, high = min(values.min() for values in curves), max(tops)
-    low = min([low, *(line.get_ydata().min() for line in axes.lines if len(line.get_ydata()))])
+    curves = [v[len(v) // 20 if len(v) >= 100 else 0 :] for v in curves if len(v)]
+    if not curves:
+        return
+    held_out = [line.get_ydata() for line in axes.lines]
+    low, high = min(v.min() for v in [*curves, *held_out] if len(v)), max(v.max() for v in curves)
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
 
@@ -157,22 +172,22 @@ def _finish(axes: Any, metric: str, x: str) -> None:
         axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color="0.5")
         return
     if metric == LR:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     if metric in (LR, SPEED):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * values.max() or 1)
     if metric == SPEED:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     if metric == NORM and values.min() > 0 and values.max() > 20 * values.min():
         axes.set_yscale("log")
-    if metric == LOSS:
-        handles, labels = axes.get_legend_handles_labels()
-        held_out = {la: h for h, la in zip(handles, labels, strict=True) if la[:9] == "held out:"}
-        if held_out:
-            axes.legend(held_out.values(), held_out.keys(), frameon=False, loc="upper right")
 
 
 # --- the written summary --------------------------------------------------------------------------
 
 
-def is_written(d): return False
-def write(*a): pass
+def is_written(run_dir: Any) -> bool:
+    """Whether the run has its summary."""
+    return False
+
+
+def write(*_: Any) -> None:
+    """To be written."""

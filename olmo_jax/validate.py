@@ -160,6 +160,7 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
         ("model.d_ff", c.model.d_ff, "tensor"),
         ("model.d_model", c.model.d_model, "fsdp"),
         ("data.seq_len", c.data.seq_len, "context"),
+        ("eval.seq_len", c.eval.seq_len or 0, "context"),  # not set: data.seq_len
     ):
         if size % shape[axis]:
             problems.append(

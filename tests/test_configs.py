@@ -172,7 +172,7 @@ def test_docstring_says_how_to_run_what_it_needs_and_where_it_comes_from(name):
     text = docstring(name)
     for heading in ("Run:", "Needs:", "Expect:", "Source:"):
         assert re.search(rf"^{heading} ", text, re.M), heading
-    command = shlex.split(re.search(r"^Run:(.*)", text, re.M)[1])
+    command = shlex.split(re.search(r"^Run:.*?(python .*)", text, re.M)[1])
     assert command[:4] == ["python", "-m", "olmo_jax.train", f"--config=configs/{name}.py"]
     validate.validate(load(name, split(command[4:])), devices(name))
 

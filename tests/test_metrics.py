@@ -159,13 +159,21 @@ def test_values_that_are_not_finite_are_null_in_json_and_nan_when_read(tmp_path)
     assert math.isnan(records.read(tmp_path)[1]["train/CE loss"])
 
 
-def test_per_layer_arrays_become_one_metric_per_layer(tmp_path):
+def test_per_layer_arrays_become_one_metric_per_layer_on_the_line_of_their_step(tmp_path):
     log = writer(tmp_path)
-    log.write(7, {"norms/grad/layers/attn/wq": np.array([1.0, 2.0]), "norms/grad/embed": 3.0})
+    norms = {"norms/grad/layers/attn/wq": np.array([1.0, 2.0]), "norms/grad/embed": 3.0}
+    for step in (1, 2):
+        log.write(2, norms) if step == 1 else None  # before the metrics of the step before
+        log.step(
+            step, {}, lr=0.0, tokens=step * BATCH, batch_tokens=BATCH, data_wait_s=0
+        )  # fmt: skip
+    log.write(3, norms)  # of a step that is never finished
     log.close()
-    (record,) = lines(tmp_path)
-    assert [record[f"norms/grad/layers/attn/wq/{i}"] for i in (0, 1)] == [1.0, 2.0]
-    assert record["norms/grad/embed"] == 3.0
+    first, second, third = lines(tmp_path)
+    assert not [name for name in first if name.startswith("norms/")]
+    assert [second[f"norms/grad/layers/attn/wq/{i}"] for i in (0, 1)] == [1.0, 2.0]
+    assert (second["norms/grad/embed"], second["tokens"]) == (3.0, 2 * BATCH)
+    assert (third["step"], third["norms/grad/embed"]) == (3, 3.0)
 
 
 def test_pauses_count_in_the_averages_but_not_in_the_step(tmp_path, clock):
@@ -180,6 +188,16 @@ def test_pauses_count_in_the_averages_but_not_in_the_step(tmp_path, clock):
     assert steps[3]["throughput/device/TPS"] == pytest.approx(BATCH / 0.5)
     assert steps[3]["throughput/device/TPS (actual avg)"] == pytest.approx(BATCH / 2.0)
     assert steps[2]["checkpoint/save_duration_s"] == pytest.approx(1.5)
+
+
+def test_waiting_for_data_is_never_more_than_all_of_the_time(tmp_path, clock, capsys):
+    log = writer(tmp_path)
+    for step in (1, 2):
+        clock.sleep(0.1)
+        log.step(step, {}, lr=0.0, tokens=step, batch_tokens=BATCH, data_wait_s=0.2)
+    log.close()
+    assert lines(tmp_path)[1]["throughput/device/data loading (%)"] == 100
+    assert "data wait 100.0%" in capsys.readouterr().out
 
 
 def test_a_step_with_another_batch_size_compiles_and_has_no_speed(tmp_path, clock):

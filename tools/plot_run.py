@@ -16,7 +16,7 @@ from olmo_jax import summary
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="plot_run.py", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="plot_run.py", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", help="picture to write; default: RUN/curves.png, or ./curves.png")

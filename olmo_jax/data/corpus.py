@@ -45,6 +45,7 @@ class Corpus:
     tokenizer_path: str
     vocab_size: int  # ids of the tokenizer; below what was asked for if the text is small
     eos_id: int
+    dtype: str  # of the token files
 
 
 def prepare(
@@ -227,6 +228,7 @@ def _corpus(folder: pathlib.Path) -> Corpus:
         tokenizer_path=str(folder / "tokenizer.json"),
         vocab_size=manifest["vocab_size"],
         eos_id=manifest["eos_id"],
+        dtype=manifest["inputs"]["dtype"],
     )
 
 

@@ -55,7 +55,7 @@ def texts(made: corpus.Corpus, path: str) -> list[str]:
 def test_the_standard_library_is_prepared_whole_and_split_by_name(tmp_path):
     said = []
     made = corpus.prepare(tmp_path, 4096, log=said.append)
-    assert made.vocab_size == 4096
+    assert (made.vocab_size, made.dtype) == (4096, "uint16")
     assert "built in" in said[0]
     library = corpus.read_sources(pathlib.Path(sysconfig.get_paths()["stdlib"]))
     heldout = [text for name, text in library.items() if corpus.is_heldout(name)]

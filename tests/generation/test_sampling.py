@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,11 @@ def params(model):
     return jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(1))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
 class Fixed:
     """A model whose logits do not depend on its input."""
 
@@ -37,11 +44,10 @@ class Fixed:
 @pytest.mark.parametrize("n_prompt", [1, 7, 8, 20])
 def test_greedy_takes_the_most_likely_id_of_the_last_context_ids(model, params, n_prompt):
     ids = [int(i) for i in np.random.default_rng(n_prompt).integers(0, 50, n_prompt)]
-    logits = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
     for new in sample(model, params, ids, 12, temperature=0.0, context=8):
         seen = ids[-8:]
         window = np.pad(np.array(seen, np.int32), (0, 8 - len(seen)))
-        assert new == int(logits(window[None])[0, len(seen) - 1].argmax())
+        assert new == int(logits_of(model, params, window[None])[0, len(seen) - 1].argmax())
         ids.append(new)
 
 

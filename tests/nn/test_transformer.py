@@ -1,15 +1,16 @@
 import dataclasses
 
-import hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.nn import rope, transformer
 from olmo_jax.nn.transformer import Transformer
+
+torch = pytest.importorskip("torch")
+import hf  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(2, 97, (2, 29))
 SMALL = ModelConfig(

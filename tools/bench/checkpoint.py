@@ -1,7 +1,7 @@
 """Speed and memory of saving and restoring 1 GiB, beside cp + fsync of the same bytes.
 
 Run:   python tools/bench/checkpoint.py [--folder=DIR] [--repeats=5]
-Prints medians: seconds, share of cp's speed, and the peak of anonymous memory above the state's.
+Prints medians: seconds, share of cp's speed, CPU-seconds, and the peak of anonymous memory above the state's.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def anonymous() -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
-def measure(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and GiB of anonymous memory at the peak above the start."""
+def measure(work: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds, CPU-seconds, and GiB of anonymous memory at the peak above the start."""
     before, peak, done = anonymous(), 0, threading.Event()
 
     def watch() -> None:
@@ -38,12 +38,12 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     done.set()
     watcher.join()
-    return seconds, peak / GIB
+    return seconds, cpu, peak / GIB
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         job = snapshot.save(step, state, {}, background=True)
 
     job: snapshot.Save
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, list[tuple[float, ...]]] = {}
     for _ in range(args.repeats):
         for name, work in (
             ("cp + fsync", lambda: copy(source, target)),
@@ -89,11 +89,10 @@ def main() -> None:
             rows.setdefault(name, []).append(measure(work))
         target.unlink()
     shutil.rmtree(folder)
-    cp = statistics.median(seconds for seconds, _ in rows["cp + fsync"])
+    cp = statistics.median(seconds for seconds, *_ in rows["cp + fsync"])
     for name, runs in rows.items():
-        seconds, peak = (statistics.median(column) for column in zip(*runs, strict=True))
-        print([round(s, 2) for s, _ in runs])
-        print(f"{name:42} {seconds:6.2f} s  {cp / seconds:5.2f} x  +{peak:.2f} GiB")
+        seconds, cpu, peak = (statistics.median(column) for column in zip(*runs, strict=True))
+        print(f"{name:42} {seconds:6.2f} s  {cp / seconds:5.2f} x  {cpu:5.2f} CPU-s  +{peak:.2f} GiB")
 
 
 if __name__ == "__main__":

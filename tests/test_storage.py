@@ -1,0 +1,395 @@
+"""Checkpoints on disk: bitwise, checked, Orbax's layout, safe against every kind of bad end."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from olmo_jax import snapshot, storage
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def mesh(data: int, fsdp: int):
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def state(data: int = 2, fsdp: int = 4, dtype=jnp.float32):
+    """A small TrainState-like tree, sharded as a real one."""
+    rng, over = np.random.default_rng(0), mesh(data, fsdp)
+
+    def put(values, *spec):
+        return jax.device_put(jnp.asarray(values), NamedSharding(over, PartitionSpec(*spec)))
+
+    def params():
+        return {
+            "embed": put(rng.standard_normal((24, 16)).astype(dtype), None, "fsdp"),
+            "layers": {
+                "wq": put(rng.standard_normal((3, 16, 4)).astype(dtype), None, "fsdp"),
+                "norm": put(rng.standard_normal((3, 16)).astype(dtype)),
+            },
+        }
+
+    moments = {"mu": params(), "nu": params(), "count": put(np.int32(7))}
+    return {"step": put(np.int32(10)), "params": params(), "opt_state": moments}
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree
+    )
+
+
+def bits(tree) -> dict[str, bytes]:
+    return {name: np.asarray(x).tobytes() for name, x in storage.names(tree).items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return storage.path(tmp_path / "run" / "checkpoints" / "step10")
+
+
+@pytest.fixture
+def saved(folder):
+    """A complete checkpoint of `state()`."""
+    snapshot.save(folder, state(), {"position": {"row": 5}})
+    return folder
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_roundtrip_is_bitwise_and_keeps_shardings(folder, background, dtype):
+    tree = state(dtype=dtype)
+    snapshot.save(folder, tree, {"position": {"row": 5}}, background=background).wait()
+    back = storage.restore(folder, abstract(tree))
+    assert bits(back) == bits(tree)
+    assert jax.tree.map(lambda x: x.dtype, back) == jax.tree.map(lambda x: x.dtype, tree)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, back, tree))
+    assert storage.read_meta(folder) == {"position": {"row": 5}}
+
+
+def test_names_equal_the_parameter_paths(saved):
+    assert {name for name in storage.tree_of(saved) if name.startswith("params/")} == {
+        "params/embed",
+        "params/layers/wq",
+        "params/layers/norm",
+    }
+    assert storage.tree_of(saved)["opt_state/mu/layers/wq"].shape == (3, 16, 4)
+
+
+def test_arrays_may_be_donated_as_soon_as_a_background_save_returns(folder):
+    tree = state()
+    expected = bits(tree)
+    job = snapshot.save(folder, tree, {}, background=True)
+    overwrite = jax.jit(lambda t: jax.tree.map(lambda x: x * 0 - 1, t), donate_argnums=0)
+    jax.block_until_ready(overwrite(tree))
+    job.wait()
+    assert bits(storage.restore(folder, abstract(state()))) == expected
+
+
+def test_restored_arrays_may_be_donated(saved):
+    back = storage.restore(saved, abstract(state()))
+    stepped = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)(back)
+    assert bits(stepped) == bits(jax.tree.map(lambda x: x + 1, state()))
+    assert bits(storage.restore(saved, abstract(state()))) == bits(state())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (4, 2)])
+def test_restores_onto_another_mesh(saved, shape):
+    tree = state(*shape)
+    back = storage.restore(saved, abstract(tree))
+    assert bits(back) == bits(state())
+    assert back["params"]["embed"].sharding.mesh.shape == {"data": shape[0], "fsdp": shape[1]}
+
+
+def test_reads_parameters_alone_and_casts_when_asked(saved):
+    wanted = {"params": abstract(state()["params"])}
+    assert bits(storage.restore(saved, wanted, partial=True)) == bits({"params": state()["params"]})
+    halves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), wanted)
+    back = storage.restore(saved, halves, partial=True, cast=True)
+    assert isinstance(back["params"]["embed"], np.ndarray)
+    expected = np.asarray(state()["params"]["embed"]).astype(jnp.bfloat16)
+    assert back["params"]["embed"].tobytes() == expected.tobytes()
+
+
+def test_chunks_are_within_a_layer_and_a_shard_and_not_larger_than_the_limit(saved):
+    grid = json.loads((saved / "params.layers.wq" / "zarr.json").read_text())
+    assert grid["chunk_grid"]["configuration"]["chunk_shape"] == [1, 4, 4]
+    assert [codec["name"] for codec in grid["codecs"]] == ["bytes", "crc32c"]
+    big = jax.ShapeDtypeStruct((32, 4096, 11008), jnp.float32)
+    assert storage.chunk_shape("params/layers/mlp/w_up", big) == (1, 1024, 11008)
+    table = jax.ShapeDtypeStruct((100_352, 4096), jnp.float32)
+    assert storage.chunk_shape("params/embed", table) == (3584, 4096)
+    assert storage.chunk_shape("step", jax.ShapeDtypeStruct((), jnp.int32)) == ()
+
+
+def test_plain_orbax_restores_it(saved):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert bits(checkpointer.restore(saved)) == bits(state())
+    with ocp.StandardCheckpointer() as checkpointer:
+        back = checkpointer.restore(saved, abstract(state(1, 8)))
+    assert bits(back) == bits(state())
+    assert back["params"]["embed"].sharding == state(1, 8)["params"]["embed"].sharding
+
+
+def test_a_checkpoint_written_slice_by_slice_is_the_same(saved, tmp_path):
+    tree = state()["params"]
+    target = storage.path(tmp_path / "converted")
+    shapes = {
+        f"params/{name}": jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in storage.names(tree).items()
+    }
+    writer = storage.Writer(target, shapes)
+    writer.write("params/embed", (0, 0), np.asarray(tree["embed"]))
+    for i in range(3):
+        writer.write("params/layers/wq", (i, 0, 0), np.asarray(tree["layers"]["wq"])[i : i + 1])
+        writer.write("params/layers/norm", (i, 0), np.asarray(tree["layers"]["norm"])[i : i + 1])
+    assert not storage.is_complete(target)
+    writer.commit({"model": {}}, files={"tokenizer.json": ROOT / "pyproject.toml"})
+    assert bits(storage.restore(target, {"params": abstract(tree)})) == bits({"params": tree})
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert bits(checkpointer.restore(target)) == bits({"params": tree})
+    assert storage.read(target, "tokenizer.json") == (ROOT / "pyproject.toml").read_bytes()
+    with pytest.raises(ValueError, match="params/embed is float32, found float64"):
+        writer.write("params/embed", (0, 0), np.zeros((24, 16)))
+
+
+# --- refused by name ------------------------------------------------------------------------------
+
+
+def chunks_in(folder) -> list[pathlib.Path]:
+    leaves = [leaf / "c" for leaf in pathlib.Path(folder).iterdir() if leaf.is_dir()]
+    files = [file for leaf in leaves for file in (leaf, *leaf.rglob("*")) if file.is_file()]
+    return sorted(files)
+
+
+def flip(file, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at % len(data)] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [0, 17, -1])
+def test_one_flipped_byte_in_any_chunk_is_refused_by_name(saved, at):
+    chunks = chunks_in(saved)
+    assert len(chunks) == 3 * (4 + 12 + 3) + 2
+    for chunk in chunks[::5]:
+        flip(chunk, at)
+        leaf = chunk.relative_to(saved).parts[0].replace(".", "/")
+        with pytest.raises(ValueError) as caught:
+            storage.restore(saved, abstract(state()))
+        assert f"leaf {leaf} is damaged" in str(caught.value)
+        assert str(chunk) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        flip(chunk, at)
+    storage.restore(saved, abstract(state()))
+
+
+def test_lost_or_cut_chunks_and_damaged_small_files_are_refused_by_name(saved):
+    chunk = saved / "params.embed" / "c" / "0" / "1"
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[:-9])
+    with pytest.raises(ValueError, match=r"leaf params/embed is damaged: .*c/0/1"):
+        storage.restore(saved, abstract(state()))
+    chunk.unlink()
+    with pytest.raises(ValueError, match=r"leaf params/embed is damaged: .*c/0/1.* is missing"):
+        storage.restore(saved, abstract(state()))
+    chunk.write_bytes(data)
+
+    meta = (saved / "meta.json").read_bytes()
+    (saved / "meta.json").write_bytes(meta.replace(b"5", b"6"))
+    with pytest.raises(ValueError, match=r"meta.json is damaged"):
+        storage.read_meta(saved)
+    flip(saved / "_METADATA", 40)
+    with pytest.raises(ValueError, match=r"_METADATA is damaged"):
+        storage.restore(saved, abstract(state()))
+    (saved / storage.MARKER).write_text("{")
+    with pytest.raises(ValueError, match=r"commit_success.txt is damaged"):
+        storage.read_meta(saved)
+
+
+def test_another_tree_shape_or_dtype_is_refused_with_every_leaf_named(saved):
+    wanted = abstract(state())
+    params = wanted["params"]
+    params["layers"]["q_norm"] = jax.ShapeDtypeStruct((3, 16), jnp.float32)
+    params["layers"]["wq"] = jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)
+    params["layers"]["norm"] = jax.ShapeDtypeStruct((3, 16), jnp.bfloat16)
+    del params["embed"]
+    with pytest.raises(ValueError) as caught:
+        storage.restore(saved, wanted)
+    message = str(caught.value)
+    assert str(saved) in message
+    assert "missing leaf params/layers/q_norm" in message
+    assert "extra leaf params/embed" in message
+    assert "params/layers/wq has shape (3, 16, 4), need (3, 8, 4)" in message
+    assert "params/layers/norm is float32, need bfloat16" in message
+    assert "opt_state" not in message
+    with pytest.raises(
+        ValueError, match="extra leaf opt_state/count; extra leaf opt_state/mu/embed"
+    ):
+        storage.restore(saved, {"step": wanted["step"], "params": abstract(state()["params"])})
+
+
+def test_a_folder_without_the_marker_is_no_checkpoint(saved):
+    (saved / storage.MARKER).unlink()
+    assert not storage.is_complete(saved)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint here"):
+        storage.restore(saved, abstract(state()))
+
+
+def test_an_existing_folder_is_never_overwritten(saved):
+    with pytest.raises(OSError, match="is there already and is not overwritten"):
+        snapshot.save(saved, state(), {})
+    assert bits(storage.restore(saved, abstract(state()))) == bits(state())
+
+
+# --- bad ends -------------------------------------------------------------------------------------
+
+
+def test_the_marker_is_written_last(folder, monkeypatch):
+    written = []
+    write = storage._write
+    monkeypatch.setattr(
+        storage, "_write", lambda f, name, data: (written.append(name), write(f, name, data))
+    )
+    snapshot.save(folder, state(), {})
+    assert written[-1] == storage.MARKER
+
+
+SLOW_SAVE = """
+import os, sys, time
+from test_storage import state, storage, snapshot
+write = storage.Writer.write
+def slow(self, name, start, block):
+    write(self, name, start, block)
+    print(name, flush=True)
+    time.sleep(0.05)
+storage.Writer.write = slow
+snapshot.save(storage.path(sys.argv[1]), state(), {}, background=True).wait()
+"""
+
+
+def test_kill_in_the_middle_of_a_save_leaves_no_checkpoint_and_the_previous_one(saved):
+    torn = saved.parent / "step20"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_SAVE, torn],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for _ in range(20):
+            assert process.stdout.readline()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < len(chunks_in(torn)) < len(chunks_in(saved))
+    assert not storage.is_complete(torn)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint here"):
+        storage.restore(torn, abstract(state()))
+    with (
+        ocp.PyTreeCheckpointer() as checkpointer,
+        pytest.raises(Exception, match="No structure"),
+    ):
+        checkpointer.restore(torn)
+    assert bits(storage.restore(saved, abstract(state()))) == bits(state())
+
+
+@contextlib.contextmanager
+def small_files():
+    """Writing far into a file fails, as on a full disk; needs no rights."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_failed_write_is_an_error_in_one_line_and_leaves_nothing(folder):
+    big = {"params": {"embed": jnp.ones((1000, 16))}}
+    with small_files():
+        job = snapshot.save(folder, big, {}, background=True)
+        with pytest.raises(OSError) as caught:
+            job.wait()
+    assert str(caught.value).startswith(f"checkpoint {folder} was not saved: ")
+    assert os.strerror(errno.EFBIG) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not folder.exists()
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_named_and_the_space_given_back(full_disk):
+    small, big = {"w": jnp.ones((64, 64))}, {"w": jnp.ones((1024, 1024))}
+    snapshot.save(storage.path(full_disk / "step5"), small, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        snapshot.save(storage.path(full_disk / "step10"), big, {})
+    assert not (full_disk / "step10").exists()
+    restored = storage.restore(storage.path(full_disk / "step5"), abstract(small))
+    assert bits(restored) == bits(small)
+    snapshot.save(storage.path(full_disk / "step10"), small, {})
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """Root may write anywhere; the tests of refused writes are not root's."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_read_only_folder_is_named(saved):
+    os.chmod(saved.parent, 0o555)
+    try:
+        with ordinary_user(), pytest.raises(OSError) as caught:
+            snapshot.save(saved.parent / "step20", state(), {})
+    finally:
+        os.chmod(saved.parent, 0o755)
+    assert f"checkpoint {saved.parent / 'step20'} was not saved" in str(caught.value)
+    assert "Permission denied" in str(caught.value)
+    assert bits(storage.restore(saved, abstract(state()))) == bits(state())
+
+
+def test_removing_takes_the_marker_first(saved, monkeypatch):
+    monkeypatch.setattr(type(saved), "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError("x")))
+    with pytest.raises(OSError, match="x"):
+        storage.remove(saved)
+    assert not storage.is_complete(saved)
+
+
+def test_paths_are_local_or_in_a_bucket():
+    assert str(storage.path("runs/a")) == os.path.abspath("runs/a")
+    assert str(storage.path("gs://bucket/runs/a")) == "gs://bucket/runs/a"
+    assert storage._kvstore(storage.path("gs://bucket/runs/a")) == {
+        "driver": "gcs",
+        "bucket": "bucket",
+        "path": "runs/a/",
+    }

@@ -1,0 +1,61 @@
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import hf  # noqa: E402
+
+from olmo_jax import optim, sharding, step  # noqa: E402
+from olmo_jax.config import (  # noqa: E402
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+)
+
+
+@pytest.mark.parametrize("name", ["olmo2 grouped", "olmo3 yarn grouped"])
+def test_ten_steps_equal_pytorch_adamw_on_a_hugging_face_model(name):
+    model, model_config, params = hf.random_model(name)
+    rng = np.random.default_rng(1)
+    batches = rng.integers(2, 97, (10, 4, 32)).astype(np.int32)
+    lr, clip = 1e-3, 1.0
+
+    decayed = [p for n, p in model.named_parameters() if "embed_tokens" not in n]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": [model.model.embed_tokens.weight], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    expected = []
+    for tokens in batches:
+        ids = torch.from_numpy(tokens).long()
+        loss = model(ids, labels=ids).loss
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        adam.step()
+        expected.append(loss.item())
+
+    config = Config(
+        model=model_config,
+        compute=ComputeConfig(dtype="float32"),
+        data=DataConfig(seq_len=32, global_batch_size=4 * 32),
+        mesh=MeshConfig(fsdp=1),
+        optim=OptimConfig(name="adamw", eps=1e-8, weight_decay=0.1),
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    state = step.TrainState(np.int32(0), params, optim.init(config.optim, params))
+    state = jax.device_put(state, step.state_shardings(config, mesh))
+    update = step.make_train_step(config, mesh)
+    losses = []
+    for tokens in batches:
+        weights = np.ones(tokens.shape, np.float32)
+        weights[:, -1] = 0
+        batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_weights": weights}
+        arrays = sharding.to_global(batch, mesh, 4)
+        state, metrics = update(state, arrays, np.float32(lr), np.float32(clip))
+        losses.append(float(metrics["train/CE loss"]))
+    assert expected[-1] < expected[0] - 0.1
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
