@@ -117,7 +117,7 @@ class DataConfig:
 class StageConfig:
     """One stage of a composable or sequential schedule."""
 
-    duration: int = 0  # in the schedule's unit
+    duration: int = 0  # in the schedule's unit; the last stage of a sequential one runs on
     shape: str = "linear"  # linear | cosine, or a schedule's name in a sequential schedule
     end: float = 1.0  # fraction of the peak LR at the stage's end
     alpha_f: float = 0.1  # of a schedule in a sequential one
@@ -134,13 +134,15 @@ class ScheduleConfig:
         "legacy_inv_sqrt", "legacy_cos_linear",
     ] = "cos_with_warmup"  # fmt: skip
     unit: Literal["steps", "tokens"] = "steps"
-    warmup: int = 0  # units
-    warmup_fraction: float | None = None  # of t_max, instead of warmup
+    warmup: int = 0  # units; of the first stage of sequential, within the first period of wsds
+    warmup_fraction: float | None = None  # of t_max (wsds: of the period), instead of warmup
     warmup_min_lr: float = 0.0  # where warm-up starts
-    t_max: int | None = None  # units; None: the run's duration
+    # Units; None: the run's duration. cos_with_warmup_and_linear_decay: of the cosine, which the
+    # last phase cuts short at the end of the run.
+    t_max: int | None = None
     alpha_f: float = 0.1  # final LR as a fraction of the peak
     decay: int | None = None  # units of the last, linear phase
-    decay_fraction: float | None = None  # of t_max, instead of decay
+    decay_fraction: float | None = None  # of t_max (wsds: of each period); without both 0.1
     decay_min_lr: float = 0.0
     power: float = -0.51  # exponent of power_lr
     lr_min: float = 1e-9  # start of exponential
@@ -226,7 +228,7 @@ class CheckpointConfig:
     fixed_steps: tuple[int, ...] = ()  # saved too, and never deleted
     step0: bool = True  # save before the first step
     keep: int | None = None  # permanent checkpoints kept besides fixed_steps; None: all
-    async_save: bool = True
+    async_save: bool = True  # write behind the training, from a copy in the host's memory
     load_path: str | None = None  # a checkpoint, or a run's folder, to start from
     load_optimizer: bool = True  # of load_path
     load_position: bool = False  # step, tokens and place in the data of load_path
@@ -286,14 +288,14 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def from_dict(values: Any) -> Config:
-    """Typed config from nested mappings.
+def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
+    """Typed config (or the part of it that `cls` is) from nested mappings.
 
     Raises:
       ConfigError: with every unknown key and wrong type, one line each.
     """
     problems: list[str] = []
-    config = _build(Config, values, "config", problems)
+    config = _build(cls, values, name, problems)
     if problems:
         raise ConfigError(problems)
     return config

@@ -261,7 +261,8 @@ class Run:
             batch_tokens, seen = position.tokens - seen, position.tokens
             arrays = sharding.to_global(batch, self.mesh, batch_tokens // c.data.seq_len)
             if norms is not None and at % c.log.norms_interval == 0:  # type: ignore[operator]
-                self.log.write(at, jax.device_get(norms(state.params, arrays)))
+                with self.log.pause(at):
+                    self.log.write(at, jax.device_get(norms(state.params, arrays)))
             lr, clip = self.plan.rates(at, seen, batch_tokens)
             if self.plan.is_skipped(at):
                 state = dataclasses.replace(state, step=state.step + jnp.int32(1))
@@ -337,4 +338,6 @@ class Run:
         scores = self.evaluate(state, last, None) if c.eval.at_finish or c.train.summary else {}
         self.log.sync()
         if c.train.summary:
-            summary.write(c, step.build_model(c), state.params, scores, seconds)
+            saved = self.checkpointer.folder_of(last)
+            if jax.process_index() == 0:
+                summary.write(c, step.build_model(c), state.params, scores, seconds, saved)

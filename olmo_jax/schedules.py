@@ -205,12 +205,12 @@ def _optimizer(cfg: OptimConfig) -> list[str]:
 def _schedule(cfg: OptimConfig, t_max: float) -> list[str]:
     s = cfg.schedule
     found = _unused(s)
-    for name in ("warmup", "decay"):
+    for name, least in (("warmup", 0), ("decay", 1)):
         units, fraction = getattr(s, name), getattr(s, f"{name}_fraction")
         if units and fraction is not None:
             found.append(f"{name}={units} and {name}_fraction={fraction}: set one of them")
-        if units is not None and units < (name == "decay"):
-            found.append(f"{name}={units}: need at least {int(name == 'decay')} {s.unit}")
+        if units is not None and units < least:
+            found.append(f"{name}={units}: need at least {least}")
         if fraction is not None and not 0 <= fraction <= 1:
             found.append(f"{name}_fraction={fraction}: need a number in [0, 1]")
         low = getattr(s, f"{name}_min_lr")
@@ -260,15 +260,16 @@ def _lengths(s: ScheduleConfig, warmup: float, total: float, run: float) -> list
     if s.name in NEED_WARMUP and warmup < 1:
         return [f"warmup={warmup}: {s.name} needs at least 1, it scales by the time since then"]
     if warmup > total:
-        return [f"warmup={warmup} is longer than the schedule, t_max={total} {s.unit}"]
+        hint = "; to end a run early set train.hard_stop"
+        return [f"warmup={warmup}: longer than the schedule, {total} {s.unit}{hint}"]
     if s.name not in DECAYING:
         return []
     end = run if s.name == "cos_with_warmup_and_linear_decay" else total
     decay = _decay(s, end)
     if decay < 1:
-        return [f"decay: {s.name} needs at least 1; constant_with_warmup has none"]
+        return [f"decay={decay}: {s.name} needs at least 1; constant_with_warmup has none"]
     if warmup + decay > end:
-        return [f"decay={decay} and warmup={warmup} are longer than the run, {end} {s.unit}"]
+        return [f"decay={decay}: with warmup={warmup} longer than the run, {end} {s.unit}"]
     return []
 
 

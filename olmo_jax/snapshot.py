@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ def save(
     Raises:
       OSError: if the save failed; in the background, `Save.wait` raises it.
     """
+    meta = json.loads(json.dumps(meta))  # as it is now, not when the thread comes to it
     arrays = storage.names(tree)
     leaves = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))

@@ -1,4 +1,4 @@
-"""What came out of a run, for people: its curves in one picture."""
+"""What came out of a run, for people: its curves in one picture, and a page of words."""
 
 import io
 import math
@@ -6,12 +6,18 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
-from olmo_jax import records
+from olmo_jax import records, storage
+from olmo_jax.config import Config
+from olmo_jax.data.tokenizer import Tokenizer
+from olmo_jax.evals.compression import compressed_bits_per_byte
+from olmo_jax.generation import sampling
 
 COLORS = ("#2f6db5", "#d9722e", "#3a9a5b", "#b5423f", "#7d5ba6", "#8a6d3b", "#c45a9a", "#5f6b76")
 HELD_OUT_MARKERS = "os^Dv"
+TEMPERATURE, N_NEW = 0.7, 96  # of the continuation; at 0 a small model repeats itself
 MAX_POINTS = 300  # per curve; of more, groups are drawn as their mean and, pale, their range
 LOSS, LR, NORM, SPEED = (
     "train/CE loss",
@@ -75,8 +81,6 @@ def _names(run_dirs: list[Any]) -> list[str]:
 
 def _load(run_dir: Any) -> Steps:
     if "://" in os.fspath(run_dir):
-        from olmo_jax import storage
-
         run_dir = storage.path(run_dir)
     steps = records.read(run_dir)
     if not any(LOSS in values for values in steps.values()):
@@ -186,8 +190,80 @@ def _finish(axes: Any, metric: str, x: str) -> None:
 
 def is_written(run_dir: Any) -> bool:
     """Whether the run has its summary."""
-    return False
+    return (storage.path(run_dir) / "summary.md").exists()
 
 
-def write(*_: Any) -> None:
-    """To be written."""
+def write(
+    config: Config, model: Any, params: Any, scores: dict[str, float], seconds: float, saved: Any
+) -> None:
+    """Say what came out of a run: on the screen, in `summary.md`, and its curves in `summary.png`.
+
+    Args:
+      config: of the run.
+      model: the Transformer.
+      params: after the last step.
+      scores: held-out metrics by OLMo-core's names, all rows scored.
+      seconds: since the run was started (or resumed).
+      saved: the folder of the last checkpoint.
+    """
+    folder = storage.path(config.run_dir)
+    draw([folder], folder / "summary.png", x="steps")
+    lines = [f"{config.name}: done in {seconds / 60:.1f} minutes", ""]
+    for path in config.eval.paths:
+        lines += _held_out_lines(pathlib.Path(path), scores)
+    if config.data.tokenizer is not None:
+        lines += _continuation(config, model, params)
+    lines += [
+        f"curves:      {folder / 'summary.png'}",
+        f"checkpoint:  {saved}",
+        "",
+        "next:",
+        f"  python tools/plot_run.py {config.run_dir} --x steps",
+        f"  python -m olmo_jax.train --config=configs/{config.name}.py --config.name=slower"
+        f" --config.optim.lr={config.optim.lr / 2:g}",
+        f'  python -c "import olmo_jax; model, params = olmo_jax.load({config.run_dir!r})"',
+    ]
+    text = "\n".join(lines)
+    (folder / "summary.md").write_text(f"```\n{text}\n```\n")
+    print(f"\n{text}", flush=True)
+
+
+def _held_out_lines(path: pathlib.Path, scores: dict[str, float]) -> list[str]:
+    """Bits per byte of a held-out file beside what compressors need for the text beside it."""
+    bits = scores.get(f"eval/lm/{path.stem}/BPB")
+    text = path.with_suffix(".txt")
+    if bits is None:
+        return []
+    rows = {"this model": bits}
+    if text.exists():
+        rows |= compressed_bits_per_byte(text.read_bytes())
+    width = max(map(len, rows))
+    table = [f"  {name:{width}}  {value:.3f}" for name, value in rows.items()]
+    return [f"held-out text ({path.stem}), bits per byte:", *table, ""]
+
+
+def _continuation(config: Config, model: Any, params: Any) -> list[str]:
+    """A held-out prompt and what the model makes of it, as indented lines."""
+    text = pathlib.Path(config.eval.paths[0]).with_suffix(".txt") if config.eval.paths else None
+    if text is None or not text.exists() or jax.process_count() > 1:
+        return []
+    tokenizer = Tokenizer(str(config.data.tokenizer))
+    prompt = _prompt(text.read_text(encoding="utf-8"))
+    ids = tokenizer.encode(prompt)
+    new = sampling.sample(
+        model, params, ids, N_NEW, temperature=TEMPERATURE, context=config.data.seq_len
+    )
+    known = prompt[prompt.rindex("\n", 0, -60) + 1 :] if "\n" in prompt[:-60] else prompt
+    shown = f"{known}\u2588{tokenizer.decode(new)}"
+    return [
+        f"a held-out prompt, continued by the model from \u2588 on (temperature {TEMPERATURE}):",
+        *(f"  | {line}" for line in shown.splitlines()),
+        "",
+    ]
+
+
+def _prompt(text: str) -> str:
+    """The text up to the first words of a docstring, a third of the way in."""
+    start = text.find('    """', len(text) // 3)
+    end = start + 30 if start >= 0 else len(text) // 3
+    return text[max(0, end - 1000) : end]

@@ -62,7 +62,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def random_model(name: str) -> tuple[torch.nn.Module, ModelConfig, dict]:
+def random_model(name: str, scale: float = 0.15) -> tuple[torch.nn.Module, ModelConfig, dict]:
     """A Hugging Face model with loud random weights, and the same as (config, params) of ours."""
     family, options, ours = FAMILIES[name]
     theta = 10_000.0 if family == "Olmo" else 500_000.0
@@ -74,7 +74,7 @@ def random_model(name: str) -> tuple[torch.nn.Module, ModelConfig, dict]:
     with torch.no_grad():
         for key, p in model.named_parameters():  # the default init hides norm and scale faults
             noise = torch.randn_like(p)
-            p.copy_(1 + 0.3 * noise if "norm" in key else 0.15 * noise)
+            p.copy_(1 + 0.3 * noise if "norm" in key else scale * noise)
     config = ModelConfig(
         **dict(
             vocab_size=97,

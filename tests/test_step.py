@@ -28,7 +28,7 @@ def make_config(mesh=None, accumulate=1, chunk=32, model=MODEL, **train):
         compute=ComputeConfig(dtype="float32", accumulate=accumulate, loss_chunk=chunk),
         data=DataConfig(seq_len=64, global_batch_size=8 * 64),
         mesh=MeshConfig(**{"fsdp": 1} | (mesh or {})),
-        optim=OptimConfig(eps=1e-5),  # tiny gradients are not blown up to full steps
+        optim=OptimConfig(eps=1e-3),  # Adam blows rounding of tiny gradients up to full steps
         train=TrainConfig(**train),
     )
 
@@ -85,7 +85,7 @@ def test_sharded_and_accumulated_steps_equal_one_device(whole, mesh, accumulate)
     params, metrics = run(config, make_batch(documents=True), n=2)
     for name, value in whole[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, whole[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, whole[0])
 
 
 def test_init_does_not_depend_on_the_mesh():

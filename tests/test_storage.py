@@ -15,46 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from small_state import abstract, bits, state
 
 from olmo_jax import snapshot, storage
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def mesh(data: int, fsdp: int):
-    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
-    return jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-
-
-def state(data: int = 2, fsdp: int = 4, dtype=jnp.float32):
-    """A small TrainState-like tree, sharded as a real one."""
-    rng, over = np.random.default_rng(0), mesh(data, fsdp)
-
-    def put(values, *spec):
-        return jax.device_put(jnp.asarray(values), NamedSharding(over, PartitionSpec(*spec)))
-
-    def params():
-        return {
-            "embed": put(rng.standard_normal((24, 16)).astype(dtype), None, "fsdp"),
-            "layers": {
-                "wq": put(rng.standard_normal((3, 16, 4)).astype(dtype), None, "fsdp"),
-                "norm": put(rng.standard_normal((3, 16)).astype(dtype)),
-            },
-        }
-
-    moments = {"mu": params(), "nu": params(), "count": put(np.int32(7))}
-    return {"step": put(np.int32(10)), "params": params(), "opt_state": moments}
-
-
-def abstract(tree, sharding=None):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree
-    )
-
-
-def bits(tree) -> dict[str, bytes]:
-    return {name: np.asarray(x).tobytes() for name, x in storage.names(tree).items()}
 
 
 @pytest.fixture
@@ -271,7 +236,8 @@ def test_the_marker_is_written_last(folder, monkeypatch):
 
 SLOW_SAVE = """
 import os, sys, time
-from test_storage import state, storage, snapshot
+from olmo_jax import snapshot, storage
+from small_state import state
 write = storage.Writer.write
 def slow(self, name, start, block):
     write(self, name, start, block)

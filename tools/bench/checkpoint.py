@@ -1,7 +1,8 @@
 """Speed and memory of saving and restoring 1 GiB, beside cp + fsync of the same bytes.
 
 Run:   python tools/bench/checkpoint.py [--folder=DIR] [--repeats=5]
-Prints medians: seconds, share of cp's speed, CPU-seconds, and the peak of anonymous memory above the state's.
+Prints medians: seconds, share of cp's speed, CPU-seconds, and the peak of anonymous memory above
+that of the state itself (which a background save copies).
 """
 
 import argparse
@@ -92,7 +93,8 @@ def main() -> None:
     cp = statistics.median(seconds for seconds, *_ in rows["cp + fsync"])
     for name, runs in rows.items():
         seconds, cpu, peak = (statistics.median(column) for column in zip(*runs, strict=True))
-        print(f"{name:42} {seconds:6.2f} s  {cp / seconds:5.2f} x  {cpu:5.2f} CPU-s  +{peak:.2f} GiB")
+        share = f"{cp / seconds:5.2f} x  {cpu:5.2f} CPU-s"
+        print(f"{name:42} {seconds:6.2f} s  {share}  +{peak:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,369 @@
+"""What a run saves, keeps, resumes from and refuses."""
+
+import dataclasses
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small_state import abstract, bits, state
+
+from olmo_jax import checkpoint, storage
+from olmo_jax.checkpoint import Checkpointer, config_changes, refuse_changes
+from olmo_jax.config import Config, from_dict, to_dict
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    step: jax.Array
+    params: dict
+    opt_state: dict
+
+
+def train_state(step: int) -> TrainState:
+    return TrainState(**(state() | {"step": jnp.int32(step)}))
+
+
+def config(folder, **options) -> Config:
+    return from_dict({"dir": str(folder), "checkpoint": options})
+
+
+def run_to(folder, n_steps: int, **options) -> Checkpointer:
+    """Save as a run of `n_steps` would."""
+    cfg = config(folder, **options)
+    checkpointer = Checkpointer(cfg)
+    for step in range(n_steps + 1):
+        kind = checkpointer.due(step)
+        if kind:
+            checkpointer.save(
+                step, train_state(step), checkpoint.meta(cfg, {"row": step}, step), kind
+            )
+    checkpointer.finish()
+    return checkpointer
+
+
+def on_disk(folder) -> dict[int, str]:
+    return checkpoint.steps(storage.path(folder) / "checkpoints")
+
+
+# --- when and what is kept ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_permanent_ephemeral_and_fixed_steps(tmp_path, async_save):
+    run = run_to(
+        tmp_path, 11, interval=4, ephemeral_interval=2, fixed_steps=(5,), async_save=async_save
+    )
+    kept = {0: "permanent", 4: "permanent", 5: "fixed", 8: "permanent", 10: "ephemeral"}
+    assert on_disk(tmp_path) == kept == run.kinds
+    assert run.latest() == 10
+    assert Checkpointer(config(tmp_path)).kinds == kept
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted(f"step{n}" for n in kept)
+
+
+def test_keep_counts_permanent_ones_and_spares_fixed_ones(tmp_path):
+    run_to(tmp_path, 12, interval=4, keep=1, fixed_steps=(6,))
+    assert on_disk(tmp_path) == {6: "fixed", 12: "permanent"}
+    assert run_to(tmp_path / "b", 9, interval=4, step0=False).kinds == {
+        4: "permanent",
+        8: "permanent",
+    }
+
+
+def test_a_complete_step_is_never_saved_again_but_may_become_permanent(tmp_path):
+    run = run_to(tmp_path, 2, interval=4, ephemeral_interval=2)
+    assert on_disk(tmp_path) == {0: "permanent", 2: "ephemeral"}
+    assert not run.save(2, train_state(99), {}, "ephemeral")
+    assert not run.save(2, train_state(99), {}, "permanent")
+    assert on_disk(tmp_path) == {0: "permanent", 2: "permanent"}
+    assert storage.read_meta(run.folder_of(2))["position"] == {"row": 2}
+    back = storage.restore(run.folder_of(2), abstract(train_state(2)))
+    assert bits(back) == bits(train_state(2))
+
+
+def test_the_old_one_is_deleted_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    events = []
+    write, remove = storage._write_marker, storage.remove
+    monkeypatch.setattr(
+        storage, "_write_marker", lambda f, m: (write(f, m), events.append(f"commit {f.name}"))
+    )
+    monkeypatch.setattr(storage, "remove", lambda f: (events.append(f"remove {f.name}"), remove(f)))
+    run_to(tmp_path, 8, interval=4, keep=1, step0=False)
+    assert events == ["commit step4", "commit step8", "remove step4"]
+
+
+def test_the_files_of_a_checkpoint_say_all_that_a_run_needs(tmp_path):
+    cfg = config(tmp_path)
+    meta = checkpoint.meta(cfg, {"epoch": 1, "row": 3, "tokens": 12}, {"line": 7}, "abc")
+    run = Checkpointer(cfg)
+    run.save(3, train_state(3), meta, files={"tokenizer.json": ROOT / "pyproject.toml"})
+    run.finish()
+    found = storage.read_meta(run.folder_of(3))
+    assert found["position"] == {"epoch": 1, "row": 3, "tokens": 12}
+    assert found["metrics_position"] == {"line": 7}
+    assert found["fingerprint"] == "abc"
+    assert found["config"] == to_dict(cfg)
+    assert found["model"] == to_dict(cfg.model)
+    assert found["versions"]["jax"] == jax.__version__
+    assert (run.folder_of(3) / "tokenizer.json").read_bytes().startswith(b"[build-system]")
+
+
+# --- failing saves --------------------------------------------------------------------------------
+
+
+def fail_at(monkeypatch, step: int, delay: float = 0.0) -> None:
+    write = storage.Writer.write
+
+    def failing(self, *args):
+        if self.folder.name == f"step{step}":
+            time.sleep(delay)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, *args)
+
+    monkeypatch.setattr(storage.Writer, "write", failing)
+
+
+def test_a_failed_background_save_ends_the_run_at_the_next_save(tmp_path, monkeypatch):
+    fail_at(monkeypatch, 10)
+    with pytest.raises(OSError) as caught:
+        run_to(tmp_path, 60, interval=5, step0=False)
+    path = tmp_path / "checkpoints" / "step10"
+    assert str(caught.value) == (
+        f"checkpoint {path} was not saved: [Errno 28] No space left on device"
+    )
+    assert on_disk(tmp_path) == {5: "permanent"}
+    assert not path.exists()
+
+
+def test_a_failed_last_save_is_an_error_of_the_run(tmp_path, monkeypatch):
+    fail_at(monkeypatch, 5, delay=0.1)
+    with pytest.raises(OSError, match="step5 was not saved"):
+        run_to(tmp_path, 7, interval=5, step0=False)
+    assert on_disk(tmp_path) == {}
+
+
+def test_a_failed_save_deletes_nothing_and_can_be_repeated(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8)
+        with pytest.raises(OSError, match="step8 was not saved"):
+            run_to(tmp_path, 8, interval=4, keep=1, step0=False)
+    assert on_disk(tmp_path) == {4: "permanent"}
+    run = Checkpointer(config(tmp_path, keep=1))
+    assert run.latest() == 4
+    back = storage.restore(run.folder_of(4), abstract(train_state(4)))
+    assert bits(back) == bits(train_state(4))
+    assert run.save(8, train_state(8), {})
+    run.finish()
+    assert on_disk(tmp_path) == {8: "permanent"}
+
+
+def test_finish_waits_for_the_last_save(tmp_path, monkeypatch):
+    go, write = threading.Event(), storage.Writer.write
+    monkeypatch.setattr(
+        storage.Writer, "write", lambda self, *args: (go.wait(5), write(self, *args))
+    )
+    run = Checkpointer(config(tmp_path))
+    start = time.perf_counter()
+    run.save(7, train_state(7), {})
+    assert time.perf_counter() - start < 2
+    assert not storage.is_complete(run.folder_of(7))
+    threading.Timer(0.2, go.set).start()
+    run.finish()
+    assert storage.is_complete(run.folder_of(7))
+
+
+KILLED = """
+import sys
+from test_checkpoint import *
+write = storage.Writer.write
+def slow(self, *args):
+    write(self, *args)
+    if self.folder.name == "step8":
+        print("writing", flush=True)
+        time.sleep(0.05)
+storage.Writer.write = slow
+run_to(sys.argv[1], 8, interval=4, keep=1, step0=False)
+"""
+
+
+def test_kill_during_a_save_resumes_from_the_one_before_and_its_rest_is_cleared(tmp_path):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", KILLED, tmp_path]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(9):
+            assert process.stdout.readline()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "checkpoints" / "step8").exists()
+    cfg = config(tmp_path, keep=1)
+    run = Checkpointer(cfg)
+    source = checkpoint.source(cfg, run)
+    assert (run.latest(), source.folder.name) == (4, "step4")
+    assert bits(source.load(abstract(train_state(4)))) == bits(train_state(4))
+    run.save(8, train_state(8), {})
+    run.finish()
+    assert os.listdir(tmp_path / "checkpoints") == ["step8"]
+    assert on_disk(tmp_path) == {8: "permanent"}
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch, caplog):
+    def failing(folder):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(storage, "remove", failing)
+    run_to(tmp_path, 8, interval=4, keep=1, step0=False)
+    assert on_disk(tmp_path) == {4: "permanent", 8: "permanent"}
+    assert "could not delete" in caplog.text
+    assert "step4: not yours" in caplog.text
+
+
+# --- where a run starts ---------------------------------------------------------------------------
+
+
+def source_of(folder, **options):
+    cfg = config(folder, **options)
+    return checkpoint.source(cfg, Checkpointer(cfg))
+
+
+def test_a_fresh_run_starts_from_nothing_and_its_own_checkpoint_is_resumed(tmp_path):
+    assert source_of(tmp_path) is None
+    run_to(tmp_path, 8, interval=4)
+    source = source_of(tmp_path)
+    assert source.is_resume
+    assert source.parts == ("step", "params", "opt_state")
+    assert source.line == (
+        f"resuming after step 8: this run's own newest checkpoint is {tmp_path}/checkpoints/step8"
+    )
+    assert source.meta()["position"] == {"row": 8}
+    assert bits(source.load(abstract(train_state(8)))) == bits(train_state(8))
+
+
+def test_the_own_run_wins_over_load_path_and_says_so(tmp_path):
+    run_to(tmp_path / "base", 4, interval=4)
+    run_to(tmp_path / "own", 2, interval=2)
+    source = source_of(tmp_path / "own", load_path=str(tmp_path / "base"))
+    assert source.folder == storage.path(tmp_path / "own" / "checkpoints" / "step2")
+    assert source.is_resume
+    assert f"config.checkpoint.load_path={tmp_path}/base is not used" in source.line
+
+
+@pytest.mark.parametrize("name", ["base", "base/checkpoints", "base/checkpoints/step8"])
+def test_load_path_may_be_a_run_or_a_checkpoint(tmp_path, name):
+    run_to(tmp_path / "base", 8, interval=4)
+    source = source_of(tmp_path / "own", load_path=str(tmp_path / name))
+    assert source.folder.name == "step8"
+    assert not source.is_resume
+    assert source.parts == ("params", "opt_state")
+    assert source.line == (
+        f"starting from {tmp_path}/base/checkpoints/step8 (config.checkpoint.load_path; this run"
+        " has no checkpoint yet): parameters loaded, optimizer state loaded, step and data new"
+    )
+    loaded = source.load(abstract(train_state(0)))
+    assert bits(loaded["params"]) == bits(train_state(0).params)
+
+
+def test_the_newest_complete_one_is_taken_and_parts_are_chosen(tmp_path):
+    run_to(tmp_path / "base", 8, interval=4)
+    (tmp_path / "base" / "checkpoints" / "step8" / storage.MARKER).unlink()
+    options = {"load_optimizer": False, "load_position": True}
+    source = source_of(tmp_path / "own", load_path=str(tmp_path / "base"), **options)
+    assert source.folder.name == "step4"
+    loaded = source.load(abstract(train_state(0)))
+    assert set(loaded) == {"params", "step"}
+    assert int(loaded["step"]) == 4
+
+
+def test_an_empty_mistyped_or_torn_load_path_is_refused_by_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn" / "checkpoints" / "step3").mkdir(parents=True)
+    for path, message in (
+        (tmp_path / "empty", "no complete checkpoint in .*empty$"),
+        (tmp_path / "mistyped", "mistyped does not exist"),
+        (tmp_path / "torn", "no complete checkpoint in .*torn; step3 is incomplete"),
+        ("", "is empty"),
+    ):
+        with pytest.raises(ValueError, match=rf"^config.checkpoint.load_path.*{message}"):
+            source_of(tmp_path / "own", load_path=str(path))
+
+
+def test_weights_alone_are_refused_with_the_option_that_takes_them(tmp_path):
+    tree = {"params": train_state(0).params}
+    leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in storage.names(tree).items()}
+    writer = storage.Writer(storage.path(tmp_path / "weights"), leaves)
+    for name, x in storage.names(tree).items():
+        writer.write(name, (0,) * x.ndim, jax.device_get(x))
+    writer.commit({"model": {}})
+    path = str(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"missing leaf opt_state/.*load_optimizer=False"):
+        source_of(tmp_path / "own", load_path=path).load(abstract(train_state(0)))
+    source = source_of(tmp_path / "own", load_path=path, load_optimizer=False)
+    assert bits(source.load(abstract(train_state(0)))) == bits(tree)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree["params"])
+    assert bits(checkpoint.load_params(path, shapes)) == bits(tree["params"])
+
+
+# --- changes of the config ------------------------------------------------------------------------
+
+
+def changes(**new):
+    return config_changes(to_dict(Config()), to_dict(from_dict(new)))
+
+
+def test_changes_are_listed_with_old_and_new_values():
+    found = changes(optim={"lr": 5e-4}, data={"seed": 1}, train={"duration": 20})
+    assert [tuple(change) for change in found] == [
+        ("data.seed", 34521, 1),
+        ("optim.lr", 3e-4, 5e-4),
+        ("train.duration", 1000, 20),
+    ]
+    assert [str(change) for change in found] == [
+        "config.data.seed: 34521 -> 1; the data comes in another order from here on",
+        "config.optim.lr: 0.0003 -> 0.0005",
+        "config.train.duration: 1000 -> 20",
+    ]
+    refuse_changes(found, ())  # LR, durations and data follow the new config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_theta", 1e4), ("norm_eps", 1e-5), ("window", 128), ("clip_qkv", 8.0), ("n_layers", 8)],
+)
+def test_a_changed_function_is_refused_unless_allowed_by_name(key, value):
+    found = changes(model={key: value})
+    with pytest.raises(ValueError, match=rf"config\.model\.{key}={value}.*allow_changes"):
+        refuse_changes(found, ())
+    refuse_changes(found, {change.key for change in found})
+
+
+def test_all_refused_changes_are_named_at_once_and_initialization_is_free():
+    found = changes(model={"rope_theta": 1e4, "yarn_factor": 8.0, "init_std": 0.01})
+    with pytest.raises(ValueError) as caught:
+        refuse_changes(found, ("model.yarn_factor",))
+    assert "config.model.rope_theta=10000.0, but the checkpoint was trained with 500000.0" in str(
+        caught.value
+    )
+    assert "yarn_factor" not in str(caught.value)
+    assert "init_std" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"allow_changes: no option model\.rope_thta"):
+        refuse_changes([], ("model.rope_thta",))
+
+
+def test_a_repeated_list_of_layer_types_and_an_option_added_later_are_no_changes():
+    model = {"n_layers": 4, "layer_types": ("sliding", "full"), "window": 8}
+    old, new = to_dict(from_dict({"model": model})), dict(model)
+    new["layer_types"] = ("sliding", "full") * 2
+    assert config_changes(old, to_dict(from_dict({"model": new}))) == []
+    del old["model"]["clip_qkv"]
+    assert config_changes(old, to_dict(from_dict({"model": new}))) == []
+    only_model = {"model": old["model"]}
+    assert config_changes(only_model, to_dict(from_dict({"model": new, "name": "b"}))) == []
