@@ -224,7 +224,7 @@ def test_skip_steps_equal_olmo_core(golden, freeze):
         )
         assert metrics["optim/step skipped"] == row["skipped"]
         assert state["count"] == row["opt_step"]
-        assert_close(params["w"], np.float32(row["param"]))
+        assert_close(params["w"], np.float32(row["param"]), atol=5e-7)  # from 1 to 0.04
 
 
 def expected_to_skip(losses, norms, window, sigma):

@@ -22,7 +22,10 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def make_config(mesh=None, accumulate=1, chunk=32, model=MODEL, **train):
+PLAIN = dataclasses.replace(MODEL, layer_types=("full",), padded_vocab_size=None, n_layers=2)
+
+
+def make_config(mesh=None, accumulate=1, chunk=32, model=PLAIN, **train):
     return Config(
         model=model,
         compute=ComputeConfig(dtype="float32", accumulate=accumulate, loss_chunk=chunk),
@@ -76,12 +79,12 @@ MESHES = [
 
 @pytest.fixture(scope="module")
 def whole():
-    return run(make_config(z_loss=1e-3), make_batch(documents=True), n=2)
+    return run(make_config(model=MODEL, z_loss=1e-3), make_batch(documents=True), n=2)
 
 
 @pytest.mark.parametrize(("mesh", "accumulate"), MESHES, ids=str)
 def test_sharded_and_accumulated_steps_equal_one_device(whole, mesh, accumulate):
-    config = make_config(mesh, accumulate, z_loss=1e-3)
+    config = make_config(mesh, accumulate, model=MODEL, z_loss=1e-3)
     params, metrics = run(config, make_batch(documents=True), n=2)
     for name, value in whole[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
@@ -99,20 +102,27 @@ def test_init_does_not_depend_on_the_mesh():
 
 def test_loss_at_step_0_is_the_expected_one():
     # Logits are normal with variance d_model * std² after the final norm: ln V + half of it.
-    model = dataclasses.replace(MODEL, padded_vocab_size=None, d_model=256, vocab_size=1000)
+    model = dataclasses.replace(PLAIN, d_model=256, vocab_size=1000)
     _, metrics = run(make_config(model=model), make_batch(masked=()))
     expected = np.log(1000) + 256 * (0.02 * 0.98658) ** 2 / 2
     np.testing.assert_allclose(metrics["train/CE loss"], expected, atol=0.02)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-@pytest.mark.parametrize("chunk", [None, 16])
-@pytest.mark.parametrize("z_loss", [None, 1e-3])
-def test_reported_losses_do_not_depend_on_how_they_are_computed(accumulate, chunk, z_loss):
-    # Known fault: CE that held the z-loss, and a z-loss divided by the number of micro-batches.
+@pytest.fixture(scope="module")
+def uneven():
+    """A batch whose micro-batches have unequal numbers of tokens, and its metrics."""
     batch = make_batch(masked=())
-    batch["loss_weights"][:4, 20:] = 0  # micro-batches with unequal numbers of tokens
-    _, reference = run(make_config(z_loss=1e-3, chunk=None), batch)
+    batch["loss_weights"][:4, 20:] = 0
+    return batch, run(make_config(z_loss=1e-3, chunk=None), batch)[1]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "chunk", "z_loss"),
+    [(1, 16, 1e-3), (1, 16, None), (2, None, 1e-3), (4, 16, 1e-3), (4, None, None)],
+)
+def test_reported_losses_do_not_depend_on_how_they_are_computed(uneven, accumulate, chunk, z_loss):
+    # Known fault: CE that held the z-loss, and a z-loss divided by the number of micro-batches.
+    batch, reference = uneven
     _, metrics = run(make_config(None, accumulate, chunk, z_loss=z_loss), batch)
     np.testing.assert_allclose(metrics["train/CE loss"], reference["train/CE loss"], rtol=1e-6)
     if z_loss:
@@ -121,9 +131,7 @@ def test_reported_losses_do_not_depend_on_how_they_are_computed(accumulate, chun
         np.testing.assert_allclose(metrics["train/Z loss"], 1e-3 * metrics["train/Z loss unscaled"])
 
 
-@pytest.mark.parametrize(
-    "mode", ["global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"]
-)
+@pytest.mark.parametrize("mode", ["global_tokens", "per_rank_tokens"])
 def test_rows_masked_on_a_whole_device_stay_finite(mode):
     # Known fault: the device whose only row the instance filter masks divides by zero.
     one = run(make_config(loss_normalization=mode, loss_ranks=8), make_batch())
@@ -164,7 +172,7 @@ def test_abstract_state_has_the_shardings_of_the_real_one():
         abstract,
         real,
     )
-    assert real.params["embed"].sharding.shard_shape((128, 64)) == (64, 32)
+    assert real.params["embed"].sharding.shard_shape((100, 64)) == (50, 32)
 
 
 def test_norms_are_per_layer():
@@ -173,7 +181,7 @@ def test_norms_are_per_layer():
     params = step.init_state(config, mesh).params
     out = step.make_norms(config, mesh)(params, sharding.to_global(make_batch(), mesh, 8))
     wq = np.asarray(params["layers"]["attn"]["wq"])
-    expected = [np.linalg.norm(wq[i]) for i in range(4)]
+    expected = [np.linalg.norm(wq[i]) for i in range(2)]
     np.testing.assert_allclose(out["norms/param/layers/attn/wq"], expected, rtol=1e-5)
-    assert out["norms/activation"].shape == (4,)
+    assert out["norms/activation"].shape == (2,)
     assert out["norms/grad/embed"].shape == ()

@@ -1,0 +1,110 @@
+"""Imports flow one way, each third-party package has one home, and light parts stay light."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "olmo_jax"
+FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.rglob("*.py")}
+
+# A module imports only what stands in a line above its own, and its own folder.
+LEVELS = """
+config presets records processes distributed storage
+validate schedules flops optim
+sharding progress data
+kernels metrics snapshot
+nn losses
+step checkpoint
+generation evals
+summary report
+loop
+train __init__
+"""
+LEVEL_OF = {name: i for i, line in enumerate(LEVELS.strip().splitlines()) for name in line.split()}
+
+# Third-party packages but jax and numpy, and the only files that may import them.
+HOMES = {
+    "flax": "nn/",
+    "optax": "optim",
+    "tensorstore": "storage",
+    "etils": "storage",
+    "grain": "data/loader",
+    "matplotlib": "summary",
+    "tensorboardX": "metrics",
+    "wandb": "metrics",
+    "tokenizers": "data/tokenizer",
+    "sentencepiece": "data/tokenizer",
+    "ml_collections": "config",
+}
+WITHOUT_JAX = "train config validate presets flops schedules records progress metrics".split() + [
+    f"data.{name}" for name in ("tokens", "order", "tokenizer", "corpus")
+]
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names that a file imports anywhere; `from a import b` gives `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_flow_one_way(name):
+    part = name.split("/")[0]
+    assert part in LEVEL_OF, f"give {part} a line in LEVELS"
+    for imported in imports(FILES[name]):
+        package, *rest = imported.split(".")
+        if package == "olmo_jax" and rest and rest[0] != part:
+            assert LEVEL_OF[rest[0]] < LEVEL_OF[part], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_third_party_package_has_one_home(name):
+    for imported in imports(FILES[name]):
+        package = imported.split(".")[0]
+        if package not in {"olmo_jax", "jax", "numpy", *sys.stdlib_module_names}:
+            assert package in HOMES, f"{name} imports {package}: give it a home in HOMES"
+            assert name.startswith(HOMES[package]), f"{name}: only {HOMES[package]} has {package}"
+
+
+def test_levels_and_homes_name_what_exists():
+    parts = {name.split("/")[0] for name in FILES}
+    assert set(LEVEL_OF) == parts
+    assert all(any(name.startswith(home) for name in FILES) for home in HOMES.values())
+
+
+def test_there_is_no_drawer_for_everything():
+    drawers = ("util", "utils", "helper", "helpers", "misc", "common")
+    assert not [name for name in FILES if name.split("/")[-1] in drawers]
+
+
+def test_config_and_data_do_without_jax():
+    modules = ", ".join(f"olmo_jax.{name}" for name in WITHOUT_JAX)
+    code = f"import sys, olmo_jax, {modules}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_only_tests_and_benchmarks_know_torch():
+    folders = [PACKAGE, ROOT / "configs", ROOT / "tools"]
+    for path in [p for folder in folders for p in folder.rglob("*.py")]:
+        packages = {name.split(".")[0] for name in imports(path)}
+        if ROOT / "tools/bench" not in path.parents:
+            assert not packages & {"torch", "transformers"}, path
+
+
+def test_requirements_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if line and line[0] != "#"] == project["dependencies"]
