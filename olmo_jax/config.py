@@ -11,6 +11,7 @@ import pathlib
 import runpy
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -285,7 +286,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    return [_plain(v) for v in _items(value)] if isinstance(value, (tuple, list)) else value
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value
 
 
 def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
@@ -306,8 +311,8 @@ def _build(cls: Any, values: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}: expected a group of options, found {values!r}")
         return cls()
     hints = typing.get_type_hints(cls)
-    known = {}
-    for name, value in values.items():
+    known: dict[str, Any] = {}
+    for name, value in typing.cast(Mapping[str, Any], values).items():
         if name in hints:
             known[name] = _convert(hints[name], value, f"{path}.{name}", problems)
         else:
@@ -330,9 +335,10 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}: found {value!r}, need one of {', '.join(map(str, args))}")
     elif origin is tuple:
         if isinstance(value, (tuple, list)):
-            each = args[:1] * len(value) if args[-1] is Ellipsis else args
-            if len(each) == len(value):
-                pairs = enumerate(zip(each, value, strict=True))
+            items = _items(value)
+            each = args[:1] * len(items) if args[-1] is Ellipsis else args
+            if len(each) == len(items):
+                pairs = enumerate(zip(each, items, strict=True))
                 return tuple(_convert(h, v, f"{path}[{i}]", problems) for i, (h, v) in pairs)
         problems.append(f"{path}: found {value!r}, need a list of {_name(hint)}")
     elif hint is int and isinstance(value, float) and value.is_integer():

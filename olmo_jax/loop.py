@@ -210,9 +210,10 @@ class Plan:
     def rates(self, at: int, tokens: int, batch_tokens: int) -> tuple[float, float]:
         """Learning rate and clipping norm of step `at`, whose batch ends at `tokens` seen."""
         t = at if self._optim.schedule.unit == "steps" else tokens
-        scale = schedules.batch_lr_scale(self._first_batch, batch_tokens)
-        lr = schedules.learning_rate(self._optim, t, self._t_max) * scale
-        return lr, schedules.clip_norm(self._optim, t)
+        # OLMo-core's batch-size schedule scales the peak; where a schedule ends stays as it is.
+        peak = self._optim.lr * schedules.batch_lr_scale(self._first_batch, batch_tokens)
+        scaled = dataclasses.replace(self._optim, lr=peak)
+        return schedules.learning_rate(scaled, t, self._t_max), schedules.clip_norm(scaled, t)
 
     def is_skipped(self, at: int) -> bool:
         """Whether the batch of step `at` is passed over (`train.skip_steps`)."""
@@ -248,8 +249,8 @@ class Run:
         norms = step.make_norms(c, self.mesh) if c.log.norms_interval else None
         if first == 0:
             position = self.loader.order.start
-            if self.checkpointer.due(0):
-                self.save(state, 0, position, self.checkpointer.due(0))
+            if kind := self.checkpointer.due(0):
+                self.save(state, 0, position, kind)
             if c.eval.at_start:
                 self.evaluate(state, 0, c.eval.max_rows)
         self.loader.n_steps = self.plan.last - first

@@ -23,7 +23,7 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """All that training changes: finished steps (int32), parameters and optimizer state."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
@@ -95,10 +95,9 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
         weights = batch["loss_weights"]
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
         grads, parts = _gradients(config, model, state.params, batch | {"loss_weights": scaled})
-        loss = parts["ce"] + (config.train.z_loss or 0.0) * parts["z"]
         params, opt_state, metrics = optim.update(
             config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
-            parts["ce"] if config.train.z_loss is None else loss, weights.sum() > 0,
+            parts["ce"], weights.sum() > 0,
         )  # fmt: skip
         metrics |= {
             "train/CE loss": parts["ce"],
@@ -125,13 +124,7 @@ def _gradients(
     """Summed gradients and loss parts of the batch, over `compute.accumulate` micro-batches."""
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        hidden = model.apply(
-            {"params": params},
-            batch["tokens"],
-            batch.get("positions"),
-            batch.get("segment_ids"),
-            output="hidden",
-        )
+        hidden = _apply(model, params, batch, "hidden")
         return losses.next_token(hidden, transformer.head(params), batch, config)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -148,6 +141,11 @@ def _gradients(
     return jax.lax.scan(add, zeros, micro)[0]
 
 
+def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:
+    optional = batch.get("positions"), batch.get("segment_ids")
+    return model.apply({"params": params}, batch["tokens"], *optional, output=output)
+
+
 def _first(micro: Batch) -> Batch:
     return jax.tree.map(lambda a: a[0], micro)
 
@@ -160,13 +158,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics
     model = build_model(config)
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
-        hidden = model.apply(
-            {"params": params},
-            batch["tokens"],
-            batch.get("positions"),
-            batch.get("segment_ids"),
-            output="hidden",
-        )
+        hidden = _apply(model, params, batch, "hidden")
         parts = losses.next_token(hidden, transformer.head(params), batch, config)[1]
         return {"ce_sum": parts["ce"], "tokens": batch["loss_weights"].sum()}
 
@@ -188,8 +180,7 @@ def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
         ranks = config.train.loss_ranks or _ways(mesh)
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
         grads, _ = _gradients(config, model, params, batch | {"loss_weights": scaled})
-        optional = batch.get("positions"), batch.get("segment_ids")
-        _, stats = model.apply({"params": params}, batch["tokens"], *optional, output="stats")
+        _, stats = _apply(model, params, batch, "stats")
         out = {"norms/activation": stats["activation rms"]}
         for kind, tree in (("param", params), ("grad", grads)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
