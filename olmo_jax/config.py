@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
 Unit = Literal["steps", "tokens", "epochs"]
 
@@ -349,7 +349,7 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return value
     else:
         problems.append(f"{path}: found {value!r}, need {_name(hint)}")
-    return value
+    return typing.cast(Any, value)
 
 
 def _name(hint: Any) -> str:

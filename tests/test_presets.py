@@ -3,9 +3,11 @@
 import json
 import math
 
+import jax
 import pytest
 
-from olmo_jax import config, flops, presets, schedules, validate
+from olmo_jax import config, flops, presets, schedules, sharding, validate
+from olmo_jax.nn import transformer
 
 # Total, non-embedding and core counts of the Hugging Face classes.
 RELEASED = {
@@ -171,3 +173,23 @@ def test_ladder_follows_the_scaling_rule():
         assert rate == pytest.approx(cfg.optim.lr, rel=1e-3)
     assert presets.ladder(n, 458_752)["optim"]["beta2"] == 0.99
     assert len(presets.ladder(n, batch, multiple=1)["optim"]["schedule"]["period_lengths"]) == 2
+
+
+@pytest.mark.parametrize("name", ["olmo1_1B", "olmo1_7B", "olmo2_1B_v2", "olmo3_32B", "olmo3_7B_hf"])
+def test_counts_and_shardings_are_those_of_the_real_tree(name):
+    model = transformer.Transformer(config.ModelConfig(**presets.MODELS[name]))
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    axes = transformer.logical_axes(model)
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, spec)
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_leaves_with_path(shapes),
+            jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple)),
+            strict=True,
+        )
+    }
+    table = flops.weights(model.config)
+    assert names.keys() == table.keys()
+    for path, (shape, logical) in names.items():
+        assert shape == tuple(n for n, _ in table[path]), path
+        assert tuple(sharding.spec(logical)) == tuple(axis for _, axis in table[path]), path

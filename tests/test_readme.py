@@ -44,8 +44,8 @@ def place(tmp_path_factory):
     for name in ("configs", "tools"):
         pathlib.Path(name).symlink_to(ROOT / name)
     pathlib.Path("texts").mkdir()
-    for i in range(40):
-        pathlib.Path(f"texts/{i}.txt").write_text(f"Chapter {i}. It was a dark night.\n" * 30)
+    for i in range(41):  # of one length, so that the tokens of 40 also fit another dtype
+        pathlib.Path(f"texts/{i}.txt").write_text("It was a dark and stormy night.\n" * 30)
     made = small_run.make_corpus(folder)
     jax.config.update("jax_disable_most_optimizations", True)  # compiles faster; runs are short
     assert tiny(["--config=configs/quickstart.py"], made, *FULL) == 0
@@ -114,7 +114,7 @@ def check_training(place, arguments):
     elif re.search(r"load_path|data\.paths", " ".join(arguments)):
         assert tiny(arguments, place) == 0
     else:  # of data that is not here, or as any other run
-        assert train.main([*arguments, "--n_devices=8", "--dry_run"]) == 0
+        assert train.main([*arguments, "--n_devices=1", "--dry_run"]) == 0
 
 
 @pytest.mark.parametrize(("command", "message"), FAILURES)
