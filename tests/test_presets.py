@@ -175,7 +175,9 @@ def test_ladder_follows_the_scaling_rule():
     assert len(presets.ladder(n, batch, multiple=1)["optim"]["schedule"]["period_lengths"]) == 2
 
 
-@pytest.mark.parametrize("name", ["olmo1_1B", "olmo1_7B", "olmo2_1B_v2", "olmo3_32B", "olmo3_7B_hf"])
+@pytest.mark.parametrize(
+    "name", ["olmo1_1B", "olmo1_7B", "olmo2_1B_v2", "olmo3_32B", "olmo3_7B_hf"]
+)
 def test_counts_and_shardings_are_those_of_the_real_tree(name):
     model = transformer.Transformer(config.ModelConfig(**presets.MODELS[name]))
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
