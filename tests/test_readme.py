@@ -62,6 +62,7 @@ def tiny(arguments, made, *options):
     return train.main([*small, *small_run.data_flags(made), *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
 def test_snippet_runs(place, code, capsys):
     for name in ("train", "heldout"):
@@ -78,6 +79,7 @@ def test_snippet_runs(place, code, capsys):
         assert len(capsys.readouterr().out) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_works(place, line, capsys):
     head, *rest = words = shlex.split(line, comments=True)
@@ -117,6 +119,7 @@ def check_training(place, arguments):
         assert train.main([*arguments, "--n_devices=1", "--dry_run"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "message"), FAILURES)
 def test_failure_prints_its_message(place, command, message, capsys):
     arguments = shlex.split(command)[3:]
@@ -132,11 +135,13 @@ def test_failure_prints_its_message(place, command, message, capsys):
     assert [re.sub(numbers, "", line) for line in printed] == [re.sub(numbers, "", message)]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_says_that_it_is_done(place, capsys):
     assert tiny(["--config=configs/quickstart.py"], place) == 0
     assert "done already: step 3 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_metric_names_are_those_of_a_run(place):
     lines = pathlib.Path("runs/quickstart/metrics.jsonl").read_text().splitlines()
     recorded = {name for line in lines for name in json.loads(line)}
