@@ -1,6 +1,6 @@
 """OLMo-1B, February 2024: tied embeddings, cosine to 3.1T tokens of Dolma 1.5.
 
-Run:    python -m olmo_jax.train --config=configs/olmo1_1b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo1_1b.py --config.data.root=/mnt/data
 Data:   olmo-mix-v1_5/*.npy under data.root: Dolma 1.5 as uint16 tokens of
         eleuther-ai-gpt-neox-20b-pii-special. Name the files in the official order to get the
         official data order. --dry_run needs no files.

@@ -1,6 +1,6 @@
 """OLMo-7B, February 2024: 2T tokens of Dolma 1.5, linear decay. Also OLMo-7B-Twin-2T.
 
-Run:    python -m olmo_jax.train --config=configs/olmo1_7b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo1_7b.py --config.data.root=/mnt/data
 Data:   olmo-mix-v1_5-sample/*.npy under data.root: the 2T sample of Dolma 1.5 as uint16 tokens of
         eleuther-ai-gpt-neox-20b-pii-special. Name the files in the official order to get the
         official data order. --dry_run needs no files.

@@ -1,6 +1,6 @@
 """OLMo-7B-0724, July 2024: two passes over Dolma 1.7, clipped q, k and v.
 
-Run:    python -m olmo_jax.train --config=configs/olmo1_7b_0724.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo1_7b_0724.py --config.data.root=/mnt/data
 Data:   dolma-1_7/*.npy under data.root: uint16 tokens of gpt-neox-olmo-dolma-v1_5. Name the files
         in the official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 82.7 GB of fp32 parameters and moments in all.

@@ -1,6 +1,6 @@
 """OLMo 2 13B, stage 2: 100B tokens of Dolmino-mix-1124, learning rate linearly to 0.
 
-Run:    python -m olmo_jax.train --config=configs/olmo2_13b_stage2.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo2_13b_stage2.py --config.data.root=/mnt/data
 Data:   Dolmino-mix-1124-100B/*.npy under data.root: uint32 dolma2 tokens. Name the files in the
         official order to get the official data order. --dry_run needs no files.
 Needs:  256 chips of TPU v5p (v5p-512) are sensible. 164.6 GB of fp32 parameters and moments in

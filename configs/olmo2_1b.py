@@ -1,6 +1,6 @@
 """OLMo 2 1B (OLMo-2-0425-1B), stage 1: 4T tokens of OLMo-mix-1124.
 
-Run:    python -m olmo_jax.train --config=configs/olmo2_1b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo2_1b.py --config.data.root=/mnt/data
 Data:   OLMo-mix-1124/*.npy under data.root: uint32 dolma2 tokens. Name the files in the official
         order to get the official data order. --dry_run needs no files.
 Needs:  64 chips of TPU v5p (v5p-128) are sensible; fewer with more compute.accumulate.

@@ -1,6 +1,6 @@
 """OLMo 2 32B (OLMo-2-0325-32B), stage 1: 6.06T tokens, of a cosine planned for 6.5T.
 
-Run:    python -m olmo_jax.train --config=configs/olmo2_32b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo2_32b.py --config.data.root=/mnt/data
 Data:   OLMoE-mix-0824/*.npy under data.root: uint32 dolma2 tokens. Name the files in the official
         order to get the official data order. --dry_run needs no files.
 Needs:  512 chips of TPU v5p (v5p-1024) are sensible; 386.8 GB of fp32 parameters and moments in

@@ -1,6 +1,6 @@
 """OLMo 2 32B, stage 2: 100B tokens of Dolmino-mix-1124, learning rate linearly to 0.
 
-Run:    python -m olmo_jax.train --config=configs/olmo2_32b_stage2.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo2_32b_stage2.py --config.data.root=/mnt/data
 Data:   dolmino100/*.npy under data.root: uint32 dolma2 tokens. Name the files in the official order
         to get the official data order. --dry_run needs no files.
 Needs:  512 chips of TPU v5p (v5p-1024) are sensible; 386.8 GB of fp32 parameters and moments in

@@ -1,6 +1,6 @@
 """OLMo 2 3B, a rung of OLMo-core's scaling ladder: 253.6B tokens, 4 times Chinchilla's.
 
-Run:    python -m olmo_jax.train --config=configs/olmo2_3b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo2_3b.py --config.data.root=/mnt/data
 Data:   OLMo-mix-0925/*.npy under data.root: uint32 dolma2 tokens. --dry_run needs no files.
 Needs:  32 chips of TPU v5e or better, or 32 GPUs. 42.0 GB of fp32 parameters and moments in all.
 Expect: speed and loss not measured here yet, official ones unknown. The learning rate falls from

@@ -1,6 +1,6 @@
 """OLMo 2 7B (OLMo-2-1124-7B), stage 1: one pass over OLMo-mix-1124, 3.9T tokens.
 
-Run:    python -m olmo_jax.train --config=configs/olmo2_7b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo2_7b.py --config.data.root=/mnt/data
 Data:   OLMo-mix-1124/*.npy under data.root: uint32 dolma2 tokens. Name the files in the official
         order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all.

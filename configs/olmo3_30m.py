@@ -1,6 +1,6 @@
 """Olmo 3 30M, a rung of OLMo-core's scaling ladder: 2.3B tokens, 4 times Chinchilla's.
 
-Run:    python -m olmo_jax.train --config=configs/olmo3_30m.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo3_30m.py --config.data.root=/mnt/data
 Data:   OLMo-mix-0925/*.npy under data.root: uint32 dolma2 tokens. --dry_run needs no files.
 Needs:  8 chips of any TPU or 8 GPUs, or fewer. 0.7 GB of fp32 parameters and moments in all.
 Expect: speed and loss not measured here yet, official ones unknown. The learning rate falls from

@@ -1,6 +1,6 @@
 """Olmo 3 32B (Olmo-3-1125-32B), pretraining: 5.5T tokens, of a cosine over one pass of the data.
 
-Run:    python -m olmo_jax.train --config=configs/olmo3_32b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo3_32b.py --config.data.root=/mnt/data
 Data:   OLMo-mix-0925-official/*.npy under data.root: uint32 dolma2 tokens. Name the files in the
         official order to get the official data order. --dry_run needs no files.
 Needs:  512 chips of TPU v5p (v5p-1024) are sensible; 386.8 GB of fp32 parameters and moments in

@@ -1,7 +1,7 @@
 """Olmo 3 32B, long context: 100B tokens in rows of 65,536, YaRN on the full layers.
 
 Run:    python -m olmo_jax.train --config=configs/olmo3_32b_longcontext.py \
-          --config.data.root=gs://BUCKET
+          --config.data.root=/mnt/data
 Data:   OLMo-longmino-mix-0925/*.npy under data.root: uint32 dolma2 tokens. Name the files in the
         official order. --dry_run needs no files.
 Needs:  256 chips of TPU v5p (v5p-512) are sensible; 386.8 GB of fp32 parameters and moments in

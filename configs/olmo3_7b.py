@@ -1,6 +1,6 @@
 """Olmo 3 7B (Olmo-3-1025-7B), pretraining, part 1 of 2: half of a cosine planned for 5T tokens.
 
-Run:    python -m olmo_jax.train --config=configs/olmo3_7b.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo3_7b.py --config.data.root=/mnt/data
 Data:   OLMo-mix-0625-official/*.npy under data.root: uint32 dolma2 tokens. Name the files in the
         official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all.

@@ -1,7 +1,7 @@
 """Olmo 3 7B, long context: 50B tokens in rows of 65,536, YaRN on the full layers.
 
 Run:    python -m olmo_jax.train --config=configs/olmo3_7b_longcontext.py \
-          --config.data.root=gs://BUCKET
+          --config.data.root=/mnt/data
 Data:   OLMo-longmino-mix-0625/*.npy under data.root: uint32 dolma2 tokens. Name the files in the
         official order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all,

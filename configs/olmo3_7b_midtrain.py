@@ -1,7 +1,7 @@
 """Olmo 3 7B, mid-training: 100B tokens, learning rate from 2.07e-4 linearly to 0.
 
 Run:    python -m olmo_jax.train --config=configs/olmo3_7b_midtrain.py \
-          --config.data.root=gs://BUCKET
+          --config.data.root=/mnt/data
 Data:   OLMo-midtraining-mix-0625-100B/*.npy under data.root: uint32 dolma2 tokens. Name the files
         in the official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all,

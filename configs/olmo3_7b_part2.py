@@ -1,6 +1,6 @@
 """Olmo 3 7B, pretraining, part 2 of 2: the schedule stretched to 7T, until the data ends at 5.93T.
 
-Run:    python -m olmo_jax.train --config=configs/olmo3_7b_part2.py --config.data.root=gs://BUCKET
+Run:    python -m olmo_jax.train --config=configs/olmo3_7b_part2.py --config.data.root=/mnt/data
 Data:   as in olmo3_7b: the same files in the same order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all,
         and step 596,047 of olmo3_7b in checkpoint.load_path. Official: 512 H100, sharded 8 ways.

@@ -44,8 +44,8 @@ def train(config: Config) -> int:
       ConfigError, ValueError, OSError: with one line for the user; nothing is overwritten.
     """
     began = time.perf_counter()
-    config = resolve(config)
     validate(config, jax.device_count())
+    config = resolve(config)
     mesh = sharding.make_mesh(config.mesh)
     shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "no axis used"
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind} ({shape})")

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         _fail(argv, *error.problems)
         return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # a package for gs:// or W&B may be missing
         _fail(argv, str(error) or type(error).__name__)
         return 1
 

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from olmo_jax import config, flops, presets, schedules, validate
+from olmo_jax import config, flops, presets, schedules, train, validate
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
@@ -338,4 +338,13 @@ def test_tiny_config_is_small_and_fits_every_test_mesh(name):
         validate.validate(load(name, {f"mesh.{axis}": n for axis, n in shape.items()}), 8)
 
 
-# --- dry runs of every config, through train.main, follow here ------------------------------------
+# --- dry runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
+def test_every_config_passes_its_dry_run(path, capsys):
+    assert train.main([f"--config={path}", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert f"parameters        {flops.n_params(config.load(str(path)).model).total:,}" in out
+    for word in ("FLOPs per token", "mesh", "state per device", "no weight decay: "):
+        assert word in out
