@@ -8,7 +8,9 @@ import ast
 import dataclasses
 import difflib
 import pathlib
+import re
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,9 +25,16 @@ Unit = Literal["steps", "tokens", "epochs"]
 class ConfigError(ValueError):
     """A config that cannot run; `problems` holds one line for each thing that is wrong."""
 
-    def __init__(self, problems: list[str]):
+    def __init__(self, problems: list[str], rest: "Config | None" = None):
         super().__init__("\n".join(problems))
         self.problems = problems
+        self.rest = rest  # the config with defaults for what could not be read
+
+    @property
+    def options(self) -> set[str]:
+        """Names of the options that the lines are about, or that may have been meant."""
+        pairs = re.findall(r"(\w+)(?:\[\d+\])*: |did you mean (\w+)\?", "\n".join(self.problems))
+        return {name for pair in pairs for name in pair if name}
 
 
 @dataclass(frozen=True)
@@ -302,7 +311,7 @@ def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
     problems: list[str] = []
     config = _build(cls, values, name, problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, config if cls is Config else None)
     return config
 
 
@@ -314,7 +323,10 @@ def _build(cls: Any, values: Any, path: str, problems: list[str]) -> Any:
     known: dict[str, Any] = {}
     for name, value in typing.cast(Mapping[str, Any], values).items():
         if name in hints:
-            known[name] = _convert(hints[name], value, f"{path}.{name}", problems)
+            before = len(problems)
+            converted = _convert(hints[name], value, f"{path}.{name}", problems)
+            if len(problems) == before or dataclasses.is_dataclass(hints[name]):
+                known[name] = converted
         else:
             close = difflib.get_close_matches(name, hints, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(hints)}"
@@ -370,13 +382,24 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     """
     if not pathlib.Path(path).is_file():
         raise ConfigError([f"--config={path}: no such file"])
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise ConfigError([f"--config={path}: the file defines no get_config()"])
-    values = get_config()
-    for key, text in (overrides or {}).items():
-        _set(values, key.split("."), _literal(text))
+    try:
+        values = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # whatever the file does: it is the user's
+        raise ConfigError([f"--config={path}: {_cause(error, path)}"]) from error
+    if isinstance(values, (dict, ConfigDict)):
+        for key, text in (overrides or {}).items():
+            _set(values, key.split("."), _literal(text))
     return from_dict(values)
+
+
+def _cause(error: Exception, path: str) -> str:
+    """What is wrong in a config file, and in which line, on one line."""
+    if isinstance(error, KeyError) and error.args == ("get_config",):
+        return "the file defines no get_config()"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    lines += [error.lineno] if isinstance(error, SyntaxError) else []
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _literal(text: str) -> Any:

@@ -23,36 +23,47 @@ class Cluster:
     coordinator: str  # host:port
     n_processes: int
     process_id: int
+    local_device: int | None = None  # the only one of this process; None: all that it sees
 
 
 def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
     """The cluster that the flags or SLURM describe, or None.
 
     Raises:
-      ValueError: if only some of the three flags are given, or one makes no sense.
+      ConfigError: if only some of the three flags are given, or one makes no sense.
     """
     names = ("coordinator", "n_processes", "process_id")
     given = [name for name in names if name in flags]
     if given:
         if len(given) < len(names):
             missing = ", ".join(f"--{name}" for name in names if name not in flags)
-            raise ValueError(f"--{given[0]} is given without {missing}: all three, or none")
-        if not all(flags[name].isdigit() for name in names[1:]):
-            raise ValueError("--n_processes and --process_id: need whole numbers")
+            raise ConfigError([f"--{given[0]} is given without {missing}: all three, or none"])
         if not re.fullmatch(r".+:\d+", flags["coordinator"]):
-            raise ValueError(f"--coordinator={flags['coordinator']}: need host:port")
+            raise ConfigError([f"--coordinator={flags['coordinator']}: need host:port"])
         cluster = Cluster(flags["coordinator"], int(flags["n_processes"]), int(flags["process_id"]))
-        if not 0 <= cluster.process_id < cluster.n_processes:
+        if cluster.process_id >= cluster.n_processes:
             n = cluster.n_processes
-            raise ValueError(f"--process_id={cluster.process_id} is not below --n_processes={n}")
+            raise ConfigError([f"--process_id={cluster.process_id} is not below --n_processes={n}"])
         return cluster
     # srun sets all of these; sbatch alone, which starts one process, does not.
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
     if all(name in environ for name in slurm) and int(environ["SLURM_NTASKS"]) > 1:
         port = 61_440 + int(environ["SLURM_JOB_ID"]) % 4096
-        host = first_host(environ["SLURM_STEP_NODELIST"])
-        return Cluster(f"{host}:{port}", int(environ["SLURM_NTASKS"]), int(environ["SLURM_PROCID"]))
+        return Cluster(
+            f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+            int(environ["SLURM_NTASKS"]),
+            int(environ["SLURM_PROCID"]),
+            _own_gpu(environ),
+        )
     return None
+
+
+def _own_gpu(environ: Mapping[str, str]) -> int | None:
+    """The GPU of a task that shares its node, and the sight of all GPUs there, with other tasks."""
+    is_alone = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").startswith(("1(", "1,"))
+    is_alone |= environ.get("SLURM_STEP_TASKS_PER_NODE", "1") == "1"
+    n_visible = len(environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    return None if is_alone or n_visible == 1 else int(environ["SLURM_LOCALID"])
 
 
 def first_host(nodelist: str) -> str:
@@ -76,6 +87,9 @@ def start(cluster: Cluster | None, timeout_s: float) -> None:
             cluster.coordinator,
             cluster.n_processes,
             cluster.process_id,
+            None if cluster.local_device is None else [cluster.local_device],
+            # Else JAX asks SLURM itself, and takes one GPU of a node where one process has all.
+            cluster_detection_method="deactivate",
             initialization_timeout=int(timeout_s),
         )
     elif cluster is None and _is_tpu_host():

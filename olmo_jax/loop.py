@@ -114,7 +114,13 @@ def resolve(config: Config) -> Config:
             ]
         )
     config = _replace(
-        config, "data", paths=(made.train_path,), tokenizer=made.tokenizer_path, eos_id=made.eos_id
+        config,
+        "data",
+        paths=(made.train_path,),
+        root="",
+        dtype=made.dtype,
+        tokenizer=made.tokenizer_path,
+        eos_id=made.eos_id,
     )
     return _replace(config, "eval", paths=config.eval.paths or (made.heldout_path,))
 

@@ -265,5 +265,5 @@ def _continuation(config: Config, model: Any, params: Any) -> list[str]:
 def _prompt(text: str) -> str:
     """The text up to the first words of a docstring, a third of the way in."""
     start = text.find('    """', len(text) // 3)
-    end = start + 30 if start >= 0 else len(text) // 3
+    end = text.find(" ", start + 24) if start >= 0 else len(text) // 3
     return text[max(0, end - 1000) : end]

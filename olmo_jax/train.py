@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from olmo_jax.config import Config, ConfigError, load
-from olmo_jax.validate import validate
+from olmo_jax.validate import planned_devices, validate
 
 USAGE = """\
 Train an OLMo model, or go on with a run that was stopped.
@@ -25,7 +25,7 @@ Train an OLMo model, or go on with a run that was stopped.
 
 Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: start it again.
 """
-VALUES = ("n_devices", "coordinator", "n_processes", "process_id", "connect_timeout")
+NUMBERS = ("n_devices", "n_processes", "process_id", "connect_timeout")
 SWITCHES = ("dry_run", "debug")
 
 
@@ -35,24 +35,45 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="")
         return 0 if argv else 2
     try:
-        flags, overrides = parse(argv)
-        config = load(flags.pop("config"), overrides)
-        if "dry_run" in flags:
-            return _dry_run(config, flags)
-        return _train(config, flags)
+        flags, config = configure(argv)
+        return _dry_run(config, flags) if "dry_run" in flags else _train(config, flags)
     except ConfigError as error:
-        _fail(argv, *error.problems)
-        return 2
+        return _fail(argv, 2, *error.problems)
     except (ValueError, OSError, ImportError) as error:  # a package for gs:// or W&B may be missing
-        _fail(argv, str(error) or type(error).__name__)
-        return 1
+        return _fail(argv, 1, str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        return _fail(argv, 130, "interrupted; the same command goes on from the newest checkpoint")
 
 
-def _fail(argv: list[str], *lines: str) -> None:
+def _fail(argv: list[str], code: int, *lines: str) -> int:
     if "--debug" in argv:
         traceback.print_exc()
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def configure(argv: list[str]) -> tuple[dict[str, str], Config]:
+    """Flags by name, and the config, of a command line.
+
+    Raises:
+      ConfigError: with all that is wrong in arguments, options and their relations.
+    """
+    flags, overrides, problems = _split(argv)
+    config, unread = None, set()
+    try:
+        config = load(flags["config"], overrides) if "config" in flags else None
+    except ConfigError as error:
+        problems += error.problems
+        config, unread = error.rest, error.options
+    if config is not None:
+        try:
+            validate(config, _devices(config, flags), unread)
+        except ConfigError as error:
+            problems += error.problems
+    if problems or config is None:
+        raise ConfigError(problems)
+    return flags, config
 
 
 def parse(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -61,6 +82,13 @@ def parse(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     Raises:
       ConfigError: with every argument that makes no sense.
     """
+    flags, overrides, problems = _split(argv)
+    if problems:
+        raise ConfigError(problems)
+    return flags, overrides
+
+
+def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
     flags, overrides, problems = {}, {}, []
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
@@ -68,36 +96,33 @@ def parse(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
             problems.append(f"{argument}: options begin with --, see --help")
         elif name in SWITCHES and value.lower() in ("", "true"):
             flags[name] = "true"
+        elif name in SWITCHES:
+            problems.append(f"{argument}: leave it out, or write --{name}")
         elif "=" not in argument:
             problems.append(f"{argument}: needs a value, as in {argument}=…; see --help")
-        elif name == "config" or name in VALUES:
+        elif name in NUMBERS and not value.isdecimal():
+            problems.append(f"{argument}: need a whole number")
+        elif name in ("config", "coordinator", *NUMBERS):
             flags[name] = value
         elif name.startswith("config."):
             overrides[name.removeprefix("config.")] = value
         else:
             problems.append(f"{argument}: there is no such flag; see --help")
-    problems += [
-        f"--{name}={flags[name]}: need a whole number"
-        for name in ("n_devices", "connect_timeout")
-        if name in flags and not flags[name].isdigit()
-    ]
     if "config" not in flags:
         problems.append("--config=FILE is missing; see configs/, and --help")
-    if problems:
-        raise ConfigError(problems)
-    return flags, overrides
+    return flags, overrides, problems
+
+
+def _devices(config: Config, flags: dict[str, str]) -> int:
+    """Devices of a run that is planned; those of a real one are counted when JAX is there."""
+    named = int(flags.get("n_devices", 0)) if "dry_run" in flags else 0
+    return named or planned_devices(config)
 
 
 def _dry_run(config: Config, flags: dict[str, str]) -> int:
-    fixed = [n for n in vars(config.mesh).values() if n > 0]
-    n_devices = int(flags.get("n_devices", 0))
-    for n in fixed if not n_devices else ():
-        n_devices = max(n_devices, 1) * n
-    n_devices = n_devices or 1
-    validate(config, n_devices)
     from olmo_jax import report
 
-    print(report.describe(config, n_devices))
+    print(report.describe(config, _devices(config, flags)))
     return 0
 
 

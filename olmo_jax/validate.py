@@ -1,8 +1,12 @@
 """The relations between options, checked once, at start, for the whole config and its mesh."""
 
 import dataclasses
+import fnmatch
 import math
+import re
+from collections.abc import Iterable
 
+from olmo_jax import flops, schedules
 from olmo_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
 
 # Options that count something; `None` where an option may be off.
@@ -17,26 +21,38 @@ POSITIVE = (
 ).split()
 
 
-def validate(config: Config, n_devices: int) -> None:
+def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None:
     """Check the relations between options, for a run on `n_devices`.
 
+    Args:
+      config: of the run.
+      n_devices: devices of all processes together.
+      unread: names of options whose values are not known; what depends on them is not checked.
     Raises:
       ConfigError: with every problem at once, one line each.
     """
-    problems = []
+    problems, unread = [], set(unread)
     for name in POSITIVE:
         part, key = name.split(".")
         value = getattr(getattr(config, part), key)
         if value is not None and value <= 0:
             problems.append(f"config.{name}={value}: need a positive number")
-    if not problems:  # the relations below divide by these
-        problems = _model(config.model) + _data(config) + _training(config)
-        try:
-            problems += _mesh(config, mesh_shape(config.mesh, n_devices))
-        except ConfigError as error:
-            problems += error.problems
+            unread.add(key)  # the relations below divide by it
+            changed = dataclasses.replace(getattr(config, part), **{key: 1})
+            config = dataclasses.replace(config, **{part: changed})
+    relations = _model(config.model) + _data(config) + _optim(config) + _training(config)
+    try:
+        relations += _mesh(config, mesh_shape(config.mesh, n_devices))
+    except ConfigError as error:
+        relations += error.problems
+    problems += [line for line in relations if not unread & set(re.findall(r"\w+", line))]
     if problems:
         raise ConfigError(problems)
+
+
+def planned_devices(config: Config) -> int:
+    """The fewest devices that the mesh can cover."""
+    return math.prod(n for n in dataclasses.asdict(config.mesh).values() if n > 0)
 
 
 def mesh_shape(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
@@ -135,6 +151,28 @@ def _data(c: Config) -> list[str]:
             f" {c.eval.seq_len or d.seq_len} tokens"
         )
     return problems
+
+
+def _optim(c: Config) -> list[str]:
+    names = list(flops.weights(c.model))
+    problems = [
+        f"config.optim.no_decay: {glob!r} matches no parameter; there are {', '.join(names)}"
+        for glob in c.optim.no_decay
+        if not fnmatch.filter(names, glob)
+    ]
+    t_max = _schedule_end(c)
+    return problems + (schedules.problems(c.optim, t_max) if t_max is not None else [])
+
+
+def _schedule_end(c: Config) -> int | None:
+    """The end of the run in the schedule's unit; None where only the data tell."""
+    t, unit = c.train, c.optim.schedule.unit
+    if c.optim.schedule.t_max is not None or unit == t.duration_unit:
+        return c.optim.schedule.t_max or t.duration
+    if t.duration_unit == "epochs" or c.data.batch_sizes or c.data.global_batch_size < 1:
+        return None
+    size = c.data.global_batch_size
+    return -(-t.duration // size) if unit == "steps" else t.duration * size
 
 
 def _training(c: Config) -> list[str]:

@@ -15,7 +15,8 @@ FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.r
 # A module imports only what stands in a line above its own, and its own folder.
 LEVELS = """
 config presets records processes distributed storage
-validate schedules flops optim
+schedules flops optim
+validate
 sharding progress data
 kernels metrics snapshot
 nn losses
