@@ -1,5 +1,6 @@
 """Several processes as one run: finding out who they are, meeting, and never waiting for ever."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 import jax
 
 WAIT_LINE_S = 10.0  # between lines that say who is missing
+GRACE_S = 3.0
 STALLED = 74  # exit code of a run that a stalled step ended (EX_IOERR)
 
 
@@ -27,24 +29,9 @@ class Cluster:
 
 
 def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
-    """The cluster that the flags or SLURM describe, or None.
-
-    Raises:
-      ConfigError: if only some of the three flags are given, or one makes no sense.
-    """
-    names = ("coordinator", "n_processes", "process_id")
-    given = [name for name in names if name in flags]
-    if given:
-        if len(given) < len(names):
-            missing = ", ".join(f"--{name}" for name in names if name not in flags)
-            raise ConfigError([f"--{given[0]} is given without {missing}: all three, or none"])
-        if not re.fullmatch(r".+:\d+", flags["coordinator"]):
-            raise ConfigError([f"--coordinator={flags['coordinator']}: need host:port"])
-        cluster = Cluster(flags["coordinator"], int(flags["n_processes"]), int(flags["process_id"]))
-        if cluster.process_id >= cluster.n_processes:
-            n = cluster.n_processes
-            raise ConfigError([f"--process_id={cluster.process_id} is not below --n_processes={n}"])
-        return cluster
+    """The cluster that the flags (as `train.parse` checks them) or SLURM describe, or None."""
+    if "coordinator" in flags:
+        return Cluster(flags["coordinator"], int(flags["n_processes"]), int(flags["process_id"]))
     # srun sets all of these; sbatch alone, which starts one process, does not.
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
     if all(name in environ for name in slurm) and int(environ["SLURM_NTASKS"]) > 1:
@@ -60,10 +47,10 @@ def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluste
 
 def _own_gpu(environ: Mapping[str, str]) -> int | None:
     """The GPU of a task that shares its node, and the sight of all GPUs there, with other tasks."""
-    is_alone = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").startswith(("1(", "1,"))
-    is_alone |= environ.get("SLURM_STEP_TASKS_PER_NODE", "1") == "1"
+    n_tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     n_visible = len(environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
-    return None if is_alone or n_visible == 1 else int(environ["SLURM_LOCALID"])
+    is_sharing = n_tasks is not None and int(n_tasks[0]) > 1 and n_visible > 1
+    return int(environ["SLURM_LOCALID"]) if is_sharing else None
 
 
 def first_host(nodelist: str) -> str:
@@ -118,7 +105,7 @@ def meet(cluster: Cluster, timeout_s: float) -> None:
 
 def _listen(cluster: Cluster, port: int, deadline: float) -> None:
     missing = set(range(1, cluster.n_processes))
-    arrived: list[socket.socket] = []
+    arrived: dict[int, socket.socket] = {}
     last_line = time.monotonic()
     try:
         server = socket.create_server(("", port), backlog=cluster.n_processes)
@@ -130,10 +117,11 @@ def _listen(cluster: Cluster, port: int, deadline: float) -> None:
             try:
                 peer, _ = server.accept()
                 peer.settimeout(5.0)
-                missing.discard(int(peer.recv(16).decode() or -1))
-                arrived.append(peer)
-            except (TimeoutError, ValueError):
-                pass
+                number = int(peer.recv(16).decode() or -1)
+                missing.discard(number)
+                arrived[number] = peer  # the newest: one that was started again comes again
+            except (OSError, ValueError):
+                pass  # nobody came, or somebody else
             names = ", ".join(map(str, sorted(missing)[:16])) + (" …" if len(missing) > 16 else "")
             here = f"{cluster.n_processes - len(missing)} of {cluster.n_processes} processes"
             if missing and time.monotonic() > deadline:
@@ -147,22 +135,28 @@ def _listen(cluster: Cluster, port: int, deadline: float) -> None:
                     f"waiting at {cluster.coordinator}: {here} are here, missing: process {names}",
                     flush=True,
                 )
-    for peer in arrived:
-        peer.sendall(b"go")
-        peer.close()
+    for peer in arrived.values():
+        with peer, contextlib.suppress(OSError):  # of one that has died JAX will tell
+            peer.sendall(b"go")
 
 
 def _report(cluster: Cluster, host: str, port: int, deadline: float) -> None:
-    last_line = time.monotonic()
+    last_line, was_there = time.monotonic(), False
     while True:
         try:
             with socket.create_connection((host, port), timeout=5.0) as peer:
                 peer.sendall(str(cluster.process_id).encode())
+                was_there = True
                 peer.settimeout(max(1.0, deadline - time.monotonic()) + 5.0)
                 if peer.recv(2) == b"go":
                     return
         except OSError:
             pass  # process 0 is not there yet
+        if time.monotonic() > deadline and was_there:
+            raise TimeoutError(
+                f"process {cluster.process_id} met process 0 at {cluster.coordinator}, but others"
+                " did not come; process 0 names them"
+            )
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"process {cluster.process_id} found no process 0 at {cluster.coordinator}; start"
@@ -183,6 +177,9 @@ class Watchdog:
 
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
+        # Process 0 holds the coordinator, without which JAX aborts the others: it goes last.
+        is_coordinator = jax.process_index() == 0 and jax.process_count() > 1
+        self._grace_s = GRACE_S if is_coordinator else 0.0
         self._beat = time.monotonic()
         self._what = "start"
         self._stop = threading.Event()
@@ -203,7 +200,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._timeout_s / 4)):
             waited = time.monotonic() - self._beat
-            if waited > self._timeout_s:
+            if waited > self._timeout_s + self._grace_s:
                 print(
                     f"error: {self._what} has not finished after {waited:.0f} s"
                     f" (config.train.step_timeout_s={self._timeout_s:g}) in process"

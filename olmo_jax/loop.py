@@ -50,25 +50,28 @@ def train(config: Config) -> int:
     shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "no axis used"
     say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind} ({shape})")
 
-    checkpointer = Checkpointer(config)
-    source = checkpoint.source(config, checkpointer)
-    first, position = _starting_point(config, source)
-    loader = Loader(
-        config.data, config.model.vocab_size, lambda n: sharding.local_rows(mesh, n), position
-    )
-    plan = Plan(config, loader, first)
-    evaluator = Evaluator(config, mesh) if config.eval.paths else None
-    _write_config(config)
-    say(optim.describe_groups(config.optim, step.abstract_state(config, mesh).params))
-    is_done = first >= plan.last
-    if is_done:
-        say(f"done already: step {first:,} of {plan.last:,}; a larger train.duration goes on")
-        if not config.train.summary or summary.is_written(config.run_dir):
-            return 0
-    state = _initial_state(config, mesh, source, first)
-
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(processes.Preemption())
+        checkpointer = Checkpointer(config)
+        source = checkpoint.source(config, checkpointer)
+        first, position = _starting_point(config, source)
+        loader = Loader(
+            config.data, config.model.vocab_size, lambda n: sharding.local_rows(mesh, n), position
+        )
+        _compare_data(source, loader)
+        plan = Plan(config, loader, first)
+        evaluator = Evaluator(config, mesh) if config.eval.paths else None
+        say(optim.describe_groups(config.optim, step.abstract_state(config, mesh).params))
+        is_done = first >= plan.last
+        if is_done:
+            say(f"done already: step {first:,} of {plan.last:,}; a larger train.duration goes on")
+            if not config.train.summary or summary.is_written(config.run_dir):
+                return 0
+        state = _initial_state(config, mesh, source, first)
+
+        # From here on things are written.
+        if not is_done:
+            _write_config(config)
         watchdog = stack.enter_context(distributed.Watchdog(config.train.step_timeout_s))
         log = metrics.Writer(
             config,
@@ -96,15 +99,15 @@ def train(config: Config) -> int:
 def resolve(config: Config) -> Config:
     """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
     if config.compute.compilation_cache is not None:
-        cache = str(storage.path(config.compute.compilation_cache))
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        _keep_compiled(config.compute.compilation_cache)
     if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
         say("compute.dtype: float32 on a CPU, where bfloat16 is 13 times slower")
         config = _replace(config, "compute", dtype="float32")
-    if config.data.corpus is None:
-        return config
     data = config.data
+    if data.tokenizer is not None and not storage.path(data.tokenizer).exists():
+        raise FileNotFoundError(f"config.data.tokenizer: no such file: {data.tokenizer}")
+    if data.corpus is None:
+        return config
     made = corpus.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
     if made.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -123,6 +126,17 @@ def resolve(config: Config) -> Config:
         eos_id=made.eos_id,
     )
     return _replace(config, "eval", paths=config.eval.paths or (made.heldout_path,))
+
+
+def _keep_compiled(name: str) -> None:
+    folder = storage.path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # slower starts are no reason to end a run
+        say(f"compute.compilation_cache: cannot write {folder}: {error.strerror or error}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _replace(config: Config, part: str, **changes: Any) -> Config:
@@ -157,6 +171,17 @@ def _starting_point(config: Config, source: Source | None) -> tuple[int, Positio
     position = Position(**meta["position"])
     old_len = meta["config"]["data"]["seq_len"]
     return int(meta["step"]), position.rescaled(old_len, config.data.seq_len)
+
+
+def _compare_data(source: Source | None, loader: Loader) -> None:
+    """Say that the data, in which the run has a place already, are not those of before."""
+    if source is not None and "step" in source.parts:
+        before = source.meta()["fingerprint"]
+        if before is not None and before != loader.fingerprint:
+            say(
+                "changed since the checkpoint: names, sizes or ids of the token files; the data"
+                " comes in another order from here on"
+            )
 
 
 def _initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
@@ -311,10 +336,13 @@ class Run:
         norm = values.get("optim/total grad norm", 0.0)
         self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
         if self.nonfinite >= self.config.train.max_nonfinite_steps:
+            with contextlib.suppress(OSError):
+                self.checkpointer.finish()
+            newest = self.checkpointer.latest()
             raise ValueError(
                 f"step {at}: loss {loss}, grad norm {norm}; not finite for {self.nonfinite} steps"
                 " in a row (config.train.max_nonfinite_steps). None of them changed the"
-                f" parameters; the newest checkpoint is step {self.checkpointer.latest()}"
+                f" parameters; {'no checkpoint' if newest is None else f'step {newest}'} is saved"
             )
 
     def save(self, state: TrainState, at: int, position: Position, kind: str) -> None:

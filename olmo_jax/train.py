@@ -1,6 +1,7 @@
 """Train a model: `python -m olmo_jax.train --config=configs/quickstart.py`."""
 
 import os
+import re
 import sys
 import traceback
 
@@ -26,6 +27,7 @@ Train an OLMo model, or go on with a run that was stopped.
 Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: start it again.
 """
 NUMBERS = ("n_devices", "n_processes", "process_id", "connect_timeout")
+CLUSTER = ("coordinator", "n_processes", "process_id")
 SWITCHES = ("dry_run", "debug")
 
 
@@ -60,19 +62,20 @@ def configure(argv: list[str]) -> tuple[dict[str, str], Config]:
       ConfigError: with all that is wrong in arguments, options and their relations.
     """
     flags, overrides, problems = _split(argv)
-    config, unread = None, set()
+    config, unread, cause = None, set(), None
     try:
         config = load(flags["config"], overrides) if "config" in flags else None
     except ConfigError as error:
         problems += error.problems
-        config, unread = error.rest, error.options
+        config, unread, cause = error.rest, error.options, error
     if config is not None:
         try:
             validate(config, _devices(config, flags), unread)
         except ConfigError as error:
             problems += error.problems
+            cause = error
     if problems or config is None:
-        raise ConfigError(problems)
+        raise ConfigError(problems) from cause
     return flags, config
 
 
@@ -110,7 +113,24 @@ def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
             problems.append(f"{argument}: there is no such flag; see --help")
     if "config" not in flags:
         problems.append("--config=FILE is missing; see configs/, and --help")
-    return flags, overrides, problems
+    return flags, overrides, problems + _cluster_problems(flags)
+
+
+def _cluster_problems(flags: dict[str, str]) -> list[str]:
+    missing = [name for name in CLUSTER if name not in flags]
+    if len(missing) == len(CLUSTER):
+        return []
+    if missing:
+        names = " and ".join(f"--{name}" for name in missing)
+        return [f"{names} missing: several processes need all of --{', --'.join(CLUSTER)}"]
+    problems = []
+    if not re.fullmatch(r".+:\d+", flags["coordinator"]):
+        problems.append(f"--coordinator={flags['coordinator']}: need host:port")
+    if int(flags["process_id"]) >= int(flags["n_processes"]):
+        problems.append(
+            f"--process_id={flags['process_id']} is not below --n_processes={flags['n_processes']}"
+        )
+    return problems
 
 
 def _devices(config: Config, flags: dict[str, str]) -> int:

@@ -217,6 +217,8 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
         return problems
     for _, size in batch_stages(c.data):
         rows = size // c.data.seq_len
+        if size % c.data.seq_len:
+            continue  # said above
         if rows % (ways * c.compute.accumulate):
             problems.append(
                 f"config.data.global_batch_size={size} tokens is {rows} rows of"

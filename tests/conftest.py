@@ -19,6 +19,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where all workers of a test session keep the programs that training runs compile."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+
+@pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of reference values beside the project; tests that need it skip without it."""
     folder = ROOT.parent / "shared"

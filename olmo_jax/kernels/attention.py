@@ -5,7 +5,8 @@ import logging
 
 import jax
 
-from olmo_jax.kernels import reference
+from olmo_jax.kernels import blocked, reference
+from olmo_jax.sharding import axis_size
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def attention(
       k, v: [batch, seq, n_kv_heads, head_dim]; n_heads is a multiple of n_kv_heads.
       window: positions visible to the left, the own one included; None for all.
       segment_ids: [batch, seq] int32, equal within a document; None for one document.
-      impl: "auto" or "reference". A named one never falls back.
+      impl: "auto", "blocked" or "reference". A named one never falls back.
 
     Returns:
       [batch, seq, n_heads, head_dim], in the dtype of q; softmax in fp32.
@@ -35,13 +36,19 @@ def attention(
       NotImplementedError: for an implementation that does not exist.
     """
     if impl == "auto":
-        impl = _choose()
-    if impl != "reference":
-        raise NotImplementedError(f"attention impl={impl!r}: there is auto and reference")
-    return reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+        impl = _choose(axis_size("context") > 1)
+    if impl == "reference":
+        return reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+    if impl == "blocked":
+        return blocked.attention(q, k, v, segment_ids, window)
+    raise NotImplementedError(f"attention impl={impl!r}: there are auto, blocked and reference")
 
 
-@functools.cache  # the choice is logged once
-def _choose() -> str:
-    log.info("attention: auto takes reference (dense scores in XLA)")
-    return "reference"
+@functools.cache  # a choice is logged once
+def _choose(is_split: bool) -> str:
+    """An implementation; blocks of queries need a sequence that is whole on each device."""
+    if is_split:
+        log.info("attention: auto takes reference (dense scores), as mesh.context splits queries")
+        return "reference"
+    log.info("attention: auto takes blocked (blocks of queries in XLA)")
+    return "blocked"
