@@ -342,6 +342,8 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else _convert(args[0], value, path, problems)
     if origin is Literal:
+        if value is None and "none" in args:  # so the command line reads the word
+            return "none"
         if value in args:
             return value
         problems.append(f"{path}: found {value!r}, need one of {', '.join(map(str, args))}")

@@ -115,7 +115,8 @@ class Writer:
         self._record(step, self._early.pop(step, {}) | values)
         eta = self._speed.eta(self._total_steps - step)
         if step % self._interval == 0 or step in (self._first_step, self._total_steps):
-            words = [f"step {step:,}/{self._total_steps:,}", f"loss {loss:.4f}", f"lr {lr:.3g}"]
+            result = f"loss {loss:.4f}" if "train/CE loss" in values else "batch skipped"
+            words = [f"step {step:,}/{self._total_steps:,}", result, f"lr {lr:.3g}"]
             if "optim/total grad norm" in values:
                 words.append(f"grad norm {values['optim/total grad norm']:.3g}")
             self._print(*words, *self._speed.interval(), *eta)

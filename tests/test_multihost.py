@@ -1,0 +1,345 @@
+"""Several processes train as one: they meet, agree, stop together, and never wait for ever."""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import runs
+
+from olmo_jax import distributed, records, storage
+from olmo_jax.distributed import Cluster
+
+# As many KV heads as four tensor ways need, several documents in a row, and a step that is skipped.
+RUN = """model.n_kv_heads=4 data.document_mask=eos train.skip_steps=((3,4),) train.duration=12
+compute.accumulate=2 checkpoint.interval=100 checkpoint.step0=false""".split()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def pair(*options: str, code: str = "") -> Iterator[tuple[subprocess.Popen, ...]]:
+    """Two processes with two devices each that train together."""
+    port = free_port()
+    started = [
+        runs.start(*runs.flags(*options), f"--coordinator=localhost:{port}", "--n_processes=2",
+                   f"--process_id={i}", "--connect_timeout=60", code=code, n_devices=2)
+        for i in range(2)
+    ]  # fmt: skip
+    with runs.processes(*started):
+        yield tuple(started)
+
+
+def wait_for(process: subprocess.Popen, words: str) -> str:
+    """The first line of its output that has these words."""
+    for line in process.stdout:
+        if words in line:
+            return line
+    raise AssertionError(f"{words!r} never came; {process.stderr.read()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, compiled) -> list[str]:
+    tokens = runs.write_tokens(tmp_path_factory.mktemp("data") / "tokens.npy")
+    return [f"data.paths={tokens}", f"compute.compilation_cache={compiled}", *RUN]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+ONE_MESH_AFTER_THE_OTHER = """
+import dataclasses
+from olmo_jax import loop
+from olmo_jax.config import MeshConfig
+train = loop.train
+def stages(config):
+    for stop, accumulate, mesh in (
+        (4, 2, MeshConfig(fsdp=4)),
+        (8, 1, MeshConfig(fsdp=1, tensor=4)),
+        (12, 1, MeshConfig(fsdp=1, context=4)),
+    ):
+        code = train(dataclasses.replace(
+            config, mesh=mesh,
+            train=dataclasses.replace(config.train, hard_stop=stop),
+            compute=dataclasses.replace(config.compute, accumulate=accumulate),
+        ))
+        assert code == 0
+    return 0
+loop.train = stages
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, options):  # P28
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert runs.run(*options, f"dir={alone}", "compute.accumulate=1").code == 0
+    with pair(*options, f"dir={together}", code=ONE_MESH_AFTER_THE_OTHER) as processes:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    first, second = (out for out, _ in outputs)
+    for words in (
+        "4 cpu (fsdp 4)\nnew run", "training steps 1 to 4",
+        "4 cpu (tensor 4)\nresuming after step 4", "training steps 5 to 8",
+        "4 cpu (context 4)\nresuming after step 8", "training steps 9 to 12",
+    ):  # fmt: skip
+        assert words in first
+    assert not [line for line in second.splitlines() if "Gloo" not in line]  # one of them speaks
+
+    expected, found = records.read(alone), records.read(together)
+    assert list(found) == list(range(1, 13))
+    for step, values in expected.items():
+        assert ("train/CE loss" in found[step]) == (step != 3)
+        for name in values.keys() & {"train/CE loss", "train/Z loss", "optim/total grad norm"}:
+            assert found[step][name] == pytest.approx(values[name], rel=1e-5), (step, name)
+        assert found[step]["throughput/total tokens"] == values["throughput/total tokens"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
+    folder = tmp_path / "run"
+    with pair(*options, f"dir={folder}", "train.duration=100000") as processes:
+        wait_for(processes[0], "step 20/")
+        began = time.monotonic()
+        processes[1].send_signal(signal.SIGTERM)
+        line = wait_for(processes[0], "preempted")
+        seconds = time.monotonic() - began
+        for process in processes:
+            process.communicate(timeout=30)
+            assert process.returncode == 75
+    saved = int(re.search(r"saved step (\d+);", line)[1])
+    assert seconds < 2 * max(1, len(os.sched_getaffinity(0)) // 2) + 8  # 2 s on a free machine
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step{saved}"]
+    assert storage.is_complete(storage.path(folder / f"checkpoints/step{saved}"))
+    assert max(records.read(folder)) == saved
+    result = runs.run(*options, f"dir={folder}", "compute.accumulate=1",
+                      "train.duration=100000", f"train.hard_stop={saved + 1}")  # fmt: skip
+    assert result.code == 0
+    assert f"resuming after step {saved}" in result.out
+
+
+# The first steps compile, which takes its time on a machine that others use too.
+PATIENT_AT_FIRST = """
+from olmo_jax import distributed
+beat = distributed.Watchdog.beat
+def patient(self, what):
+    beat(self, what)
+    if what in ("step 1", "step 2"):
+        self._beat += 300
+distributed.Watchdog.beat = patient
+"""
+
+
+@pytest.mark.slow
+def test_a_stalled_process_ends_the_run_after_the_set_time(tmp_path, options):
+    place = [*options, f"dir={tmp_path}/run", "train.duration=100000", "train.step_timeout_s=4"]
+    with pair(*place, code=PATIENT_AT_FIRST) as processes:
+        wait_for(processes[0], "step 5/")
+        began = time.monotonic()
+        processes[0].send_signal(signal.SIGSTOP)
+        _, errors = processes[1].communicate(timeout=60)
+        assert processes[1].returncode == 74
+        assert 3 < time.monotonic() - began < 30
+        (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert re.match(
+            r"error: step \d+ has not finished after \d+ s \(config\.train\.step_timeout_s=4\) in"
+            r" process 1 of 2; the run ends here and can be resumed", line
+        )  # fmt: skip
+        processes[0].send_signal(signal.SIGCONT)
+        processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 74
+
+
+def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
+    ended, codes = threading.Event(), []
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+        sys.exit()  # of the watchdog's thread
+
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    with distributed.Watchdog(0.4) as watchdog:
+        for i in range(8):
+            watchdog.beat(f"step {i}")
+            time.sleep(0.1)
+        assert codes == []
+        assert ended.wait(5)
+    assert codes == [74]
+    assert "error: step 7 has not finished after" in capsys.readouterr().err
+
+
+# --- meeting --------------------------------------------------------------------------------------
+
+
+def test_a_missing_process_is_named_and_ends_the_wait(capfd, monkeypatch):  # P39
+    assert distributed.WAIT_LINE_S + 1 <= 15
+    monkeypatch.setattr(distributed, "WAIT_LINE_S", 0.5)
+    port, failures = free_port(), {}
+
+    def meet(number: int, port: int, seconds: float) -> None:
+        try:
+            distributed.meet(Cluster(f"localhost:{port}", 4, number), seconds)
+        except TimeoutError as error:
+            failures[number, port] = str(error)
+
+    alone = free_port()
+    threads = [threading.Thread(target=meet, args=a) for a in ((2, port, 1.8), (1, alone, 1.5))]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    result = runs.run(f"--coordinator=localhost:{port}", "--n_processes=4", "--process_id=0",
+                      "--connect_timeout=2", "data.paths=x")  # fmt: skip
+    assert 1.5 < time.monotonic() - began < 6
+    for thread in threads:
+        thread.join()
+    assert result.code == 1
+    waiting = f"waiting at localhost:{port}: 2 of 4 processes are here, missing: process 1, 3"
+    assert waiting in result.out
+    assert result.errors == [
+        f"only 2 of 4 processes came to localhost:{port}; missing: process 1, 3. Start the same"
+        " command there with --process_id=1"
+    ]
+    assert "met process 0" in failures[2, port]
+    assert "process 0 names them" in failures[2, port]
+    assert f"process 1 waits for process 0 at localhost:{alone}" in result.out
+    assert failures[1, alone].endswith("start the same command there with --process_id=0")
+
+
+def test_a_lonely_process_ends_by_itself(tmp_path):  # P39
+    port = free_port()
+    lonely = runs.start("--config.data.paths=x", f"--coordinator=localhost:{port}",
+                        "--n_processes=2", "--process_id=0", "--connect_timeout=1")  # fmt: skip
+    with runs.processes(lonely):
+        _, errors = lonely.communicate(timeout=60)
+        assert lonely.returncode == 1
+        assert errors == (
+            f"error: only 1 of 2 processes came to localhost:{port}; missing: process 1. Start the"
+            " same command there with --process_id=1\n"
+        )
+
+
+def test_all_meet_whatever_else_comes_to_the_port():
+    port, met = free_port(), []
+
+    def meet(number: int) -> None:
+        distributed.meet(Cluster(f"localhost:{port}", 3, number), 20)
+        met.append(number)
+
+    threads = [threading.Thread(target=meet, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for words in (b"GET / HTTP/1.1", b"", b"\xff\xfe", b"1", b"7"):  # strangers, and one that died
+        for _ in range(50):
+            try:
+                with socket.create_connection(("localhost", port), timeout=5) as stranger:
+                    stranger.sendall(words)
+                    break
+            except OSError:
+                time.sleep(0.1)
+    assert met == []
+    meet(2)
+    for thread in threads:
+        thread.join(20)
+    assert sorted(met) == [0, 1, 2]
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        result = runs.run(f"--coordinator=localhost:{port}", "--n_processes=2", "--process_id=0",
+                          "data.paths=x")  # fmt: skip
+    assert result.code == 1
+    (line,) = result.errors
+    assert line.startswith(f"--coordinator=localhost:{port}: cannot listen: ")
+
+
+# --- who is in the run ----------------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "gpu[003-006]", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+}  # fmt: skip
+
+
+def test_flags_win_over_slurm_and_one_process_needs_neither():
+    flags = {"coordinator": "a:1", "n_processes": "2", "process_id": "1"}
+    assert distributed.find_cluster(flags, SLURM) == Cluster("a:1", 2, 1)
+    assert distributed.find_cluster({}, {}) is None
+
+
+def test_slurm_tells_who_is_there():
+    port = 61_440 + 123_456 % 4096
+    assert distributed.find_cluster({}, SLURM) == Cluster(f"gpu003:{port}", 4, 2)
+    assert 61_440 <= port < 65_536
+    assert distributed.find_cluster({}, SLURM | {"SLURM_NTASKS": "1"}) is None
+    batch = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")}
+    assert distributed.find_cluster({}, batch) is None  # sbatch without srun
+
+
+@pytest.mark.parametrize(
+    ("tasks", "visible", "local_device"),
+    [
+        ("1(x4)", "0,1,2,3", None),  # one process has all GPUs of its node
+        ("8(x2)", "0,1,2,3,4,5,6,7", 5),  # eight see all eight
+        ("8(x2)", "5", None),  # --gpus-per-task=1: each sees its own
+        ("8", None, None),
+        (None, "0,1", None),
+    ],
+)
+def test_each_slurm_task_takes_its_own_gpus(tasks, visible, local_device):
+    environ = SLURM | {"SLURM_LOCALID": "5"}
+    environ.pop("SLURM_STEP_TASKS_PER_NODE")
+    named = {"SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible}
+    environ |= {name: value for name, value in named.items() if value is not None}
+    assert distributed.find_cluster({}, environ).local_device == local_device
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("gpu[003-007,9],x1", "gpu003"),
+        ("gpu[12]", "gpu12"),
+        ("r[1,3]n[2-4]", "r1n2"),
+        ("rack-1-node-4,rack-1-node-5", "rack-1-node-4"),
+        ("a-b[01-02].cluster,c3", "a-b01.cluster"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert distributed.first_host(nodes) == first
+
+
+def test_jax_is_told_all_and_asks_nobody(monkeypatch):
+    calls, update = [], {}
+    monkeypatch.setattr(distributed, "meet", lambda *a: calls.append(a))
+    monkeypatch.setattr(distributed.jax.config, "update", update.__setitem__)
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda *a, **k: calls.append((a, k))
+    )
+    cluster = Cluster("gpu003:61440", 16, 5, 5)
+    distributed.start(cluster, 90)
+    assert calls[0] == (cluster, 90)
+    (given, named) = calls[1]
+    assert given == ("gpu003:61440", 16, 5, [5])
+    assert named == {"cluster_detection_method": "deactivate", "initialization_timeout": 90}
+    assert update == {"jax_cpu_collectives_implementation": "gloo"}
+    calls.clear()
+    distributed.start(Cluster("a:1", 1, 0), 90)  # alone
+    distributed.start(None, 90)
+    assert calls == []
+    monkeypatch.setattr(distributed, "_is_tpu_host", lambda: True)
+    distributed.start(None, 90)
+    assert calls == [((), {"initialization_timeout": 90})]  # a pod describes itself
