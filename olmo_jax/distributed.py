@@ -15,6 +15,8 @@ import jax
 
 WAIT_LINE_S = 10.0  # between lines that say who is missing
 GRACE_S = 3.0
+SAVE_S = 60.0  # for a save under way when a run ends with an error
+LEAVE_S = 5.0  # for the others to end too
 STALLED = 74  # exit code of a run that a stalled step ended (EX_IOERR)
 
 
@@ -55,10 +57,10 @@ def _own_gpu(environ: Mapping[str, str]) -> int | None:
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: `gpu[003-007,9],x1` -> `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if not match:
         raise ValueError(f"SLURM_STEP_NODELIST={nodelist!r}: cannot read the first host")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def start(cluster: Cluster | None, timeout_s: float) -> None:
@@ -105,23 +107,20 @@ def meet(cluster: Cluster, timeout_s: float) -> None:
 
 def _listen(cluster: Cluster, port: int, deadline: float) -> None:
     missing = set(range(1, cluster.n_processes))
-    arrived: dict[int, socket.socket] = {}
+    arrived: list[socket.socket] = []
     last_line = time.monotonic()
     try:
         server = socket.create_server(("", port), backlog=cluster.n_processes)
     except OSError as error:
         raise OSError(f"--coordinator={cluster.coordinator}: cannot listen: {error}") from error
-    with server:
+    with server, contextlib.ExitStack() as peers:
         server.settimeout(0.5)
         while missing:
-            try:
-                peer, _ = server.accept()
+            with contextlib.suppress(OSError, ValueError):  # nobody came, or somebody else
+                peer = peers.enter_context(server.accept()[0])
                 peer.settimeout(5.0)
-                number = int(peer.recv(16).decode() or -1)
-                missing.discard(number)
-                arrived[number] = peer  # the newest: one that was started again comes again
-            except (OSError, ValueError):
-                pass  # nobody came, or somebody else
+                missing.discard(int(peer.recv(16).decode()))
+                arrived.append(peer)
             names = ", ".join(map(str, sorted(missing)[:16])) + (" …" if len(missing) > 16 else "")
             here = f"{cluster.n_processes - len(missing)} of {cluster.n_processes} processes"
             if missing and time.monotonic() > deadline:
@@ -135,9 +134,9 @@ def _listen(cluster: Cluster, port: int, deadline: float) -> None:
                     f"waiting at {cluster.coordinator}: {here} are here, missing: process {names}",
                     flush=True,
                 )
-    for peer in arrived.values():
-        with peer, contextlib.suppress(OSError):  # of one that has died JAX will tell
-            peer.sendall(b"go")
+        for peer in arrived:
+            with contextlib.suppress(OSError):  # of one that has died JAX will tell
+                peer.sendall(b"go")
 
 
 def _report(cluster: Cluster, host: str, port: int, deadline: float) -> None:
@@ -167,6 +166,22 @@ def _report(cluster: Cluster, host: str, port: int, deadline: float) -> None:
             print(f"process {cluster.process_id} waits for process 0 at {cluster.coordinator}")
             sys.stdout.flush()
         time.sleep(0.5)
+
+
+def leave(code: int) -> None:
+    """End this process after an error: with the others if they end too, else alone.
+
+    Python's own end would wait for the others, who may wait for this one.
+    """
+    for thread in threading.enumerate():  # a save under way may still succeed
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(SAVE_S)
+    shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(LEAVE_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Watchdog:

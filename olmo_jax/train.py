@@ -28,6 +28,7 @@ Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: s
 """
 NUMBERS = ("n_devices", "n_processes", "process_id", "connect_timeout")
 CLUSTER = ("coordinator", "n_processes", "process_id")
+PREEMPTED = 75  # as processes.EXIT_PREEMPTED
 SWITCHES = ("dry_run", "debug")
 
 
@@ -38,13 +39,28 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     try:
         flags, config = configure(argv)
-        return _dry_run(config, flags) if "dry_run" in flags else _train(config, flags)
+        code = _dry_run(config, flags) if "dry_run" in flags else _train(config, flags)
     except ConfigError as error:
-        return _fail(argv, 2, *error.problems)
+        code = _fail(argv, 2, *error.problems)
     except (ValueError, OSError, ImportError) as error:  # a package for gs:// or W&B may be missing
-        return _fail(argv, 1, str(error) or type(error).__name__)
+        code = _fail(argv, 1, str(error) or type(error).__name__)
     except KeyboardInterrupt:
-        return _fail(argv, 130, "interrupted; the same command goes on from the newest checkpoint")
+        code = _fail(argv, 130, "interrupted; the same command goes on from the newest checkpoint")
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        code = _fail([], 1, "this process ends; another one may have ended before: see its output")
+    if code not in (0, PREEMPTED) and _is_one_of_several():
+        from olmo_jax import distributed
+
+        distributed.leave(code)
+    return code
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def _fail(argv: list[str], code: int, *lines: str) -> int:
