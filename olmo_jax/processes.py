@@ -96,6 +96,7 @@ class Preemption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, b"\nstopping after this step; once more ends the run at once\n")
         if jax.process_count() == 1:
             self._stop = True
         else:

@@ -17,8 +17,8 @@ from olmo_jax import distributed, records, storage
 from olmo_jax.distributed import Cluster
 
 # As many KV heads as four tensor ways need, several documents in a row, and a step that is skipped.
-RUN = """model.n_kv_heads=4 data.document_mask=eos train.skip_steps=((3,4),) train.duration=12
-compute.accumulate=2 checkpoint.interval=100 checkpoint.step0=false""".split()
+RICH = "model.n_kv_heads=4 data.document_mask=eos train.skip_steps=((3,4),) train.duration=12"
+ENDLESS = "train.duration=100000"
 
 
 def free_port() -> int:
@@ -51,7 +51,8 @@ def wait_for(process: subprocess.Popen, words: str) -> str:
 @pytest.fixture(scope="module")
 def options(tmp_path_factory, compiled) -> list[str]:
     tokens = runs.write_tokens(tmp_path_factory.mktemp("data") / "tokens.npy")
-    return [f"data.paths={tokens}", f"compute.compilation_cache={compiled}", *RUN]
+    return [f"data.paths={tokens}", f"compute.compilation_cache={compiled}",
+            "checkpoint.interval=100", "checkpoint.step0=false"]  # fmt: skip
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -81,8 +82,9 @@ loop.train = stages
 @pytest.mark.slow
 def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, options):  # P28
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert runs.run(*options, f"dir={alone}", "compute.accumulate=1").code == 0
-    with pair(*options, f"dir={together}", code=ONE_MESH_AFTER_THE_OTHER) as processes:
+    rich = [*options, *RICH.split()]
+    assert runs.run(*rich, f"dir={alone}").code == 0
+    with pair(*rich, f"dir={together}", code=ONE_MESH_AFTER_THE_OTHER) as processes:
         outputs = [process.communicate(timeout=240) for process in processes]
     for process, (_, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, errors[-3000:]
@@ -107,8 +109,8 @@ def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, op
 @pytest.mark.slow
 def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
     folder = tmp_path / "run"
-    with pair(*options, f"dir={folder}", "train.duration=100000") as processes:
-        wait_for(processes[0], "step 20/")
+    with pair(*options, f"dir={folder}", ENDLESS) as processes:
+        wait_for(processes[0], "step 8/")
         began = time.monotonic()
         processes[1].send_signal(signal.SIGTERM)
         line = wait_for(processes[0], "preempted")
@@ -121,8 +123,7 @@ def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step{saved}"]
     assert storage.is_complete(storage.path(folder / f"checkpoints/step{saved}"))
     assert max(records.read(folder)) == saved
-    result = runs.run(*options, f"dir={folder}", "compute.accumulate=1",
-                      "train.duration=100000", f"train.hard_stop={saved + 1}")  # fmt: skip
+    result = runs.run(*options, f"dir={folder}", ENDLESS, f"train.hard_stop={saved + 1}")
     assert result.code == 0
     assert f"resuming after step {saved}" in result.out
 
@@ -141,7 +142,7 @@ distributed.Watchdog.beat = patient
 
 @pytest.mark.slow
 def test_a_stalled_process_ends_the_run_after_the_set_time(tmp_path, options):
-    place = [*options, f"dir={tmp_path}/run", "train.duration=100000", "train.step_timeout_s=4"]
+    place = [*options, f"dir={tmp_path}/run", ENDLESS, "train.step_timeout_s=4"]
     with pair(*place, code=PATIENT_AT_FIRST) as processes:
         wait_for(processes[0], "step 5/")
         began = time.monotonic()
@@ -173,7 +174,7 @@ distributed.Watchdog.beat = failing
 
 @pytest.mark.slow
 def test_a_process_that_fails_ends_at_once_and_so_do_the_others(tmp_path, options):
-    place = [*options, f"dir={tmp_path}/run", "train.duration=100000", "checkpoint.interval=4"]
+    place = [*options, f"dir={tmp_path}/run", ENDLESS, "checkpoint.interval=4"]
     with pair(*place, code=FAILING) as processes:
         wait_for(processes[0], "step 4/")
         _, errors = processes[1].communicate(timeout=30)

@@ -17,7 +17,7 @@ import runs
 from jax.experimental.compilation_cache import compilation_cache
 from test_storage import full_disk, ordinary_user  # noqa: F401
 
-from olmo_jax import loop, records, storage, train
+from olmo_jax import loop, processes, records, storage, train
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -382,6 +382,31 @@ def test_a_compilation_cache_that_cannot_be_written_ends_no_run(place, tmp_path)
     assert f"compute.compilation_cache: cannot write {tmp_path}/file/cache" in result.out
 
 
+@pytest.mark.parametrize("masked", [[3], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_rows_without_loss_harm_no_device(place, tmp_path, masked):  # P02
+    rows = np.random.default_rng(0).integers(1, 512, (8, 64))
+    rows[masked] = 7  # one row a device; the filter takes a token that stands 32 times in a row
+    rows.astype("<u2").tofile(tmp_path / "rows.npy")
+    result = runs.run(*place, f"data.paths={tmp_path}/rows.npy", "data.instance_filter=true",
+                      "train.duration=3")  # fmt: skip
+    assert result.code == 0
+    found = records.read(tmp_path / "run")
+    for step in (1, 2, 3):
+        assert found[step]["train/masked instances (%)"] == len(masked) / 8
+        assert np.isfinite(found[step]["optim/total grad norm"])
+    losses = [found[step]["train/CE loss"] for step in (1, 2, 3)]
+    folders = [tmp_path / f"run/checkpoints/step{n}" for n in (0, 3)]
+    before, after = (runs.arrays(folder, ("params", "opt_state")) for folder in folders)
+    if len(masked) == 8:
+        assert losses == [0, 0, 0]
+        assert before == after
+    else:
+        assert losses[0] == pytest.approx(np.log(512), abs=0.1)
+        assert losses == sorted(losses, reverse=True)
+        assert before.keys() == after.keys()
+        assert before != after
+
+
 # --- saves that fail ------------------------------------------------------------------------------
 
 
@@ -486,6 +511,10 @@ def test_an_interrupt_at_start_is_no_traceback(place, monkeypatch):
     result = runs.run(*place)
     assert result.code == 130
     assert result.errors == ["interrupted; the same command goes on from the newest checkpoint"]
+
+
+def test_the_exit_code_of_a_preempted_run_is_the_same_everywhere():
+    assert train.PREEMPTED == processes.EXIT_PREEMPTED
 
 
 def test_losses_that_stay_infinite_end_the_run_with_the_step_and_the_option(place, tmp_path):

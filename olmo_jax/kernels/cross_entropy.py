@@ -48,7 +48,7 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
     with_grads = grad_dtype is not None
     n = _n_chunks(x.shape, chunk)
     split = functools.partial(_split, n=n)
-    w = head.astype(x.dtype)
+    w = constrain(head.astype(x.dtype), (None, "vocab"))  # gathered once, not in each chunk
 
     def body(carry, inputs):
         x, targets, weights = inputs
@@ -80,7 +80,7 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
         (sums, dw), dx = body(carry, jax.tree.map(lambda a: a[0], inputs))
     else:
         (sums, dw), dx = jax.lax.scan(body, carry, inputs)
-        dx = _join(dx) if with_grads else None
+        dx = None if dx is None else _join(dx)
     loss = sums["ce"] + (z_loss or 0.0) * sums["z"]
     return (loss, sums), (dx, dw)
 

@@ -39,7 +39,8 @@ def weight(
       ValueError: if the parameter is missing or has another shape, by its path.
     """
     if module.is_initializing():
-        return module.param(name, lambda *a: Named(init(*a), axes), shape, jnp.float32)
+        boxed: Any = lambda *a: Named(init(*a), axes)  # noqa: E731
+        return module.param(name, boxed, shape, jnp.float32)
     path = "/".join((*module.path, name))
     if not module.has_variable("params", name):
         raise ValueError(f"parameter {path} is missing; the model needs it with shape {shape}")

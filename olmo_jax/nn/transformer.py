@@ -1,5 +1,6 @@
 """The one Transformer of all OLMo generations: embedding, a scan over blocks, head."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -137,20 +138,22 @@ class Transformer(nn.Module):
             weight(self, "lm_head", (c.d_model, c.vocab_rows), ("embed", "vocab"), init)
         if output == "logits" and not self.is_initializing():
             # fp32 out of the product, as OLMo-core's head does for its loss.
-            w = head(self.variables["params"])
+            variables: Any = self.variables
+            w = head(variables["params"])
             logits = einsum("btd,dv->btv", x.astype(jnp.float32), w)
             return logits[..., : c.vocab_size]
         return (x, stats) if output == "stats" else x
 
 
-def head(params: Params) -> jax.Array:
+def head(params: Mapping[str, Any]) -> jax.Array:
     """The matrix that turns hidden states into logits, `[d_model, vocab_rows]`."""
     return params["embed"].T if "lm_head" not in params else params["lm_head"]
 
 
 def init(model: Transformer, key: jax.Array) -> Params:
     """Fresh parameters, fp32; the values do not depend on a mesh."""
-    return nn.meta.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    variables: Any = model.init(key, jnp.zeros((1, 1), jnp.int32))
+    return nn.meta.unbox(variables["params"])
 
 
 def logical_axes(model: Transformer) -> Any:
