@@ -1,7 +1,7 @@
 """The one Transformer of all OLMo generations: embedding, a scan over blocks, head."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -138,8 +138,7 @@ class Transformer(nn.Module):
             weight(self, "lm_head", (c.d_model, c.vocab_rows), ("embed", "vocab"), init)
         if output == "logits" and not self.is_initializing():
             # fp32 out of the product, as OLMo-core's head does for its loss.
-            variables: Any = self.variables
-            w = head(variables["params"])
+            w = head(cast("Any", self.variables)["params"])
             logits = einsum("btd,dv->btv", x.astype(jnp.float32), w)
             return logits[..., : c.vocab_size]
         return (x, stats) if output == "stats" else x
