@@ -138,8 +138,8 @@ class Transformer(nn.Module):
             weight(self, "lm_head", (c.d_model, c.vocab_rows), ("embed", "vocab"), init)
         if output == "logits" and not self.is_initializing():
             # fp32 out of the product, as OLMo-core's head does for its loss.
-            w = head(cast("Any", self.variables)["params"])
-            logits = einsum("btd,dv->btv", x.astype(jnp.float32), w)
+            w = head(self.variables["params"])
+            logits = cast("jax.Array", einsum("btd,dv->btv", x.astype(jnp.float32), w))
             return logits[..., : c.vocab_size]
         return (x, stats) if output == "stats" else x
 
