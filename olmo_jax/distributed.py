@@ -72,6 +72,8 @@ def start(cluster: Cluster | None, timeout_s: float) -> None:
     if cluster is not None and cluster.n_processes > 1:
         meet(cluster, timeout_s)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # Two steps in flight could meet in Gloo in different orders, and wait for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.n_processes,

@@ -1,6 +1,6 @@
 """The training loop: config -> mesh, batches, state -> steps, records, evaluations, checkpoints.
 
-Pretraining, mid-training and fine-tuning run this one loop; they differ in who fills the batch.
+Pretraining, mid-training and long-context training run this one loop.
 """
 
 import contextlib
@@ -45,13 +45,15 @@ def train(config: Config) -> int:
     """
     began = time.perf_counter()
     validate(config, jax.device_count())
-    config = resolve(config)
-    mesh = sharding.make_mesh(config.mesh)
-    shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1) or "no axis used"
-    say(f"devices: {jax.device_count()} {jax.devices()[0].device_kind} ({shape})")
-
     with contextlib.ExitStack() as stack:
+        # From the start: inside JAX's own callbacks Python drops a KeyboardInterrupt.
         preemption = stack.enter_context(processes.Preemption())
+        config = resolve(config)
+        mesh = sharding.make_mesh(config.mesh)
+        shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+        kind = jax.devices()[0].device_kind
+        say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
+
         checkpointer = Checkpointer(config)
         source = checkpoint.source(config, checkpointer)
         first, position = _starting_point(config, source)
@@ -89,7 +91,8 @@ def train(config: Config) -> int:
             say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
             state, stopped = run.steps(state, first, preemption, watchdog)
             if stopped:
-                say(f"preempted: saved step {stopped}; the same command goes on from there")
+                log.close()  # which also clears the progress bar
+                say(f"stopped: saved step {stopped}; the same command goes on from there")
                 return processes.EXIT_PREEMPTED
         watchdog.beat("the end of the run")
         run.finish(state, time.perf_counter() - began)
@@ -101,7 +104,7 @@ def resolve(config: Config) -> Config:
     if config.compute.compilation_cache is not None:
         _keep_compiled(config.compute.compilation_cache)
     if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
-        say("compute.dtype: float32 on a CPU, where bfloat16 is 13 times slower")
+        say("compute.dtype: float32 on a CPU, where bfloat16 is far slower")
         config = _replace(config, "compute", dtype="float32")
     data = config.data
     if data.tokenizer is not None and not storage.path(data.tokenizer).exists():

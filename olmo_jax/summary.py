@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -177,8 +178,8 @@ def _finish(axes: Any, metric: str, x: str) -> None:
         return
     if metric == LR:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    if metric in (LR, SPEED):
-        axes.set_ylim(0, 1.1 * values.max() or 1)
+    if metric in (LR, SPEED):  # a step whose wait fell into another one's time is no speed
+        axes.set_ylim(0, 1.1 * np.quantile(values, 0.98 if metric == SPEED else 1.0) or 1)
     if metric == SPEED:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     if metric == NORM and values.min() > 0 and values.max() > 20 * values.min():
@@ -213,15 +214,18 @@ def write(
         lines += _held_out_lines(pathlib.Path(path), scores)
     if config.data.tokenizer is not None:
         lines += _continuation(config, model, params)
+    here = os.path.relpath(sys.executable)  # a newcomer has not activated the environment
+    python = "python" if here.startswith("..") else here
+    given = next((a for a in sys.argv if a.startswith("--config=")), "--config=FILE")
     lines += [
         f"curves:      {folder / 'summary.png'}",
         f"checkpoint:  {saved}",
         "",
         "next:",
-        f"  python tools/plot_run.py {config.run_dir} --x steps",
-        f"  python -m olmo_jax.train --config=configs/{config.name}.py --config.name=slower"
+        f"  {python} tools/plot_run.py {config.run_dir} --x steps",
+        f"  {python} -m olmo_jax.train {given} --config.name=slower"
         f" --config.optim.lr={config.optim.lr / 2:g}",
-        f'  python -c "import olmo_jax; model, params = olmo_jax.load({config.run_dir!r})"',
+        f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({config.run_dir!r})"',
     ]
     text = "\n".join(lines)
     (folder / "summary.md").write_text(f"```\n{text}\n```\n")

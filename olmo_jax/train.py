@@ -129,6 +129,8 @@ def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
             problems.append(f"{argument}: there is no such flag; see --help")
     if "config" not in flags:
         problems.append("--config=FILE is missing; see configs/, and --help")
+    if "n_devices" in flags and "dry_run" not in flags:
+        problems.append("--n_devices is for --dry_run; a run takes the devices that it finds")
     return flags, overrides, problems + _cluster_problems(flags)
 
 

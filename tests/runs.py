@@ -66,6 +66,8 @@ def start(*arguments: str, code: str = "", n_devices: int = 8, **keywords) -> su
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
+        # A thread per core would not do: each device blocks one in a collective.
+        "NPROC": "16",
         "XLA_FLAGS": " ".join([*others, f"{count}{n_devices}"]),
     }
     command = [sys.executable, "-m", "olmo_jax.train"]

@@ -216,7 +216,7 @@ def test_a_signal_saves_within_one_step_and_the_run_goes_on(
     monkeypatch.setattr(loop.Run, "record", signalling)
     result = runs.run(*options, f"dir={folder}")
     assert result.code == 75
-    assert "preempted: saved step 13; the same command goes on from there" in result.out
+    assert "stopped: saved step 13; the same command goes on from there" in result.out
     assert max(records.read(folder)) == 13
     monkeypatch.undo()
     checkpoints = folder / "checkpoints"
@@ -239,7 +239,7 @@ def test_a_signal_at_start_saves_the_first_step(tmp_path, options, monkeypatch):
     monkeypatch.setattr(loop, "_initial_state", signalled)
     result = runs.run(*options, f"dir={tmp_path}/run")
     assert result.code == 75
-    assert "preempted: saved step 1;" in result.out
+    assert "stopped: saved step 1;" in result.out
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -4,6 +4,7 @@ import functools
 import logging
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.kernels import blocked, reference
 from olmo_jax.sharding import axis_size
@@ -38,7 +39,8 @@ def attention(
     if impl == "auto":
         impl = _choose(axis_size("context") > 1)
     if impl == "reference":
-        return reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+        out = reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+        return checkpoint_name(out, "attention_out")
     if impl == "blocked":
         return blocked.attention(q, k, v, segment_ids, window)
     raise NotImplementedError(f"attention impl={impl!r}: there are auto, blocked and reference")

@@ -79,5 +79,4 @@ class Attention(nn.Module):
             if len(branches) == 1
             else jax.lax.switch(kind, branches, q, key, value)
         )
-        mixed = checkpoint_name(mixed, "attention_out")
         return product("btnh,nhd->btd", mixed, wo)

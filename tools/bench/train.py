@@ -153,8 +153,8 @@ def main() -> None:
     workers = {}
     for side in sides:
         workers[side] = start(side, args.core)
-        first = json.loads(workers[side].stdout.readline())
-        print(f"{side:9} first losses {first['losses'][0]:.3f} {first['losses'][1]:.3f}", flush=True)
+        losses = json.loads(workers[side].stdout.readline())["losses"]
+        print(f"{side:9} first losses {losses[0]:.3f} {losses[1]:.3f}", flush=True)
     speed: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(args.repeats):
         for side, worker in workers.items():
