@@ -7,6 +7,7 @@ problems of a config are reported together, one line each, by the name of the fi
 import ast
 import dataclasses
 import difflib
+import math
 import pathlib
 import re
 import runpy
@@ -359,6 +360,10 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return int(value)
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    elif hint is float and isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{path}: found {value!r}, need a finite number")
+    elif hint is str and isinstance(value, (int, float)):  # such as a run called 2024
+        return str(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     else:

@@ -86,6 +86,8 @@ def train(config: Config) -> int:
             process_index=jax.process_index(),
         )
         stack.callback(log.close)
+        if evaluator is not None:  # it may take longer than a step
+            evaluator.on_batch = lambda: watchdog.beat("an evaluation")
         run = Run(config, mesh, log, checkpointer, evaluator, loader, plan)
         if not is_done:
             say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
@@ -192,7 +194,7 @@ def _initial_state(config: Config, mesh: Mesh, source: Source | None, first: int
     if source is None:
         return step.init_state(config, mesh)
     loaded = source.load(step.abstract_state(config, mesh))
-    if set(loaded) < {"params", "opt_state"}:  # never hold fresh and loaded parameters at once
+    if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
         loaded["opt_state"] = step.init_opt_state(config, mesh, loaded["params"])
     if "step" not in loaded:
         loaded["step"] = step.replicated(mesh, np.int32(first))
@@ -312,16 +314,19 @@ class Run:
             if kind or stop or due_eval or at == self.plan.last:
                 self.record(pending)
                 pending = None
-            if due_eval and at < self.plan.last and not stop:
-                watchdog.beat(f"the evaluation after step {at}")
-                self.evaluate(state, at, c.eval.max_rows)
-            if kind or stop or at == self.plan.last:
+            is_last = at == self.plan.last
+            if kind or stop or is_last:
                 watchdog.beat(f"the checkpoint of step {at}")
-                last = "permanent" if at == self.plan.last else "ephemeral"
-                self.save(state, at, position, kind or last)
-            if stop and at < self.plan.last:
+                usual = "permanent" if is_last else "ephemeral"
+                self.save(
+                    state, at, position, usual if is_last and kind != "fixed" else kind or usual
+                )
+            if stop and not is_last:
                 self.checkpointer.finish()
                 return state, at
+            if due_eval and not (is_last and (c.eval.at_finish or c.train.summary)):
+                watchdog.beat(f"the evaluation after step {at}")
+                self.evaluate(state, at, c.eval.max_rows)
         return state, None
 
     def record(self, pending: Any) -> None:

@@ -121,6 +121,7 @@ def _marker(folder: Path) -> dict[str, Any]:
     try:
         marker = json.loads((folder / MARKER).read_text())
         known = marker["format"] <= FORMAT
+        _ = marker["kind"], marker["sha256"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder / MARKER} is damaged, or not written by olmo_jax") from None
     if not known:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 
@@ -178,4 +179,6 @@ def _train(config: Config, flags: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    # Preempted before there is anything to save: the same answer as later, start it again.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,10 @@ from olmo_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelCo
 # Options that count something; `None` where an option may be off.
 POSITIVE = (
     "model.vocab_size model.d_model model.n_layers model.n_heads model.n_kv_heads model.head_dim"
-    " model.d_ff model.max_seq_len compute.accumulate compute.loss_chunk data.seq_len data.threads"
+    " model.d_ff model.max_seq_len model.rope_theta model.norm_eps model.clip_qkv model.init_std"
+    " model.yarn_factor model.yarn_original_len model.yarn_beta_fast model.yarn_beta_slow"
+    " data.filter_max_period data.filter_min_repeats compute.accumulate compute.loss_chunk"
+    " data.seq_len data.threads"
     " data.prefetch data.max_target_seq_len data.corpus_vocab_size optim.lr optim.eps"
     " optim.skip_window train.duration train.hard_stop train.step_timeout_s train.z_loss"
     " train.loss_ranks train.max_nonfinite_steps eval.interval eval.seq_len eval.stride"
@@ -182,6 +185,9 @@ def _training(c: Config) -> list[str]:
             f"config.checkpoint.ephemeral_interval={k.ephemeral_interval} must be below"
             f" interval={k.interval}"
         )
+    for name, seed in (("data.seed", c.data.seed), ("train.seed", c.train.seed)):
+        if not 0 <= seed < 2**32:
+            problems.append(f"config.{name}={seed}: need 0 to {2**32 - 1}")
     for start, stop in c.train.skip_steps:
         if not 1 <= start < stop:
             problems.append(

@@ -154,7 +154,14 @@ class Evaluator:
           ValueError: if a file is no token file of this model, or two files have one name.
         """
         self._config, self._mesh = config, mesh
-        self._eval_step = step.make_eval_step(config, mesh)
+        eval_step = step.make_eval_step(config, mesh)
+        self.on_batch: Callable[[], object] = lambda: None  # called before each batch
+
+        def watched(params: Any, batch: Any) -> dict[str, Any]:
+            self.on_batch()
+            return eval_step(params, batch)
+
+        self._eval_step = watched
         option, vocab_size = "config.eval.paths", config.model.vocab_size
         paths = token_files.resolve_paths(config.eval.paths, config.data.root, option=option)
         dtype = token_files.token_dtype(config.data.dtype, vocab_size)

@@ -16,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+
+import numpy as np
 
 VOCAB, SEQ, ROWS = 8192, 256, 8
 HERE = pathlib.Path(__file__).resolve()
@@ -79,6 +80,39 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--core", type=int, default=0)
-    parser.add_argument("--other", default=f"{sys.executable} {HERE.parent}/plain.py {{tokens}} {{steps}}")
+    parser.add_argument(
+        "--other", default=f"{sys.executable} {HERE.parent}/plain.py {{tokens}} {{steps}}"
+    )
     args = parser.parse_args()
-    import numpy as np
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="olmo_jax_bench"))
+    tokens = folder / "tokens.npy"
+    zipf = np.random.default_rng(0).zipf(1.2, 300_000) % VOCAB
+    zipf.astype(np.uint16).tofile(tokens)  # headerless, as OLMo's are
+    ours = f"{sys.executable} -m olmo_jax.train --config={HERE} --config.data.paths={tokens}"
+    ours += f" --config.dir={folder}/run --config.compute.compilation_cache={folder}/cache_ours"
+    ours += " --config.train.duration={steps}"
+    sides = {"ours": ours, "plain": args.other}
+    figures: dict[tuple[str, str], list[float]] = {}
+    for _ in range(args.repeats):
+        for cache, steps in (("cold", args.steps), ("warm", 2)):
+            for side, command in sides.items():
+                shutil.rmtree(folder / "run", ignore_errors=True)
+                if cache == "cold":
+                    shutil.rmtree(folder / f"cache_{side}", ignore_errors=True)
+                words = command.format(tokens=tokens, steps=steps).split()
+                found = run(words, args.core, steps, f"{folder}/cache_{side}")
+                found[f"first, {cache}"] = found.pop("first")
+                for name in found if cache == "cold" else ("first, warm",):
+                    figures.setdefault((name, side), []).append(found[name])
+        print("  ".join(f"{n} {s} {v[-1]:.3f}" for (n, s), v in figures.items()), flush=True)
+    shutil.rmtree(folder)
+    units = {"step": "CPU-s per step", "rss": "GiB at the peak"}
+    for name in ("step", "first, cold", "first, warm", "rss"):
+        a, b = figures[name, "ours"], figures[name, "plain"]
+        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+        unit = units.get(name, f"CPU-s to the end of the {name.replace(',', ' step,')} cache")
+        print(f"{statistics.median(a):7.3f} {statistics.median(b):7.3f}  {ratio:5.2f}x  {unit}")
+
+
+if __name__ == "__main__":
+    main()
