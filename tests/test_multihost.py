@@ -126,7 +126,7 @@ def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
         wait_for(processes[0], "step 8/")
         began = time.monotonic()
         processes[1].send_signal(signal.SIGTERM)
-        line = wait_for(processes[0], "preempted")
+        line = wait_for(processes[0], "stopped: saved")
         seconds = time.monotonic() - began
         for process in processes:
             process.communicate(timeout=30)
