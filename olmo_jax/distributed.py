@@ -108,8 +108,8 @@ def meet(cluster: Cluster, timeout_s: float) -> None:
 
 
 def _listen(cluster: Cluster, port: int, deadline: float) -> None:
-    missing = set(range(1, cluster.n_processes))
-    arrived: list[socket.socket] = []
+    everyone = set(range(1, cluster.n_processes))
+    waiting: list[tuple[int, socket.socket]] = []  # process and connection
     last_line = time.monotonic()
     try:
         server = socket.create_server(("", port), backlog=cluster.n_processes)
@@ -117,28 +117,42 @@ def _listen(cluster: Cluster, port: int, deadline: float) -> None:
         raise OSError(f"--coordinator={cluster.coordinator}: cannot listen: {error}") from error
     with server, contextlib.ExitStack() as peers:
         server.settimeout(0.5)
-        while missing:
+        while missing := sorted(everyone - {process for process, _ in waiting}):
             with contextlib.suppress(OSError, ValueError):  # nobody came, or somebody else
                 peer = peers.enter_context(server.accept()[0])
                 peer.settimeout(5.0)
-                missing.discard(int(peer.recv(16).decode()))
-                arrived.append(peer)
-            names = ", ".join(map(str, sorted(missing)[:16])) + (" …" if len(missing) > 16 else "")
-            here = f"{cluster.n_processes - len(missing)} of {cluster.n_processes} processes"
+                waiting.append((int(peer.recv(16).decode()), peer))
+            waiting = [(process, peer) for process, peer in waiting if _is_open(peer)]
+            missing = sorted(everyone - {process for process, _ in waiting})
+            names = ", ".join(map(str, missing[:16])) + (" …" if len(missing) > 16 else "")
+            count = f"{cluster.n_processes - len(missing)} of {cluster.n_processes} processes"
             if missing and time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"only {here} came to {cluster.coordinator}; missing: process {names}. Start"
-                    f" the same command there with --process_id={sorted(missing)[0]}"
+                    f"only {count} came to {cluster.coordinator}; missing: process {names}. Start"
+                    f" the same command there with --process_id={missing[0]}"
                 )
             if missing and time.monotonic() - last_line > WAIT_LINE_S:
                 last_line = time.monotonic()
                 print(
-                    f"waiting at {cluster.coordinator}: {here} are here, missing: process {names}",
+                    f"waiting at {cluster.coordinator}: {count} are here, missing: process {names}",
                     flush=True,
                 )
-        for peer in arrived:
+        for _, peer in waiting:
             with contextlib.suppress(OSError):  # of one that has died JAX will tell
                 peer.sendall(b"go")
+
+
+def _is_open(peer: socket.socket) -> bool:
+    """Whether the other end still waits: one that died, or was started anew, does not."""
+    peer.setblocking(False)
+    try:
+        return peer.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        peer.setblocking(True)
 
 
 def _report(cluster: Cluster, host: str, port: int, deadline: float) -> None:

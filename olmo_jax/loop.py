@@ -55,6 +55,7 @@ def train(config: Config) -> int:
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
 
         checkpointer = Checkpointer(config)
+        stack.callback(_wait_for_save, checkpointer)
         source = checkpoint.source(config, checkpointer)
         first, position = _starting_point(config, source)
         loader = Loader(
@@ -101,6 +102,13 @@ def train(config: Config) -> int:
     return 0
 
 
+def _wait_for_save(checkpointer: Checkpointer) -> None:
+    """After an error too a save under way is worth having; for several see `distributed.leave`."""
+    if jax.process_count() == 1:
+        with contextlib.suppress(OSError):
+            checkpointer.finish()
+
+
 def resolve(config: Config) -> Config:
     """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
     if config.compute.compilation_cache is not None:
@@ -115,12 +123,8 @@ def resolve(config: Config) -> Config:
         return config
     made = corpus.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
     if made.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            [
-                f"config.data.corpus_vocab_size={made.vocab_size} is above model.vocab_size="
-                f"{config.model.vocab_size}"
-            ]
-        )
+        found = f"config.data.corpus_vocab_size={made.vocab_size}"
+        raise ConfigError([f"{found} is above model.vocab_size={config.model.vocab_size}"])
     config = _replace(
         config,
         "data",
@@ -145,9 +149,8 @@ def _keep_compiled(name: str) -> None:
 
 
 def _replace(config: Config, part: str, **changes: Any) -> Config:
-    return dataclasses.replace(
-        config, **{part: dataclasses.replace(getattr(config, part), **changes)}
-    )
+    changed = dataclasses.replace(getattr(config, part), **changes)
+    return dataclasses.replace(config, **{part: changed})
 
 
 def say(line: str) -> None:
@@ -180,13 +183,12 @@ def _starting_point(config: Config, source: Source | None) -> tuple[int, Positio
 
 def _compare_data(source: Source | None, loader: Loader) -> None:
     """Say that the data, in which the run has a place already, are not those of before."""
-    if source is not None and "step" in source.parts:
-        before = source.meta()["fingerprint"]
-        if before is not None and before != loader.fingerprint:
-            say(
-                "changed since the checkpoint: names, sizes or ids of the token files; the data"
-                " comes in another order from here on"
-            )
+    before = source.meta()["fingerprint"] if source and "step" in source.parts else None
+    if before not in (None, loader.fingerprint):
+        say(
+            "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
+            " in another order from here on"
+        )
 
 
 def _initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
@@ -289,6 +291,8 @@ class Run:
                 self.save(state, 0, position, kind)
             if c.eval.at_start:
                 self.evaluate(state, 0, c.eval.max_rows)
+        elif self.due_eval(first) and self.lacks_eval(first):
+            self.evaluate(state, first, c.eval.max_rows)
         self.loader.n_steps = self.plan.last - first
         seen = self.loader.order.start.tokens
         pending: Any = None  # the step before, whose metrics the host has not read
@@ -310,7 +314,7 @@ class Run:
             pending = at, device_metrics, lr, seen, batch_tokens, self.loader.wait_s
 
             kind, stop = self.checkpointer.due(at), preemption.requested(at)
-            due_eval = bool(c.eval.interval) and at % c.eval.interval == 0  # type: ignore[operator]
+            due_eval = self.due_eval(at)
             if kind or stop or due_eval or at == self.plan.last:
                 self.record(pending)
                 pending = None
@@ -318,9 +322,8 @@ class Run:
             if kind or stop or is_last:
                 watchdog.beat(f"the checkpoint of step {at}")
                 usual = "permanent" if is_last else "ephemeral"
-                self.save(
-                    state, at, position, usual if is_last and kind != "fixed" else kind or usual
-                )
+                kind = usual if is_last and kind != "fixed" else kind or usual
+                self.save(state, at, position, kind)
             if stop and not is_last:
                 self.checkpointer.finish()
                 return state, at
@@ -371,7 +374,18 @@ class Run:
         with self.log.pause(at, "throughput/in-loop eval time (s)"):
             scores = self.evaluator.metrics(state.params, max_rows)
         self.log.write(at, scores)
+        self.log.sync()  # it follows the step's checkpoint, so it is not made again
         return scores
+
+    def due_eval(self, at: int) -> bool:
+        """Whether the held-out files are to be scored after a step."""
+        every = self.config.eval.interval
+        return every is not None and at % every == 0
+
+    def lacks_eval(self, at: int) -> bool:
+        """Whether the run was stopped between a step's checkpoint and its evaluation."""
+        names = processes.from_process_0(lambda: sorted(self.log.recorded(at)))
+        return bool(names) and not any(name.startswith("eval/lm/") for name in names)
 
     def finish(self, state: TrainState, seconds: float) -> None:
         """Wait for the last checkpoint, evaluate, and say what came out."""

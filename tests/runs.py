@@ -51,13 +51,16 @@ def run(*options: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def start(*arguments: str, code: str = "", n_devices: int = 8, **keywords) -> subprocess.Popen:
+def start(
+    *arguments: str, code: str = "", n_devices: int = 8, n_threads: int = 16, **keywords
+) -> subprocess.Popen:
     """Start the trainer in a process of its own, on the tiny config.
 
     Args:
       arguments: its command line, after `--config`.
       code: runs before.
       n_devices: virtual ones.
+      n_threads: of XLA; a thread per core would not do, each device blocks one in a collective.
       keywords: of Popen.
     """
     count = "--xla_force_host_platform_device_count="
@@ -66,8 +69,7 @@ def start(*arguments: str, code: str = "", n_devices: int = 8, **keywords) -> su
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
-        # A thread per core would not do: each device blocks one in a collective.
-        "NPROC": "16",
+        "NPROC": str(n_threads),
         "XLA_FLAGS": " ".join([*others, f"{count}{n_devices}"]),
     }
     command = [sys.executable, "-m", "olmo_jax.train"]

@@ -1,7 +1,6 @@
 """Several processes train as one: they meet, agree, stop together, and never wait for ever."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -16,12 +15,6 @@ import runs
 from olmo_jax import distributed, records, storage
 from olmo_jax.distributed import Cluster
 
-# XLA:CPU runs independent collectives of one program side by side, so two of them may reach Gloo in
-# another order in each process, and both then wait for ever (seen in its stacks: all-reduces that
-# ThunkExecutor::SplitReadyQueue put on two threads). Accelerators order theirs. The run ends itself
-# by `train.step_timeout_s`; the test then starts anew.
-pytestmark = pytest.mark.flaky(reruns=3)
-
 # As many KV heads as four tensor ways need, several documents in a row, and a step that is skipped.
 RICH = "model.n_kv_heads=4 data.document_mask=eos train.skip_steps=((3,4),) train.duration=12"
 ENDLESS = "train.duration=100000"
@@ -34,31 +27,38 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def pair(*options: str, code: str = "") -> Iterator[tuple[subprocess.Popen, ...]]:
-    """Two processes with two devices each that train together."""
+def pair(
+    *options: str, code: str = "", n_devices: int = 1, n_threads: int = 1
+) -> Iterator[tuple[subprocess.Popen, ...]]:
+    """Two processes that train together; with one thread each, collectives keep their order."""
     port = free_port()
+    cluster = [f"--coordinator=localhost:{port}", "--n_processes=2", "--connect_timeout=120"]
     started = [
-        runs.start(
-            *runs.flags("train.step_timeout_s=60", *options),
-            f"--coordinator=localhost:{port}",
-            "--n_processes=2",
-            f"--process_id={i}",
-            "--connect_timeout=60",
-            code=code,
-            n_devices=2,
-        )
+        runs.start(*runs.flags(*options), *cluster, f"--process_id={i}", code=code,
+                   n_devices=n_devices, n_threads=n_threads)
         for i in range(2)
-    ]
+    ]  # fmt: skip
     with runs.processes(*started):
         yield tuple(started)
 
 
 def wait_for(process: subprocess.Popen, words: str) -> str:
     """The first line of its output that has these words."""
-    for line in process.stdout:
-        if words in line:
-            return line
+    with limit(process):
+        for line in process.stdout:
+            if words in line:
+                return line
     raise AssertionError(f"{words!r} never came; {process.stderr.read()[-3000:]}")
+
+
+@contextlib.contextmanager
+def limit(process: subprocess.Popen) -> Iterator[None]:
+    timer = threading.Timer(180, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +97,29 @@ def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, op
     alone, together = tmp_path / "alone", tmp_path / "together"
     rich = [*options, *RICH.split()]
     assert runs.run(*rich, f"dir={alone}").code == 0
-    with pair(*rich, f"dir={together}", code=ONE_MESH_AFTER_THE_OTHER) as processes:
-        outputs = [process.communicate(timeout=240) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    first, second = (out for out, _ in outputs)
+
+    # XLA:CPU runs independent collectives of one program side by side, so two may reach Gloo in
+    # another order in each process, which then wait for ever (seen in its stacks: all-reduces that
+    # ThunkExecutor::SplitReadyQueue put on two threads). Accelerators order theirs. The run ends
+    # itself when a step stalls, and the same command goes on.
+    outputs, codes = ["", ""], set()
+    for _ in range(5):
+        with pair(*rich, f"dir={together}", "train.step_timeout_s=60",
+                  code=ONE_MESH_AFTER_THE_OTHER, n_devices=2, n_threads=16) as both:  # fmt: skip
+            ended = [process.communicate(timeout=600) for process in both]
+        outputs = [said + out for said, (out, _) in zip(outputs, ended, strict=True)]
+        codes = {process.returncode for process in both}
+        if 74 not in codes:
+            break
+    assert codes == {0}, ended[0][1][-3000:] + ended[1][1][-3000:]
     for words in (
         "4 cpu (fsdp 4)\nnew run", "training steps 1 to 4",
         "4 cpu (tensor 4)\nresuming after step 4", "training steps 5 to 8",
         "4 cpu (context 4)\nresuming after step 8", "training steps 9 to 12",
     ):  # fmt: skip
-        assert words in first
-    assert not [line for line in second.splitlines() if "Gloo" not in line]  # one of them speaks
+        assert words in outputs[0]
+    others = [line for line in outputs[1].splitlines() if "Gloo" not in line]
+    assert not others  # one of them speaks
 
     expected, found = records.read(alone), records.read(together)
     assert list(found) == list(range(1, 13))
@@ -129,10 +140,10 @@ def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
         line = wait_for(processes[0], "stopped: saved")
         seconds = time.monotonic() - began
         for process in processes:
-            process.communicate(timeout=30)
+            process.communicate(timeout=90)
             assert process.returncode == 75
     saved = int(re.search(r"saved step (\d+);", line)[1])
-    assert seconds < 2 * max(1, len(os.sched_getaffinity(0)) // 2) + 8  # 2 s on a free machine
+    assert seconds < 10  # 1 s where nothing else runs
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step{saved}"]
     assert storage.is_complete(storage.path(folder / f"checkpoints/step{saved}"))
     assert max(records.read(folder)) == saved
@@ -160,16 +171,16 @@ def test_a_stalled_process_ends_the_run_after_the_set_time(tmp_path, options):
         wait_for(processes[0], "step 5/")
         began = time.monotonic()
         processes[0].send_signal(signal.SIGSTOP)
-        _, errors = processes[1].communicate(timeout=60)
+        _, errors = processes[1].communicate(timeout=90)
         assert processes[1].returncode == 74
-        assert 3 < time.monotonic() - began < 30
+        assert 3 < time.monotonic() - began < 60
         (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert re.match(
             r"error: step \d+ has not finished after \d+ s \(config\.train\.step_timeout_s=4\) in"
             r" process 1 of 2; the run ends here and can be resumed", line
         )  # fmt: skip
         processes[0].send_signal(signal.SIGCONT)
-        processes[0].communicate(timeout=60)
+        processes[0].communicate(timeout=90)
         assert processes[0].returncode in (1, 74)  # it may see first that the other is gone
 
 
@@ -190,11 +201,11 @@ def test_a_process_that_fails_ends_at_once_and_so_do_the_others(tmp_path, option
     place = [*options, f"dir={tmp_path}/run", ENDLESS, "checkpoint.interval=4"]
     with pair(*place, code=FAILING) as processes:
         wait_for(processes[0], "step 4/")
-        _, errors = processes[1].communicate(timeout=30)
+        _, errors = processes[1].communicate(timeout=90)
         assert processes[1].returncode == 1
         assert "error: config.data.paths: the disk is gone\n" in errors
         assert "Traceback" not in errors
-        _, errors = processes[0].communicate(timeout=30)
+        _, errors = processes[0].communicate(timeout=90)
         assert processes[0].returncode not in (0, 75)
     assert storage.is_complete(storage.path(tmp_path / "run/checkpoints/step4"))
 
@@ -207,12 +218,12 @@ def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
         ended.set()
 
     monkeypatch.setattr(distributed.os, "_exit", end)
-    with distributed.Watchdog(0.4) as watchdog:
+    with distributed.Watchdog(1.5) as watchdog:
         for i in range(8):
             watchdog.beat(f"step {i}")
-            time.sleep(0.1)
+            time.sleep(0.25)
         assert codes == []
-        assert ended.wait(5)
+        assert ended.wait(20)
     assert set(codes) == {74}
     assert "error: step 7 has not finished after" in capsys.readouterr().err
 
@@ -238,7 +249,7 @@ def test_a_missing_process_is_named_and_ends_the_wait(capfd, monkeypatch):  # P3
     began = time.monotonic()
     result = runs.run(f"--coordinator=localhost:{port}", "--n_processes=4", "--process_id=0",
                       "--connect_timeout=2", "data.paths=x")  # fmt: skip
-    assert 1.5 < time.monotonic() - began < 6
+    assert 1.5 < time.monotonic() - began < 30
     for thread in threads:
         thread.join()
     assert result.code == 1
@@ -259,7 +270,7 @@ def test_a_lonely_process_ends_by_itself(tmp_path):  # P39
     lonely = runs.start("--config.data.paths=x", f"--coordinator=localhost:{port}",
                         "--n_processes=2", "--process_id=0", "--connect_timeout=1")  # fmt: skip
     with runs.processes(lonely):
-        _, errors = lonely.communicate(timeout=60)
+        _, errors = lonely.communicate(timeout=90)
         assert lonely.returncode == 1
         assert errors == (
             f"error: only 1 of 2 processes came to localhost:{port}; missing: process 1. Start the"

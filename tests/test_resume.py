@@ -154,6 +154,24 @@ def test_a_killed_run_goes_on_bit_for_bit_and_no_step_is_doubled(half, whole, op
     assert [s for s, _ in scalars(half / "tensorboard", "train/CE loss")] == [*range(1, 21)]
 
 
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, whole, options, monkeypatch):
+    folder, score = tmp_path / "run", loop.Run.evaluate
+
+    def failing(self, state, at, max_rows):
+        if at == 10:
+            raise OSError("killed here")
+        return score(self, state, at, max_rows)
+
+    monkeypatch.setattr(loop.Run, "evaluate", failing)
+    assert runs.run(*options, f"dir={folder}").errors == ["killed here"]
+    monkeypatch.undo()
+    assert runs.run(*options, f"dir={folder}").code == 0
+    assert values(folder) == values(whole)
+    for metric in ("train/CE loss", "eval/lm/heldout/CE loss"):
+        expected = [(step, v[metric]) for step, v in values(whole).items() if metric in v]
+        assert scalars(folder / "tensorboard", metric) == expected
+
+
 @pytest.mark.slow
 def test_a_run_killed_within_a_save_goes_on_from_the_one_before(tmp_path, whole, options):  # P13
     folder, keep = tmp_path / "run", ["checkpoint.interval=5", "checkpoint.keep=1"]

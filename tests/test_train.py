@@ -311,14 +311,14 @@ def test_ids_that_the_look_at_start_misses_are_told_in_training_and_nothing_is_l
     place, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("olmo_jax.data.tokens.check", lambda *_: None)
-    path = runs.write_tokens(tmp_path / "late.npy")
+    path = runs.write_tokens(tmp_path / "late.npy", 4000)
     ids = np.fromfile(path, "<u2")
-    ids[-700] = 60_000
+    ids[3300] = 60_000
     ids.tofile(path)
     result = runs.run(*place, f"data.paths={path}", "train.duration=100")
     assert result.code == 1
     (line,) = result.errors
-    assert f"{path} has id 60000 at token 19300, need ids below config.model.vocab_size=512" in line
+    assert f"{path} has id 60000 at token 3300, need ids below config.model.vocab_size=512" in line
     assert storage.is_complete(storage.path(tmp_path / "run/checkpoints/step0"))
 
 
