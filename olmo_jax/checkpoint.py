@@ -7,15 +7,25 @@ newer checkpoint is complete). Nothing is deleted before the new one is complete
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 
 import olmo_jax
 from olmo_jax import processes, sharding, snapshot, storage
-from olmo_jax.config import ComputeConfig, Config, MeshConfig, ModelConfig, from_dict, to_dict
+from olmo_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    flatten,
+    from_dict,
+    to_dict,
+)
+from olmo_jax.data.order import FIRST_EPOCH, Position
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Params, Transformer
 
@@ -26,6 +36,8 @@ NOT_THE_FUNCTION = frozenset(
     f"model.{name}"
     for name in "max_seq_len init init_std embed_init_std head_init_std post_norm_init".split()
 )
+# What the optimizer's state holds depends on these.
+OPTIMIZER_STATE = frozenset({"optim.name", "optim.skip_window"})
 # What the order of the data depends on.
 DATA_ORDER = frozenset(
     f"data.{name}"
@@ -40,9 +52,21 @@ DATA_ORDER = frozenset(
 
 
 def steps(folder: storage.Path) -> dict[int, str]:
-    """The complete checkpoints `step{N}` in a folder: the kind of each, by rising step."""
+    """The complete checkpoints `step{N}` in a folder: the kind of each, by rising step.
+
+    Raises:
+      ValueError: if the newest one is damaged. An older one is of kind "damaged", never deleted.
+    """
     found = {step: child for step, child in _children(folder) if storage.is_complete(child)}
-    return {step: storage.kind(child) for step, child in sorted(found.items())}
+    kinds = {}
+    for step, child in sorted(found.items()):
+        try:
+            kinds[step] = storage.kind(child)
+        except ValueError:
+            if step == max(found):
+                raise
+            kinds[step] = "damaged"
+    return kinds
 
 
 def find(name: str, option: str = "config.checkpoint.load_path") -> storage.Path:
@@ -114,7 +138,7 @@ def load(
 def _children(folder: storage.Path) -> list[tuple[int, storage.Path]]:
     if not folder.is_dir():
         return []
-    matches = [(re.fullmatch(r"step(\d+)", child.name), child) for child in folder.iterdir()]
+    matches = [(re.fullmatch(r"step(0|[1-9]\d*)", child.name), child) for child in folder.iterdir()]
     return [(int(match[1]), child) for match, child in matches if match]
 
 
@@ -199,21 +223,25 @@ class Checkpointer:
             self.finish()
         return True
 
-    def finish(self) -> None:
+    def finish(self) -> float | None:
         """Wait for the save under way.
 
+        Returns: seconds from its call until it was complete; None if there was none.
         Raises:
           OSError: if it failed.
         """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.wait()
-            self.kinds = self._kinds_then
+        if pending is None:
+            return None
+        pending.wait()
+        self.kinds = self._kinds_then
+        return pending.seconds
 
     def _remove_torn(self) -> None:
         """Make room: what an interrupted save or deletion left is of no use."""
         for _, child in _children(self.folder):
             if not storage.is_complete(child):
+                print(f"removing {child}: its save, or its deletion, was interrupted", flush=True)
                 storage.remove(child)
 
     def _remove(self, old: Iterable[int]) -> None:
@@ -323,6 +351,21 @@ def source(config: Config, checkpointer: Checkpointer) -> Source | None:
     return Source(folder, tuple(part for part, yes in taken.items() if yes), False, line)
 
 
+def moved(position: Position, old: Mapping[str, Any], new: DataConfig) -> Position:
+    """The place in the data under another `data.seq_len` or `data.order`.
+
+    Args:
+      position: in the data as `old` has them.
+      old: the checkpoint's `data` options.
+      new: the run's.
+    Raises:
+      ValueError: if it lies inside a row of the new length.
+    """
+    shift = FIRST_EPOCH[new.order] - FIRST_EPOCH[old["order"]]
+    there = position.rescaled(old["seq_len"], new.seq_len)
+    return replace(there, epoch=there.epoch + shift)
+
+
 # --- changes of the config ------------------------------------------------------------------------
 
 
@@ -352,36 +395,40 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chang
     return [Change(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
 
-def refuse_changes(changes: Iterable[Change], allow: Iterable[str]) -> None:
+def refuse_changes(
+    changes: Sequence[Change], allow: Iterable[str], parts: Iterable[str] = ()
+) -> None:
     """Refuse a resume or start that would silently compute another function.
 
     Args:
       changes: from `config_changes`.
       allow: `checkpoint.allow_changes`.
+      parts: of the state that are loaded; the optimizer's must be of the same kind.
     Raises:
-      ValueError: with every model option that changed and is not allowed to.
+      ValueError: with every option that changed and is not allowed to.
     """
-    allow = set(allow)
-    unknown = sorted(allow - _flat(to_dict(Config())).keys())
-    if unknown:
-        raise ValueError(f"config.checkpoint.allow_changes: no option {', '.join(unknown)}")
-    refused = [
-        f"config.{key}={new!r}, but the checkpoint was trained with {old!r}"
-        for key, old, new in changes
-        if key.startswith("model.") and key not in NOT_THE_FUNCTION | allow
-    ]
-    if refused:
-        need = "set them as they were, or name them in config.checkpoint.allow_changes"
-        raise ValueError("; ".join([*refused, need]))
+    fixed = {change.key for change in changes if change.key.startswith("model.")}
+    _refuse(
+        [change for change in changes if change.key in fixed - NOT_THE_FUNCTION - set(allow)],
+        "set them as they were, or name them in config.checkpoint.allow_changes",
+    )
+    if "opt_state" in parts:
+        _refuse(
+            [change for change in changes if change.key in OPTIMIZER_STATE],
+            "set them as they were; checkpoint.load_path with checkpoint.load_optimizer=False, in a"
+            " new config.dir, starts with a new optimizer state",
+        )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+def _refuse(changes: list[Change], need: str) -> None:
+    lines = [f"config.{c.key}={c.new!r}, but the checkpoint was trained with {c.old!r}"
+             for c in changes]  # fmt: skip
+    if lines:
+        raise ValueError("; ".join([*lines, need]))
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten(values)
     kinds, n_layers = flat.get("model.layer_types"), flat.get("model.n_layers")
     if kinds and n_layers:  # a short list repeats
         flat["model.layer_types"] = kinds * (n_layers // len(kinds))

@@ -293,6 +293,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by dotted path, such as `model.rope_theta`, from the dicts of `to_dict`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(typing.cast(Mapping[str, Any], value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = _plain(value)
+    return flat
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
@@ -427,7 +438,8 @@ def _set(values: Any, keys: list[str], value: Any) -> None:
     old = values.get(keys[-1])
     # `--config.data.paths=a.npy,b.npy` is a list: quoting brackets in a shell is a nuisance.
     if isinstance(old, (tuple, list)) and not isinstance(value, (tuple, list)):
-        value = (
-            tuple(value.split(",")) if isinstance(value, str) else () if value is None else (value,)
-        )
+        # [a.npy,b.npy] is no Python either: its words lack quotes.
+        words = re.sub(r"^\s*[\[(](.*)[\])]\s*$", r"\1", value) if isinstance(value, str) else ""
+        items = tuple(word.strip() for word in words.split(",") if word.strip())
+        value = items if isinstance(value, str) else () if value is None else (value,)
     values[keys[-1]] = value

@@ -5,7 +5,6 @@ Pretraining, mid-training and long-context training run this one loop.
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from typing import Any
@@ -21,18 +20,21 @@ from olmo_jax import (
     metrics,
     optim,
     processes,
+    records,
     schedules,
     sharding,
+    start,
     step,
     storage,
     summary,
 )
-from olmo_jax.checkpoint import Checkpointer, Source
-from olmo_jax.config import Config, ConfigError, to_dict
-from olmo_jax.data import corpus
+from olmo_jax.checkpoint import Checkpointer
+from olmo_jax.config import Config, ConfigError
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
 from olmo_jax.evals.perplexity import Evaluator
+from olmo_jax.kernels import attention
+from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 from olmo_jax.validate import batch_stages, validate
 
@@ -48,33 +50,48 @@ def train(config: Config) -> int:
     with contextlib.ExitStack() as stack:
         # From the start: inside JAX's own callbacks Python drops a KeyboardInterrupt.
         preemption = stack.enter_context(processes.Preemption())
-        config = resolve(config)
+        config = start.resolve(config)
         mesh = sharding.make_mesh(config.mesh)
         shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
+        if config.compute.attention == "auto":
+            say(f"attention: {attention.choose(mesh.shape['context'])}")
 
+        config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)
         stack.callback(_wait_for_save, checkpointer)
         source = checkpoint.source(config, checkpointer)
-        first, position = _starting_point(config, source)
+        first, position = start.starting_point(config, source)
         loader = Loader(
             config.data, config.model.vocab_size, lambda n: sharding.local_rows(mesh, n), position
         )
-        _compare_data(source, loader)
+        start.compare_data(source, loader)
         plan = Plan(config, loader, first)
         evaluator = Evaluator(config, mesh) if config.eval.paths else None
         say(optim.describe_groups(config.optim, step.abstract_state(config, mesh).params))
+        is_resume = source is not None and source.is_resume
         is_done = first >= plan.last
+        if is_done and not is_resume:
+            end = f"config.train.duration={config.train.duration} ends at step {plan.last}"
+            place = f"checkpoint.load_path with load_position=True starts after step {first}"
+            raise ConfigError([f"{end}, but {place}"])
         if is_done:
             say(f"done already: step {first:,} of {plan.last:,}; a larger train.duration goes on")
-            if not config.train.summary or summary.is_written(config.run_dir):
+            if start.is_complete(config, first):
                 return 0
-        state = _initial_state(config, mesh, source, first)
+        loading = time.perf_counter()
+        state = start.initial_state(config, mesh, source, first)
+        loading = time.perf_counter() - loading
 
         # From here on things are written.
+        stack.enter_context(processes.only_writer(config.run_dir))
+        if not is_resume:
+            set_aside = processes.from_process_0(lambda: records.set_aside(config.run_dir))
+            if set_aside:
+                say(f"no checkpoint in {config.run_dir}, but records: kept as {set_aside}")
         if not is_done:
-            _write_config(config)
+            start.write_config(config)
         watchdog = stack.enter_context(distributed.Watchdog(config.train.step_timeout_s))
         log = metrics.Writer(
             config,
@@ -87,19 +104,28 @@ def train(config: Config) -> int:
             process_index=jax.process_index(),
         )
         stack.callback(log.close)
-        if evaluator is not None:  # it may take longer than a step
-            evaluator.on_batch = lambda: watchdog.beat("an evaluation")
-        run = Run(config, mesh, log, checkpointer, evaluator, loader, plan)
-        if not is_done:
-            say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
-            state, stopped = run.steps(state, first, preemption, watchdog)
-            if stopped:
-                log.close()  # which also clears the progress bar
-                say(f"stopped: saved step {stopped}; the same command goes on from there")
-                return processes.EXIT_PREEMPTED
-        watchdog.beat("the end of the run")
-        run.finish(state, time.perf_counter() - began)
+        if source is not None:
+            log.write(first + 1, {"checkpoint/load_duration_s": loading})
+        run = Run(config, mesh, log, checkpointer, evaluator, loader, plan, preemption, watchdog)
+        try:
+            if not is_done:
+                say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
+                state = run.steps(state, first)
+            watchdog.beat("the end of the run")
+            run.finish(state, time.perf_counter() - began)
+        except Stopped as stopped:
+            checkpointer.finish()
+            log.close()  # which also clears the progress bar
+            say(f"stopped: saved step {stopped.step}; the same command goes on from there")
+            return processes.EXIT_PREEMPTED
     return 0
+
+
+class Stopped(Exception):  # noqa: N818 - it is none
+    """A signal ended the run; the state after `step` is saved, or is being saved."""
+
+    def __init__(self, step: int):
+        self.step = step
 
 
 def _wait_for_save(checkpointer: Checkpointer) -> None:
@@ -109,111 +135,14 @@ def _wait_for_save(checkpointer: Checkpointer) -> None:
             checkpointer.finish()
 
 
-def resolve(config: Config) -> Config:
-    """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
-    if config.compute.compilation_cache is not None:
-        _keep_compiled(config.compute.compilation_cache)
-    if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
-        say("compute.dtype: float32 on a CPU, where bfloat16 is far slower")
-        config = _replace(config, "compute", dtype="float32")
-    data = config.data
-    if data.tokenizer is not None and not storage.path(data.tokenizer).exists():
-        raise FileNotFoundError(f"config.data.tokenizer: no such file: {data.tokenizer}")
-    if data.corpus is None:
-        return config
-    made = corpus.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
-    if made.vocab_size > config.model.vocab_size:
-        found = f"config.data.corpus_vocab_size={made.vocab_size}"
-        raise ConfigError([f"{found} is above model.vocab_size={config.model.vocab_size}"])
-    config = _replace(
-        config,
-        "data",
-        paths=(made.train_path,),
-        root="",
-        dtype=made.dtype,
-        tokenizer=made.tokenizer_path,
-        eos_id=made.eos_id,
-    )
-    return _replace(config, "eval", paths=config.eval.paths or (made.heldout_path,))
-
-
-def _keep_compiled(name: str) -> None:
-    folder = storage.path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # slower starts are no reason to end a run
-        say(f"compute.compilation_cache: cannot write {folder}: {error.strerror or error}")
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _replace(config: Config, part: str, **changes: Any) -> Config:
-    changed = dataclasses.replace(getattr(config, part), **changes)
-    return dataclasses.replace(config, **{part: changed})
-
-
-def say(line: str) -> None:
-    """Tell the user something, once per run and not once per process."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
-
-
-# --- where the run starts -------------------------------------------------------------------------
-
-
-def _starting_point(config: Config, source: Source | None) -> tuple[int, Position | None]:
-    """Finished steps and position in the data; says where they come from and what changed."""
-    if source is None:
-        say(f"new run in {config.run_dir}")
-        return 0, None
-    say(source.line)
-    meta = source.meta()
-    changes = checkpoint.config_changes(meta["config"], to_dict(config))
-    checkpoint.refuse_changes(changes, config.checkpoint.allow_changes)
-    if "step" not in source.parts:
-        return 0, None
-    shown = [c for c in changes if not c.key.startswith(("log.", "compute.compilation"))]
-    for change in shown if source.is_resume else ():
-        say(f"changed since the checkpoint: {change}")
-    position = Position(**meta["position"])
-    old_len = meta["config"]["data"]["seq_len"]
-    return int(meta["step"]), position.rescaled(old_len, config.data.seq_len)
-
-
-def _compare_data(source: Source | None, loader: Loader) -> None:
-    """Say that the data, in which the run has a place already, are not those of before."""
-    before = source.meta()["fingerprint"] if source and "step" in source.parts else None
-    if before not in (None, loader.fingerprint):
-        say(
-            "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
-            " in another order from here on"
-        )
-
-
-def _initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
-    """The state after `first` steps: fresh, or with the parts that the source gives."""
-    if source is None:
-        return step.init_state(config, mesh)
-    loaded = source.load(step.abstract_state(config, mesh))
-    if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
-        loaded["opt_state"] = step.init_opt_state(config, mesh, loaded["params"])
-    if "step" not in loaded:
-        loaded["step"] = step.replicated(mesh, np.int32(first))
-    return TrainState(**loaded)
-
-
-def _write_config(config: Config) -> None:
-    folder = storage.path(config.run_dir)
-
-    def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
-
-    try:
-        processes.from_process_0(write)
-    except OSError as error:
-        raise OSError(f"config.dir: cannot write {folder}: {error}") from error
+def _device_memory() -> dict[str, float]:
+    """Peak memory of this process's first device under OLMo-core's names; empty on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    peak, limit = stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
+    if not peak or not limit:
+        return {}
+    name = "gpu_memory/GPU active mem"
+    return {f"{name} (GiB)": peak / 2**30, f"{name} (%)": 100 * peak / limit}
 
 
 class Plan:
@@ -272,33 +201,30 @@ class Run:
     evaluator: Evaluator | None
     loader: Loader
     plan: Plan
+    preemption: processes.Preemption
+    watchdog: distributed.Watchdog
     nonfinite: int = 0  # steps in a row
 
-    def steps(
-        self,
-        state: TrainState,
-        first: int,
-        preemption: processes.Preemption,
-        watchdog: distributed.Watchdog,
-    ) -> tuple[TrainState, int | None]:
-        """Train from step `first` + 1 on; returns the state, and the step of a preemption."""
+    def steps(self, state: TrainState, first: int) -> TrainState:
+        """Train from step `first` + 1 on; returns the state at the end.
+
+        Raises:
+          Stopped: after a signal.
+        """
         c, at = self.config, first
         update = step.make_train_step(c, self.mesh)
         norms = step.make_norms(c, self.mesh) if c.log.norms_interval else None
-        if first == 0:
-            position = self.loader.order.start
-            if kind := self.checkpointer.due(0):
-                self.save(state, 0, position, kind)
-            if c.eval.at_start:
-                self.evaluate(state, 0, c.eval.max_rows)
-        elif self.due_eval(first) and self.lacks_eval(first):
-            self.evaluate(state, first, c.eval.max_rows)
+        slowest = sharding.make_max(self.mesh)
+        if first == 0 and (kind := self.checkpointer.due(0)):
+            self.save(state, 0, self.loader.order.start, kind)
+        if self.due_eval(first) and start.lacks_eval(c, first):
+            self.evaluate_between(state, first, self.loader.order.start)
         self.loader.n_steps = self.plan.last - first
         seen = self.loader.order.start.tokens
         pending: Any = None  # the step before, whose metrics the host has not read
         for batch, position in self.loader:
             at += 1
-            watchdog.beat(f"step {at}")
+            self.watchdog.beat(f"step {at}")
             batch_tokens, seen = position.tokens - seen, position.tokens
             arrays = sharding.to_global(batch, self.mesh, batch_tokens // c.data.seq_len)
             if norms is not None and at % c.log.norms_interval == 0:  # type: ignore[operator]
@@ -311,26 +237,24 @@ class Run:
             else:
                 state, device_metrics = update(state, arrays, np.float32(lr), np.float32(clip))
             self.record(pending)
-            pending = at, device_metrics, lr, seen, batch_tokens, self.loader.wait_s
+            wait = slowest(self.loader.wait_s)
+            pending = at, device_metrics, lr, seen, batch_tokens, wait
 
-            kind, stop = self.checkpointer.due(at), preemption.requested(at)
+            kind, stop = self.checkpointer.due(at), self.preemption.requested()
             due_eval = self.due_eval(at)
             if kind or stop or due_eval or at == self.plan.last:
                 self.record(pending)
                 pending = None
             is_last = at == self.plan.last
             if kind or stop or is_last:
-                watchdog.beat(f"the checkpoint of step {at}")
                 usual = "permanent" if is_last else "ephemeral"
                 kind = usual if is_last and kind != "fixed" else kind or usual
                 self.save(state, at, position, kind)
             if stop and not is_last:
-                self.checkpointer.finish()
-                return state, at
+                raise Stopped(at)
             if due_eval and not (is_last and (c.eval.at_finish or c.train.summary)):
-                watchdog.beat(f"the evaluation after step {at}")
-                self.evaluate(state, at, c.eval.max_rows)
-        return state, None
+                self.evaluate_between(state, at, position)
+        return state
 
     def record(self, pending: Any) -> None:
         """Read a finished step's metrics and write them down.
@@ -342,7 +266,13 @@ class Run:
             return
         at, device_metrics, lr, tokens, batch_tokens, wait = pending
         values = {name: float(v) for name, v in jax.device_get(device_metrics).items()}
-        self.log.step(at, values, lr=lr, tokens=tokens, batch_tokens=batch_tokens, data_wait_s=wait)
+        if values.get("train/masked labels (%)") == 1.0:  # no token, so no loss either: not 0
+            values.pop("train/CE loss")
+        if at % self.config.log.interval == 0:
+            values |= _device_memory()
+        self.log.step(
+            at, values, lr=lr, tokens=tokens, batch_tokens=batch_tokens, data_wait_s=float(wait)
+        )
         loss = values.get("train/CE loss", 0.0)
         norm = values.get("optim/total grad norm", 0.0)
         self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
@@ -358,7 +288,9 @@ class Run:
 
     def save(self, state: TrainState, at: int, position: Position, kind: str) -> None:
         """Save the state after step `at`."""
+        self.watchdog.beat(f"the checkpoint of step {at}")
         c = self.config
+        self.settle(at)
         self.log.sync()
         meta = checkpoint.meta(c, dataclasses.asdict(position), at, self.loader.fingerprint)
         files = {}
@@ -367,30 +299,57 @@ class Run:
         with self.log.pause(at, "checkpoint/save_duration_s"):
             self.checkpointer.save(at, state, meta | {"step": at}, kind, files)
 
+    def settle(self, at: int) -> None:
+        """Wait for the save under way, and write down at step `at` how long it took."""
+        seconds = self.checkpointer.finish()
+        if seconds is not None and self.config.checkpoint.async_save:
+            self.log.write(at, {"checkpoint/save_async_duration_s": seconds})
+
+    def evaluate_between(self, state: TrainState, at: int, position: Position) -> None:
+        """Evaluate before training goes on; a signal leaves it for the run that follows.
+
+        Raises:
+          Stopped: after a signal.
+        """
+        try:
+            self.evaluate(state, at, self.config.eval.max_rows)
+        except Stopped:
+            self.save(state, at, position, "ephemeral")
+            raise
+
     def evaluate(self, state: TrainState, at: int, max_rows: int | None) -> dict[str, float]:
-        """Score the held-out files and write the result down."""
+        """Score the held-out files and write the result down.
+
+        Raises:
+          Stopped: after a signal; nothing is written down.
+        """
         if self.evaluator is None:
             return {}
+
+        n_batches = 0
+
+        def on_batch() -> None:
+            nonlocal n_batches
+            n_batches += 1
+            self.watchdog.beat(f"the evaluation after step {at}")
+            if self.preemption.requested():
+                raise Stopped(at)
+
         with self.log.pause(at, "throughput/in-loop eval time (s)"):
-            scores = self.evaluator.metrics(state.params, max_rows)
-        self.log.write(at, scores)
+            scores = self.evaluator.metrics(state.params, max_rows, on_batch)
+        self.log.write(at, scores | {"throughput/in-loop eval batches": n_batches})
         self.log.sync()  # it follows the step's checkpoint, so it is not made again
         return scores
 
     def due_eval(self, at: int) -> bool:
-        """Whether the held-out files are to be scored after a step."""
-        every = self.config.eval.interval
-        return every is not None and at % every == 0
-
-    def lacks_eval(self, at: int) -> bool:
-        """Whether the run was stopped between a step's checkpoint and its evaluation."""
-        names = processes.from_process_0(lambda: sorted(self.log.recorded(at)))
-        return bool(names) and not any(name.startswith("eval/lm/") for name in names)
+        """Whether the held-out files are to be scored after a step, 0 being the start."""
+        e = self.config.eval
+        return e.at_start if at == 0 else e.interval is not None and at % e.interval == 0
 
     def finish(self, state: TrainState, seconds: float) -> None:
         """Wait for the last checkpoint, evaluate, and say what came out."""
         c, last = self.config, int(state.step)
-        self.checkpointer.finish()
+        self.settle(last)
         say(f"checkpoint: {self.checkpointer.folder_of(last)}")
         scores = self.evaluate(state, last, None) if c.eval.at_finish or c.train.summary else {}
         self.log.sync()

@@ -144,10 +144,6 @@ class Writer:
                         words.append(f"{key} {values[stem + key]:.4g}")
                 self._print(*words)
 
-    def recorded(self, step: int) -> dict[str, float]:
-        """What the records hold of a step; process 0 alone knows."""
-        return records.read(str(self._folder.local)).get(step, {}) if self._on else {}
-
     @contextlib.contextmanager
     def pause(self, step: int, name: str | None = None) -> Iterator[None]:
         """Keep what is done inside (an evaluation, a checkpoint) out of the next step's time.

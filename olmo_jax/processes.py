@@ -1,14 +1,18 @@
-"""Several processes act as one: what process 0 says, and when all stop.
+"""Several processes act as one: what process 0 says, when all stop, and that no other run writes.
 
 They talk through JAX's coordinator and not through the devices, so that a background thread may.
 """
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
+import pathlib
 import signal
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -48,6 +52,50 @@ def from_process_0(work: Callable[[], Any], key: str | None = None) -> Any:
     return answer["result"]
 
 
+@contextlib.contextmanager
+def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be, as long as this process lives.
+
+    The lock is the kernel's, on `.lock` there, so a killed run leaves none behind. A URL, and a
+    file system without locks, cannot be kept so.
+
+    Raises:
+      OSError: if another run has it (in all processes), or the folder cannot be written.
+    """
+    name = os.fspath(folder)
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            try:
+                pathlib.Path(name).mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((pathlib.Path(name) / ".lock").open("a+"))
+            except OSError as error:
+                raise OSError(f"config.dir: cannot write {name}: {error}") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise OSError(
+                    f"config.dir: {name} is in use by another run ({file.read().strip()}); wait for"
+                    " its end, stop it, or set another config.dir"
+                ) from None
+            except OSError:
+                return  # no locks here
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+
+        if "://" not in name:
+            from_process_0(take)
+        yield
+
+
+def say(line: str) -> None:
+    """Print a line, once per run and not once per process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
 def tell(key: str, text: str) -> None:
     """Say something to the other processes, once per key."""
     if jax.process_count() > 1:
@@ -73,13 +121,15 @@ def _client() -> Any:
 class Preemption:
     """Turns SIGTERM and SIGINT into an orderly end; a second SIGINT ends the process at once.
 
-    A single process stops after the step it is in. Several agree on a step through JAX's preemption
-    service, whose SIGTERM handler a Python one would replace: make this after
-    `jax.distributed.initialize`, and ask in every process after every step. Use as a context.
+    A single process stops when it asks next. Several agree on the question at which they stop
+    through JAX's preemption service, whose SIGTERM handler a Python one would replace: make this
+    after `jax.distributed.initialize`, and ask equally often in every process, after every step
+    and every batch of an evaluation. Use as a context.
     """
 
     def __init__(self) -> None:
         self._stop = False
+        self._asked = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -102,12 +152,9 @@ class Preemption:
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and stop now.
-
-        Args:
-          step: the step just finished, one more at every call.
-        """
+    def requested(self) -> bool:
+        """Whether to save and stop now."""
+        self._asked += 1
         if not self._stop and jax.process_count() > 1:
-            self._stop = multihost_utils.reached_preemption_sync_point(step)
+            self._stop = multihost_utils.reached_preemption_sync_point(self._asked)
         return self._stop

@@ -89,6 +89,23 @@ class Jsonl:
             os.fsync(f.fileno())
 
 
+def set_aside(run_dir: str | os.PathLike[str]) -> str | None:
+    """Rename records of a run that has no checkpoint any more; returns their folder's name.
+
+    Returns None where there is no record of a step.
+    """
+    folder = pathlib.Path(run_dir)
+    if "://" in os.fspath(run_dir) or not (folder / NAME).exists() or not read(str(folder)):
+        return None
+    old = folder / time.strftime("records-%Y%m%d-%H%M%S", time.gmtime())
+    with writing(old):
+        old.mkdir()
+        for name in (NAME, "tensorboard", "wandb.json"):
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+    return old.name
+
+
 class Folder:
     """The folder of the records: the run's own, or a local copy of it where that is a URL."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -109,6 +110,23 @@ def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
     sharding = NamedSharding(mesh, spec(("batch",)))
     held = sharding.addressable_devices_indices_map((n_rows,)).values()
     return np.unique(np.concatenate([np.arange(n_rows)[index] for index in held]))
+
+
+def make_max(mesh: Mesh) -> Callable[[float], Any]:
+    """A function that gives the largest over all processes of a number that each has.
+
+    All call it together; the result is a scalar on the devices, for the host to read later.
+    """
+    if jax.process_count() == 1:
+        return lambda value: value
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def over_processes(value: float) -> jax.Array:
+        own = np.array([value], np.float32)
+        return largest(jax.make_array_from_callback((mesh.size,), each, lambda _: own))
+
+    return over_processes
 
 
 def to_global(

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,7 @@ class Save:
         after: Callable[[], None],
     ):
         self.error: str | None = None  # why it failed, in one line
+        self.seconds = 0.0  # that it took
         self._folder, self._leaves, self._blocks = folder, leaves, blocks
         self._before, self._commit, self._after = before, commit, after
         self._writer: storage.Writer | None = None
@@ -100,6 +102,7 @@ class Save:
             raise OSError(self.error)
 
     def _run(self) -> None:
+        began = time.perf_counter()
         try:
             processes.from_process_0(self._prepare, f"{self._key} begin")
             error = self._write()
@@ -107,6 +110,7 @@ class Save:
             processes.from_process_0(lambda: self._finish(error), f"{self._key} end")
         except Exception as failure:
             self.error = f"checkpoint {self._folder} was not saved: {storage.cause(failure)}"
+        self.seconds = time.perf_counter() - began
 
     def _prepare(self) -> None:
         self._before()

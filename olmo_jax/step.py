@@ -86,7 +86,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
     for the host to read later. `batch` holds global `[batch, seq]` arrays; a new shape compiles.
     """
     model = build_model(config)
-    ranks = config.train.loss_ranks or _ways(mesh)
+    ranks = config.train.loss_ranks or data_parallel_ways(mesh)
     state_spec, whole = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
 
     def update(
@@ -177,7 +177,7 @@ def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
 
     def norms(params: Any, batch: Batch) -> Metrics:
         weights = batch["loss_weights"]
-        ranks = config.train.loss_ranks or _ways(mesh)
+        ranks = config.train.loss_ranks or data_parallel_ways(mesh)
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
         grads, _ = _gradients(config, model, params, batch | {"loss_weights": scaled})
         _, stats = _apply(model, params, batch, "stats")
@@ -194,8 +194,8 @@ def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
     return _under(mesh, jax.jit(norms, in_shardings=(params, rows), out_shardings=whole))
 
 
-def _ways(mesh: Mesh) -> int:
-    """Data-parallel ways: devices that see different rows."""
+def data_parallel_ways(mesh: Mesh) -> int:
+    """How many groups of devices see different rows."""
     ways = 1
     for axis in BATCH_AXES:
         ways *= mesh.shape[axis]

@@ -71,6 +71,8 @@ def read(folder: Path, name: str) -> bytes:
     digests = _marker(folder)["sha256"]
     if name not in digests:
         raise FileNotFoundError(f"{folder}: this checkpoint has no {name}")
+    if not (folder / name).exists():
+        raise ValueError(f"{folder / name} is missing: the checkpoint is damaged")
     data = (folder / name).read_bytes()
     if hashlib.sha256(data).hexdigest() != digests[name]:
         raise ValueError(f"{folder / name} is damaged: it is not what was saved")

@@ -1,12 +1,13 @@
 """Train a model: `python -m olmo_jax.train --config=configs/quickstart.py`."""
 
+import difflib
 import os
 import re
 import signal
 import sys
 import traceback
 
-from olmo_jax.config import Config, ConfigError, load
+from olmo_jax.config import Config, ConfigError, flatten, load, to_dict
 from olmo_jax.validate import planned_devices, validate
 
 USAGE = """\
@@ -109,7 +110,7 @@ def parse(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    flags, overrides, problems = {}, {}, []
+    flags, overrides, problems, known = {}, {}, [], ("config", "coordinator", *NUMBERS)
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
@@ -118,21 +119,31 @@ def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
             flags[name] = "true"
         elif name in SWITCHES:
             problems.append(f"{argument}: leave it out, or write --{name}")
+        elif name not in known and not name.startswith("config."):
+            problems.append(f"{argument}: there is no such flag{_meant(name)}; see --help")
         elif "=" not in argument:
             problems.append(f"{argument}: needs a value, as in {argument}=…; see --help")
         elif name in NUMBERS and not value.isdecimal():
             problems.append(f"{argument}: need a whole number")
-        elif name in ("config", "coordinator", *NUMBERS):
+        elif name in known:
             flags[name] = value
-        elif name.startswith("config."):
-            overrides[name.removeprefix("config.")] = value
         else:
-            problems.append(f"{argument}: there is no such flag; see --help")
+            overrides[name.removeprefix("config.")] = value
     if "config" not in flags:
         problems.append("--config=FILE is missing; see configs/, and --help")
     if "n_devices" in flags and "dry_run" not in flags:
         problems.append("--n_devices is for --dry_run; a run takes the devices that it finds")
     return flags, overrides, problems + _cluster_problems(flags)
+
+
+def _meant(name: str) -> str:
+    """A flag or an option that looks like `name`."""
+    flags = ["config", "coordinator", *SWITCHES, *NUMBERS]
+    options = flatten(to_dict(Config()))
+    by_word = {option.split(".")[-1]: f"config.{option}" for option in reversed(options)}
+    known = dict.fromkeys(flags) | {f"config.{o}": None for o in options} | by_word
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean --{known[close[0]] or close[0]}?" if close else ""
 
 
 def _cluster_problems(flags: dict[str, str]) -> list[str]:

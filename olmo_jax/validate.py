@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterable
 
 from olmo_jax import flops, schedules
-from olmo_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
+from olmo_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    flatten,
+    to_dict,
+)
 
 # Options that count something; `None` where an option may be off.
 POSITIVE = (
@@ -150,8 +158,8 @@ def _data(c: Config) -> list[str]:
         problems.append("config.data.paths: no token files; name some, or set data.corpus=stdlib")
     if c.eval.stride is not None and c.eval.stride > (c.eval.seq_len or d.seq_len):
         problems.append(
-            f"config.eval.stride={c.eval.stride} is above the row of"
-            f" {c.eval.seq_len or d.seq_len} tokens"
+            f"config.eval.stride={c.eval.stride} is above"
+            f" {'eval' if c.eval.seq_len else 'data'}.seq_len={c.eval.seq_len or d.seq_len}"
         )
     return problems
 
@@ -180,6 +188,10 @@ def _schedule_end(c: Config) -> int | None:
 
 def _training(c: Config) -> list[str]:
     problems, k = [], c.checkpoint
+    unknown = sorted(set(k.allow_changes) - flatten(to_dict(Config())).keys())
+    problems += [f"config.checkpoint.allow_changes: no option {name}" for name in unknown]
+    if min(k.fixed_steps, default=0) < 0:
+        problems.append(f"config.checkpoint.fixed_steps={k.fixed_steps}: steps count from 0")
     if k.ephemeral_interval is not None and k.ephemeral_interval >= k.interval:
         problems.append(
             f"config.checkpoint.ephemeral_interval={k.ephemeral_interval} must be below"

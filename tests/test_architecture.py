@@ -23,6 +23,7 @@ nn losses
 step checkpoint
 generation evals
 summary report
+start
 loop
 train __init__
 """

@@ -348,3 +348,9 @@ def test_every_config_passes_its_dry_run(path, capsys):
     assert f"parameters        {flops.n_params(config.load(str(path)).model).total:,}" in out
     for word in ("FLOPs per token", "mesh", "state per device", "no weight decay: "):
         assert word in out
+
+
+@pytest.mark.parametrize("text", ["a.npy,b/*.npy", "[a.npy, b/*.npy]", "('a.npy', 'b/*.npy')"])
+def test_a_list_on_the_command_line_needs_no_quotes(text):
+    assert load("tiny_olmo2", {"data.paths": text}).data.paths == ("a.npy", "b/*.npy")
+    assert load("tiny_olmo2", {"data.paths": "a.npy"}).data.paths == ("a.npy",)

@@ -128,8 +128,8 @@ with processes.Preemption() as preemption:
         time.sleep(0.01)
         if step == 5:
             print("ready", flush=True)
-        if preemption.requested(step):
-            print("stopped", step, preemption.requested(step + 1))
+        if preemption.requested():
+            print("stopped", step, preemption.requested())
             break
 """
 
@@ -149,10 +149,10 @@ def test_one_process_stops_after_the_step_it_is_in():
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.getsignal(number)
         with processes.Preemption() as preemption:
-            assert not preemption.requested(1)
+            assert not preemption.requested()
             signal.raise_signal(number)
-            assert preemption.requested(2)
-            assert preemption.requested(3)
+            assert preemption.requested()
+            assert preemption.requested()
         assert signal.getsignal(number) is before
 
 

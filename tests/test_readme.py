@@ -68,7 +68,7 @@ def test_snippet_runs(place, code, capsys):
     for name in ("train", "heldout"):
         pathlib.Path(f"{name}.npy").unlink(missing_ok=True)
     scope = {}
-    exec(code.replace("step5000", f"step{small_run.STEPS}"), scope)
+    exec(code.replace("step3500", f"step{small_run.STEPS}"), scope)
     if "logits" in scope:
         assert scope["logits"].shape == (1, 3, small_run.VOCAB)
         assert scope["logits"].dtype == "float32"

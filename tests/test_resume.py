@@ -18,7 +18,7 @@ import runs
 import small_run
 from test_metrics import Tracker, scalars
 
-from olmo_jax import loop, records, schedules, storage, train
+from olmo_jax import loop, processes, records, schedules, start, storage, train
 from olmo_jax.config import ScheduleConfig, load
 from olmo_jax.data import corpus
 
@@ -248,13 +248,13 @@ def test_a_signal_saves_within_one_step_and_the_run_goes_on(
 
 
 def test_a_signal_at_start_saves_the_first_step(tmp_path, options, monkeypatch):
-    begin = loop._initial_state
+    begin = start.initial_state
 
     def signalled(*args):
         signal.raise_signal(signal.SIGTERM)
         return begin(*args)
 
-    monkeypatch.setattr(loop, "_initial_state", signalled)
+    monkeypatch.setattr(start, "initial_state", signalled)
     result = runs.run(*options, f"dir={tmp_path}/run")
     assert result.code == 75
     assert "stopped: saved step 1;" in result.out
@@ -262,7 +262,7 @@ def test_a_signal_at_start_saves_the_first_step(tmp_path, options, monkeypatch):
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_last_save_is_waited_for(tmp_path, options, monkeypatch, stopped):  # P10
-    write, record, last = storage.Writer.write, loop.Run.record, 6 if stopped else 7
+    write, record, last = storage.Writer.write, loop.Run.record, 5 if stopped else 7
 
     def slow(self, *args):
         if self.folder.name == f"step{last}":
@@ -275,16 +275,16 @@ def test_the_last_save_is_waited_for(tmp_path, options, monkeypatch, stopped):  
             signal.raise_signal(signal.SIGTERM)
 
     final = {}
-    steps = loop.Run.steps
+    save = loop.Run.save
 
-    def keeping(self, *args):
-        state, at = steps(self, *args)
-        final.update(storage.names({"params": jax.device_get(state.params)}))
-        return state, at
+    def keeping(self, state, at, *args):
+        if at == last:
+            final.update(storage.names({"params": jax.device_get(state.params)}))
+        save(self, state, at, *args)
 
     monkeypatch.setattr(storage.Writer, "write", slow)
     monkeypatch.setattr(loop.Run, "record", stopping)
-    monkeypatch.setattr(loop.Run, "steps", keeping)
+    monkeypatch.setattr(loop.Run, "save", keeping)
     result = runs.run(*options, f"dir={tmp_path}/run", "train.duration=7", "checkpoint.interval=5")
     assert result.code == (75 if stopped else 0)
     saved = stored(tmp_path / f"run/checkpoints/step{last}")
@@ -553,3 +553,115 @@ def test_the_options_of_the_run_are_those_of_its_newest_start(half, options):
     flags, config = train.configure([f"--config={runs.CONFIG}", *runs.flags(*options)])
     assert flags["config"] == str(runs.CONFIG)
     assert config.optim.lr == 1e-3
+
+
+# --- stopped elsewhere than between two steps -----------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [5, 20])
+def test_a_signal_ends_an_evaluation_and_the_next_run_makes_it(
+    tmp_path, whole, options, monkeypatch, at
+):
+    folder, score, asked = tmp_path / "run", loop.Run.evaluate, []
+
+    def interrupted(self, state, step, max_rows):
+        if step == at:
+            request = self.preemption.requested
+            self.preemption.requested = lambda: asked.append(step) or request()
+            signal.raise_signal(signal.SIGTERM)
+        return score(self, state, step, max_rows)
+
+    monkeypatch.setattr(loop.Run, "evaluate", interrupted)
+    result = runs.run(*options, f"dir={folder}")
+    assert (result.code, result.err) == (75, "")
+    assert f"stopped: saved step {at}; the same command goes on" in result.out
+    assert asked == [at]  # before the first of its batches
+    assert "eval/lm/heldout/CE loss" not in records.read(folder)[at]
+    monkeypatch.undo()
+    again = runs.run(*options, f"dir={folder}")
+    assert again.code == 0
+    assert ("done already" in again.out) == (at == 20)
+    assert values(folder) == values(whole)
+    assert "done already" in (final := runs.run(*options, f"dir={folder}")).out
+    assert "eval heldout" not in final.out
+
+
+def test_records_whose_checkpoints_are_gone_are_kept_aside(half, options):
+    shutil.rmtree(half / "checkpoints")
+    old = (half / "metrics.jsonl").read_bytes()
+    result = runs.run(*options, f"dir={half}", "train.duration=2")
+    assert result.code == 0
+    (aside,) = half.glob("records-*")
+    assert f"no checkpoint in {half}, but records: kept as {aside.name}" in result.out
+    assert (aside / "metrics.jsonl").read_bytes() == old
+    assert list(aside.glob("tensorboard/events*"))
+    assert max(records.read(half)) == 2
+
+
+def test_two_runs_do_not_write_into_one_folder(half, options):
+    before = runs.contents(half / "checkpoints")
+    with processes.only_writer(half):
+        result = runs.run(*options, f"dir={half}")
+    assert result.code == 1
+    (line,) = result.errors
+    assert line.startswith(
+        f"config.dir: {half} is in use by another run (process {os.getpid()} on "
+    )
+    assert runs.contents(half / "checkpoints") == before
+    assert runs.run(*options, f"dir={half}", "train.hard_stop=11").code == 0
+
+
+def test_another_optimizer_state_is_refused_by_field(half, options):
+    for change in ("optim.name=adamw", "optim.skip_window=64"):
+        result = runs.run(*options, f"dir={half}", change)
+        assert result.code == 1
+        (line,) = result.errors
+        assert line.startswith(f"config.{change.split('=')[0]}=")
+        assert "but the checkpoint was trained with" in line
+        assert (
+            "with checkpoint.load_optimizer=False, in a new config.dir, starts with a new" in line
+        )
+    fresh = [f"dir={half}-new", f"checkpoint.load_path={half}", "optim.name=adamw"]
+    result = runs.run(*options, *fresh, "checkpoint.load_optimizer=false", "train.hard_stop=1")
+    assert result.code == 0
+
+
+def test_a_position_behind_the_end_of_the_run_is_refused(tmp_path, whole, options):
+    place = [f"dir={tmp_path}/run", f"checkpoint.load_path={whole}"]
+    result = runs.run(*options, *place, "checkpoint.load_position=true", "train.duration=15")
+    assert result.code == 2
+    assert result.errors == [
+        "config.train.duration=15 ends at step 15, but checkpoint.load_path with"
+        " load_position=True starts after step 20"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_epoch_is_counted_as_the_order_counts_it(tmp_path, options):
+    folder, tokens = tmp_path / "run", runs.write_tokens(tmp_path / "few.npy", 24 * 64)
+    few = [*options, f"dir={folder}", "eval.paths=()", f"data.paths={tokens}"]  # 3 steps an epoch
+    assert runs.run(*few, "data.order=legacy", "train.duration=4").code == 0
+    at = storage.read_meta(storage.path(folder / "checkpoints/step4"))["position"]
+    assert at == {"epoch": 1, "row": 8, "tokens": 4 * BATCH}
+    result = runs.run(*few, "data.order=core", "train.duration=5")
+    assert "config.data.order: 'legacy' -> 'core'; the data comes in another order" in result.out
+    at = storage.read_meta(storage.path(folder / "checkpoints/step5"))["position"]
+    assert at == {"epoch": 2, "row": 16, "tokens": 5 * BATCH}
+
+
+def test_ranks_of_the_loss_are_said_and_kept(tmp_path, options):
+    place = [*options, f"dir={tmp_path}/run", "train.loss_normalization=per_rank_tokens"]
+    result = runs.run(*place, "train.hard_stop=1")
+    assert result.code == 0
+    assert "train.loss_ranks: 8, the data-parallel ways of this mesh" in result.out
+    result = runs.run(*place, "train.hard_stop=2", "mesh.fsdp=4", "mesh.tensor=2")
+    assert "changed since the checkpoint: config.train.loss_ranks: 8 -> 4" in result.out
+
+
+def test_durations_of_loading_and_saving_have_their_names(half, options):
+    assert runs.run(*options, f"dir={half}").code == 0
+    found = records.read(half)
+    assert found[11]["checkpoint/load_duration_s"] > 0
+    assert found[20]["checkpoint/save_async_duration_s"] > 0
+    assert found[20]["throughput/in-loop eval batches"] == 2
+    assert found[15]["throughput/in-loop eval batches"] == 1

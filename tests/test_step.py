@@ -134,7 +134,9 @@ def test_reported_losses_do_not_depend_on_how_they_are_computed(uneven, accumula
         np.testing.assert_allclose(metrics["train/Z loss"], 1e-3 * metrics["train/Z loss unscaled"])
 
 
-@pytest.mark.parametrize("mode", ["global_tokens", "per_rank_tokens"])
+@pytest.mark.parametrize(
+    "mode", ["global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"]
+)
 def test_rows_masked_on_a_whole_device_stay_finite(mode):
     # Known fault: the device whose only row the instance filter masks divides by zero.
     one = run(make_config(loss_normalization=mode, loss_ranks=8), make_batch())

@@ -154,14 +154,7 @@ class Evaluator:
           ValueError: if a file is no token file of this model, or two files have one name.
         """
         self._config, self._mesh = config, mesh
-        eval_step = step.make_eval_step(config, mesh)
-        self.on_batch: Callable[[], object] = lambda: None  # called before each batch
-
-        def watched(params: Any, batch: Any) -> dict[str, Any]:
-            self.on_batch()
-            return eval_step(params, batch)
-
-        self._eval_step = watched
+        self._eval_step = step.make_eval_step(config, mesh)
         option, vocab_size = "config.eval.paths", config.model.vocab_size
         paths = token_files.resolve_paths(config.eval.paths, config.data.root, option=option)
         dtype = token_files.token_dtype(config.data.dtype, vocab_size)
@@ -176,20 +169,38 @@ class Evaluator:
             starts = _document_starts(config, path, tokens)
             self.streams[Path(path).stem] = Stream(tokens, config.data.eos_id, starts, lengths)
 
-    def scores(self, params: Any, max_rows: int | None = None) -> dict[str, Score]:
-        """The score of each file, by the stem of its name; of `max_rows` rows only if given."""
+    def scores(
+        self,
+        params: Any,
+        max_rows: int | None = None,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> dict[str, Score]:
+        """The score of each file, by the stem of its name; of `max_rows` rows only if given.
+
+        `on_batch` is called before each batch, and may end the evaluation by raising.
+        """
+
+        def eval_step(params: Any, batch: Any) -> dict[str, Any]:
+            on_batch()
+            return self._eval_step(params, batch)
+
         e = self._config.eval
         seq_len = e.seq_len or self._config.data.seq_len
         options = {"stride": e.stride, "batch_rows": e.batch_rows, "max_rows": max_rows}
         return {
-            label: evaluate(self._eval_step, params, self._mesh, stream, seq_len=seq_len, **options)
+            label: evaluate(eval_step, params, self._mesh, stream, seq_len=seq_len, **options)
             for label, stream in self.streams.items()
         }
 
-    def metrics(self, params: Any, max_rows: int | None = None) -> dict[str, float]:
-        """The scores under OLMo-core's names, with `BPB` beside them where bytes are known."""
+    def metrics(
+        self,
+        params: Any,
+        max_rows: int | None = None,
+        on_batch: Callable[[], object] = lambda: None,
+    ) -> dict[str, float]:
+        """The `scores` under OLMo-core's names, with `BPB` beside them where bytes are known."""
         out = {}
-        for label, score in self.scores(params, max_rows).items():
+        for label, score in self.scores(params, max_rows, on_batch).items():
             out[f"eval/lm/{label}/CE loss"] = score.ce
             out[f"eval/lm/{label}/PPL"] = score.ppl
             if score.bits_per_byte is not None:

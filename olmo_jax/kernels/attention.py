@@ -1,15 +1,10 @@
-"""Attention: one public function; masks are descriptions; an implementation is named or logged."""
-
-import functools
-import logging
+"""Attention: one public function; masks are descriptions; `choose` says what "auto" means."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.kernels import blocked, reference
 from olmo_jax.sharding import axis_size
-
-log = logging.getLogger(__name__)
 
 
 def attention(
@@ -37,7 +32,7 @@ def attention(
       NotImplementedError: for an implementation that does not exist.
     """
     if impl == "auto":
-        impl = _choose(axis_size("context") > 1)
+        impl = choose(axis_size("context"))
     if impl == "reference":
         out = reference.attention(q, k, v, window=window, segment_ids=segment_ids)
         return checkpoint_name(out, "attention_out")
@@ -46,11 +41,6 @@ def attention(
     raise NotImplementedError(f"attention impl={impl!r}: there are auto, blocked and reference")
 
 
-@functools.cache  # a choice is logged once
-def _choose(is_split: bool) -> str:
-    """An implementation; blocks of queries need a sequence that is whole on each device."""
-    if is_split:
-        log.info("attention: auto takes reference (dense scores), as mesh.context splits queries")
-        return "reference"
-    log.info("attention: auto takes blocked (blocks of queries in XLA)")
-    return "blocked"
+def choose(context_ways: int) -> str:
+    """What "auto" takes: blocks of queries need a sequence that is whole on each device."""
+    return "reference" if context_ways > 1 else "blocked"

@@ -33,6 +33,28 @@ def test_logits_equal_hugging_face(name):
     np.testing.assert_allclose(logits_of(config, params), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["olmo1 clipped", "olmo2 grouped", "olmo3 yarn grouped"])
+def test_long_rows_equal_hugging_face_too(name):  # several blocks of queries, the last one partial
+    tokens = np.random.default_rng(1).integers(2, 97, (1, 300))
+    model, config, params = hf.random_model(name)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(config, params, tokens), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["olmo1 untied", "olmo2 grouped", "olmo3 yarn grouped"])
+def test_bfloat16_errs_no_more_than_hugging_face_in_bfloat16(name):
+    model, config, params = hf.random_model(name)
+    tokens = torch.from_numpy(TOKENS)
+    with torch.no_grad():
+        exact = model(tokens).logits.numpy()
+        theirs = model.to(torch.bfloat16)(tokens).logits.float().numpy()
+    compute = ComputeConfig(dtype="bfloat16", remat="none")
+    ours = logits_of(config, params, compute=compute)
+    error, their_error = (np.sqrt(np.mean((x - exact) ** 2)) for x in (ours, theirs))
+    assert 1e-4 < error < 1.1 * their_error
+
+
 def test_a_wrong_window_or_theta_would_be_seen():
     _, config, params = hf.random_model("olmo3")
     right = logits_of(config, params)

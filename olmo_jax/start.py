@@ -1,0 +1,152 @@
+"""Where a run starts: what depends on the machine, on its last checkpoint, or on another run's."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from olmo_jax import checkpoint, processes, records, step, storage, summary
+from olmo_jax.checkpoint import Source
+from olmo_jax.config import Config, ConfigError, to_dict
+from olmo_jax.data import corpus
+from olmo_jax.data.loader import Loader
+from olmo_jax.data.order import Position
+from olmo_jax.processes import say
+from olmo_jax.step import TrainState
+
+
+def resolve(config: Config) -> Config:
+    """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
+    if config.compute.compilation_cache is not None:
+        _keep_compiled(config.compute.compilation_cache)
+    if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
+        say("compute.dtype: float32 on a CPU, where bfloat16 is far slower")
+        config = _replace(config, "compute", dtype="float32")
+    data = config.data
+    if data.tokenizer is not None and not storage.path(data.tokenizer).exists():
+        raise FileNotFoundError(f"config.data.tokenizer: no such file: {data.tokenizer}")
+    if data.corpus is None:
+        return config
+    made = corpus.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
+    if made.vocab_size > config.model.vocab_size:
+        found = f"config.data.corpus_vocab_size={made.vocab_size}"
+        raise ConfigError([f"{found} is above model.vocab_size={config.model.vocab_size}"])
+    config = _replace(
+        config,
+        "data",
+        paths=(made.train_path,),
+        root="",
+        dtype=made.dtype,
+        tokenizer=made.tokenizer_path,
+        eos_id=made.eos_id,
+    )
+    return _replace(config, "eval", paths=config.eval.paths or (made.heldout_path,))
+
+
+def _keep_compiled(name: str) -> None:
+    folder = storage.path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # slower starts are no reason to end a run
+        say(f"compute.compilation_cache: cannot write {folder}: {error.strerror or error}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _replace(config: Config, part: str, **changes: Any) -> Config:
+    changed = dataclasses.replace(getattr(config, part), **changes)
+    return dataclasses.replace(config, **{part: changed})
+
+
+def starting_point(config: Config, source: Source | None) -> tuple[int, Position | None]:
+    """Finished steps and position in the data; says where they come from and what changed."""
+    if source is None:
+        say(f"new run in {config.run_dir}")
+        return 0, None
+    say(source.line)
+    meta = source.meta()
+    changes = checkpoint.config_changes(meta["config"], to_dict(config))
+    checkpoint.refuse_changes(changes, config.checkpoint.allow_changes, source.parts)
+    if "step" not in source.parts:
+        return 0, None
+    shown = [c for c in changes if not c.key.startswith(("log.", "compute.compilation"))]
+    for change in shown if source.is_resume else ():
+        say(f"changed since the checkpoint: {change}")
+    position = Position(**meta["position"])
+    return int(meta["step"]), checkpoint.moved(position, meta["config"]["data"], config.data)
+
+
+def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
+    """The config with the number of ranks that the loss depends on, for checkpoints to hold."""
+    t = config.train
+    if t.loss_normalization != "per_rank_tokens" or t.loss_ranks is not None:
+        return config
+    ranks = step.data_parallel_ways(mesh)
+    say(f"train.loss_ranks: {ranks}, the data-parallel ways of this mesh; set it to keep the loss"
+        " the same on another")  # fmt: skip
+    return _replace(config, "train", loss_ranks=ranks)
+
+
+def compare_data(source: Source | None, loader: Loader) -> None:
+    """Say that the data, in which the run has a place already, are not those of before."""
+    before = source.meta()["fingerprint"] if source and "step" in source.parts else None
+    if before not in (None, loader.fingerprint):
+        say(
+            "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
+            " in another order from here on"
+        )
+
+
+def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
+    """The state after `first` steps: fresh, or with the parts that the source gives."""
+    if source is None:
+        return step.init_state(config, mesh)
+    loaded = source.load(step.abstract_state(config, mesh))
+    if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
+        loaded["opt_state"] = step.init_opt_state(config, mesh, loaded["params"])
+    if "step" not in loaded:
+        loaded["step"] = step.replicated(mesh, np.int32(first))
+    return TrainState(**loaded)
+
+
+def write_config(config: Config) -> None:
+    """Write `config.json`, whole or not at all.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    folder = storage.path(config.run_dir)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder / "config.json.new"
+        new.write_text(json.dumps(to_dict(config), indent=2))
+        new.replace(folder / "config.json")
+
+    try:
+        processes.from_process_0(write)
+    except OSError as error:
+        raise OSError(f"config.dir: cannot write {folder}: {error}") from error
+
+
+def is_complete(config: Config, last: int) -> bool:
+    """Whether a run that has trained its last step has its last evaluation and summary too."""
+    if config.train.summary and not summary.is_written(config.run_dir):
+        return False
+    return not (config.eval.paths and config.eval.at_finish and lacks_eval(config, last))
+
+
+def lacks_eval(config: Config, step: int) -> bool:
+    """Whether a run was stopped between the checkpoint of a step and its evaluation."""
+
+    def read() -> bool:
+        folder = storage.path(config.run_dir)
+        names = records.read(folder).get(step, {}) if (folder / records.NAME).exists() else {}
+        is_recorded = step == 0 or any(name.startswith("train/") for name in names)
+        return is_recorded and not any(name.startswith("eval/lm/") for name in names)
+
+    return processes.from_process_0(read)
