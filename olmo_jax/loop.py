@@ -78,6 +78,8 @@ def train(config: Config) -> int:
             raise ConfigError([f"{end}, but {place}"])
         if is_done:
             say(f"done already: step {first:,} of {plan.last:,}; a larger train.duration goes on")
+            if config.train.summary and summary.is_written(config.run_dir):
+                say(f"its summary: {storage.path(config.run_dir) / 'summary.md'}")
             if start.is_complete(config, first):
                 return 0
         loading = time.perf_counter()

@@ -209,7 +209,7 @@ def write(
     """
     folder = storage.path(config.run_dir)
     draw([folder], folder / "summary.png", x="steps")
-    lines = [f"{config.name}: done in {seconds / 60:.1f} minutes", ""]
+    lines = [f"{config.name}: done; this command took {seconds / 60:.1f} minutes", ""]
     for path in config.eval.paths:
         lines += _held_out_lines(pathlib.Path(path), scores)
     if config.data.tokenizer is not None:
