@@ -49,7 +49,10 @@ class ModelConfig:
     n_heads: int = 16
     n_kv_heads: int = 16
     head_dim: int = 128
-    d_ff: int = 8192
+    d_ff: int = 8192  # of each expert where there are any
+    n_experts: int = 0  # a mixture of experts in the place of the MLP; 0: the MLP
+    n_experts_per_token: int = 8
+    normalize_expert_weights: bool = False  # the weights of a token's experts sum to 1
     max_seq_len: int = 4096  # longest sequence that the model is meant for, tokens
     norm: Literal["rms", "nonparametric"] = "rms"
     norm_position: Literal["before", "after"] = "after"  # of the sub-layer: OLMo 1 / OLMo 2
@@ -207,6 +210,9 @@ class TrainConfig:
     hard_stop_unit: Unit = "steps"
     skip_steps: tuple[tuple[int, int], ...] = ()  # [start, stop) steps whose batch is not trained
     z_loss: float | None = None  # coefficient of mean logsumexp(logits)²; None: none
+    load_balancing_loss: float | None = None  # coefficient of the experts' loss; None: none
+    router_z_loss: float | None = None  # coefficient of mean logsumexp(router logits)²
+    router_loss_form: Literal["olmoe", "megablocks", "olmo_core", "hugging_face"] = "olmoe"
     loss_normalization: Literal[
         "global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"
     ] = "global_tokens"

@@ -68,10 +68,15 @@ def weights(m: ModelConfig) -> dict[str, tuple[tuple[int, str | None], ...]]:
         "layers/attn/wk": (layer, d, kv_heads, head_dim),
         "layers/attn/wv": (layer, d, kv_heads, head_dim),
         "layers/attn/wo": (layer, heads, head_dim, d),
-        "layers/mlp/w_gate": (layer, d, d_ff),
-        "layers/mlp/w_up": (layer, d, d_ff),
-        "layers/mlp/w_down": (layer, d_ff, d),
     }
+    if not m.n_experts:
+        table["layers/mlp/w_gate"] = table["layers/mlp/w_up"] = (layer, d, d_ff)
+        table["layers/mlp/w_down"] = (layer, d_ff, d)
+    else:
+        experts = (m.n_experts, "expert")
+        table["layers/moe/router"] = (layer, d, (m.n_experts, None))
+        table["layers/moe/w_gate"] = table["layers/moe/w_up"] = (layer, experts, d, d_ff)
+        table["layers/moe/w_down"] = (layer, experts, d_ff, d)
     if m.norm != "nonparametric":
         whole = (m.d_model, None)  # small, and added to every gradient: kept on each device
         table |= {"layers/attn_norm": (layer, whole), "layers/mlp_norm": (layer, whole)}
@@ -88,9 +93,16 @@ def _sizes(m: ModelConfig) -> dict[str, int]:
     return {path: math.prod(n for n, _ in dims) for path, dims in weights(m).items()}
 
 
-def n_params(model: ModelConfig) -> Counts:
-    """Parameters of the model."""
-    sizes = _sizes(model)
+def _active(m: ModelConfig) -> dict[str, int]:
+    """Parameters that one token meets."""
+    experts = [path for path in _sizes(m) if path.startswith("layers/moe/w_")]
+    part = {path: n * m.n_experts_per_token // (m.n_experts or 1) for path, n in _sizes(m).items()}
+    return _sizes(m) | {path: part[path] for path in experts}
+
+
+def n_params(model: ModelConfig, active: bool = False) -> Counts:
+    """Parameters of the model, or only those that one token meets."""
+    sizes = _active(model) if active else _sizes(model)
     total = sum(sizes.values())
     non_embedding = total - sizes["embed"]
     return Counts(total, non_embedding, non_embedding - sizes.get("lm_head", 0))
@@ -126,11 +138,15 @@ def flops_per_token_core2(model: ModelConfig, seq_len: int) -> int:
 
 
 def _matmul_flops(m: ModelConfig) -> int:
-    """6 FLOPs per weight of attention, MLP and head, with QK-norms and the final norm."""
-    sizes = _sizes(m)
+    """6 FLOPs per weight of attention, MLP and head, with QK-norms and the final norm.
+
+    Of experts those that a token takes, and the router.
+    """
+    sizes = _active(m)
     # A tied head is the same work as one of its own.
     head = m.d_model * m.vocab_rows + sizes.get("final_norm", 0)
-    layers = sum(n for path, n in sizes.items() if path.startswith(("layers/attn/", "layers/mlp/")))
+    parts = ("layers/attn/", "layers/mlp/", "layers/moe/")
+    layers = sum(n for path, n in sizes.items() if path.startswith(parts))
     return 6 * (layers + head)
 
 
@@ -156,7 +172,7 @@ def state_bytes(
     Args:
       model: the model, with fp32 parameters and two fp32 moments per parameter.
       mesh_shape: devices along each mesh axis (`validate.mesh_shape`); of them `fsdp` divides model
-        width, `tensor` divides heads, MLP width and vocabulary.
+        width, `tensor` heads, MLP width and vocabulary, `expert` experts.
       grad_dtype: "float32" or "bfloat16".
     """
     params = sum(

@@ -45,6 +45,39 @@ def normalize(weights: jax.Array, mode: str, ranks: int) -> jax.Array:
     return weights / (ranks * jnp.tile(per_rank, rows // ranks))[:, None]
 
 
+def router(
+    routed: dict[str, jax.Array], n_tokens: int, config: Config
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the routers of a (micro-)batch add to the loss.
+
+    Args:
+      routed: `tokens` and `probability` `[n_layers, n_experts]`, `z` `[n_layers]`; see `nn/moe.py`.
+      n_tokens: of the (micro-)batch, with those that have no loss.
+      config: of the run; `train.router_loss_form` says whose form:
+        olmoe: E / (L T k) Σ_l Σ_e n_le p_le, and mean logsumexp² / k, as OLMoE trained
+        (Muennighoff/megablocks@olmoe, layers/moe.py). megablocks: without that k. olmo_core: the
+        sums of its layers, with the tokens of the batch as divisor (nn/moe/loss.py), as divided by
+        the number of layers. hugging_face: E Σ_e f_e P_e over all layers at once, about k at
+        balance (modeling_olmoe.py).
+
+    Returns:
+      The loss, and its parts: `balance` and `router z` (without their coefficients, means over the
+      micro-batches of a step), and `routed`, the tokens per layer and expert.
+    """
+    # OLMo: the products n · p there are of one device's tokens, here of the whole micro-batch's.
+    m, t, share = config.model, config.train, 1.0 / config.compute.accumulate
+    tokens, probability = routed["tokens"] / n_tokens, routed["probability"]
+    if t.router_loss_form == "hugging_face":
+        balance = m.n_experts * jnp.sum(tokens.mean(0) * probability.mean(0))
+    else:
+        k = m.n_experts_per_token
+        balance = m.n_experts / k * jnp.mean(jnp.sum(tokens * probability, axis=1))
+    z = routed["z"].mean() / (m.n_experts_per_token if t.router_loss_form == "olmoe" else 1)
+    parts = {"balance": share * balance, "router z": share * z, "routed": routed["tokens"]}
+    loss = (t.load_balancing_loss or 0.0) * parts["balance"]
+    return loss + (t.router_z_loss or 0.0) * parts["router z"], parts
+
+
 def next_token(
     hidden: jax.Array, head: jax.Array, batch: Batch, config: Config
 ) -> tuple[jax.Array, dict[str, Any]]:

@@ -74,6 +74,16 @@ OLMO3: Fields = OLMO2 | {
     "window": 4096,
 }
 
+OLMOE: Fields = OLMO1 | {  # norms before the sub-layers, as OLMo 1 has them, but RMSNorm; QK-norm
+    "max_seq_len": 4096,
+    "norm": "rms",
+    "qk_norm": "full",
+    "init": "normal",
+    "init_std": 0.02,
+    "n_experts": 64,
+    "n_experts_per_token": 8,
+}
+
 # --- variations, to be laid over a model ----------------------------------------------------------
 
 LONG_CONTEXT: Fields = {  # Olmo 3 from its long-context stage on
@@ -125,6 +135,13 @@ MODELS: dict[str, Fields] = {
     **{f"olmo3_{name}": OLMO3 | size for name, size in OLMO3_SIZES.items()},
     "olmo3_7B_long": OLMO3 | SIZES["7B"] | LONG_CONTEXT,  # Olmo-3-1025-7B as trained
     "olmo3_32B_long": OLMO3 | SIZES["32B"] | LONG_CONTEXT,  # Olmo-3-1125-32B as trained
+    "olmoe_1B_7B": OLMOE | _size(2048, 16, 16, 1024),  # OLMoE-1B-7B-0924, -0125
+    # What OLMo-core calls olmoe_1B_7B is another model, which was never released.
+    "olmoe_1B_7B_core": OLMO2
+    | {"n_experts": 64, "n_experts_per_token": 8}
+    | _size(2048, 16, 16, 1024),
+    # The block of FlexOlmo-7x7B: OLMo 2's, with 7 experts of which a token takes 5.
+    "flex_olmo_7x7B": OLMO2 | {"n_experts": 7, "n_experts_per_token": 5} | SIZES["7B"],
     "olmo3_7B_hf": OLMO3 | SIZES["7B"] | LONG_CONTEXT | HF_TABLE,  # ... as Hugging Face has it
     "olmo3_32B_hf": OLMO3 | SIZES["32B"] | LONG_CONTEXT | HF_TABLE,
 }
@@ -164,6 +181,12 @@ OLMO1_RUN: dict[str, Fields] = {  # trained with allenai/OLMo
     },
     # OLMo: the mean over valid labels of equal micro-batches, here one mean over the global batch.
     "train": {"seed": 6198, "z_loss": None, "loss_normalization": "global_tokens"},
+}
+OLMOE_RUN: dict[str, Fields] = {  # trained with a branch of allenai/OLMo, before its v0.4.0
+    "data": OLMO1_RUN["data"] | {"seq_len": 4096},
+    "optim": OLMO1_RUN["optim"] | {"eps": 1e-8, "no_decay": ()},
+    "train": OLMO1_RUN["train"]
+    | {"load_balancing_loss": 0.01, "router_z_loss": 0.001, "router_loss_form": "olmoe"},
 }
 OLMO2_RUN: dict[str, Fields] = {  # 1B, 7B, 13B: trained with allenai/OLMo from v0.4.0 on
     "data": {

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from olmo_jax import flops
-from olmo_jax.config import Config
+from olmo_jax.config import Config, ModelConfig
 from olmo_jax.validate import batch_stages, mesh_shape
 
 GIB = 2**30
@@ -26,6 +26,7 @@ def describe(config: Config, n_devices: int) -> str:
     lines += [
         f"parameters        {counts.total:,} ({counts.non_embedding:,} non-embedding,"
         f" {counts.core:,} without the head too)",
+        *_experts(model),
         f"FLOPs per token   {flops.flops_per_token(model, seq):.6e} at {seq:,} tokens"
         f" ({flops.flops_per_token_core2(model, seq):.6e} as OLMo-core 2 counts)",
         f"layers            {_kinds(model.layer_kinds, model.window)}",
@@ -47,6 +48,14 @@ def describe(config: Config, n_devices: int) -> str:
         *(f"optimizer         {line}" for line in _groups(config)),
     ]
     return "\n".join(lines)
+
+
+def _experts(model: ModelConfig) -> list[str]:
+    if not model.n_experts:
+        return []
+    active = flops.n_params(model, active=True).total
+    per_token = f"{model.n_experts_per_token} of {model.n_experts} experts"
+    return [f"  of a token      {active:,}, with {per_token} in each layer"]
 
 
 def _options(config: Any, path: str = "config") -> list[str]:

@@ -107,6 +107,8 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
         if config.train.z_loss is not None:
             metrics["train/Z loss"] = config.train.z_loss * parts["z"]
             metrics["train/Z loss unscaled"] = parts["z"]
+        if "routed" in parts:
+            metrics |= _router_metrics(config, parts)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     rows = NamedSharding(mesh, spec(("batch", "seq")))
@@ -124,8 +126,12 @@ def _gradients(
     """Summed gradients and loss parts of the batch, over `compute.accumulate` micro-batches."""
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        hidden = _apply(model, params, batch, "hidden")
-        return losses.next_token(hidden, transformer.head(params), batch, config)
+        hidden, routed = _apply(model, params, batch, "hidden")
+        loss, parts = losses.next_token(hidden, transformer.head(params), batch, config)
+        if not routed:
+            return loss, parts
+        router_loss, router_parts = losses.router(routed, batch["tokens"].size, config)
+        return loss + router_loss, parts | router_parts
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     n = config.compute.accumulate
@@ -146,6 +152,23 @@ def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:
     return model.apply({"params": params}, batch["tokens"], *optional, output=output)
 
 
+def _router_metrics(config: Config, parts: Metrics) -> Metrics:
+    """What the routers of a step did, by OLMo-core's names."""
+    t, tokens = config.train, parts["routed"]  # [n_layers, n_experts]
+    imbalance = tokens.max(1) / tokens.mean(1)
+    metrics = {f"train/block {i:02}/load imbalance": imbalance[i] for i in range(len(imbalance))}
+    for name, key, weight in (
+        ("load balancing loss", "balance", t.load_balancing_loss),
+        ("router Z loss", "router z", t.router_z_loss),
+    ):
+        if weight is not None:
+            metrics |= {
+                f"train/{name}": weight * parts[key],
+                f"train/{name} unscaled": parts[key],
+            }
+    return metrics
+
+
 def _first(micro: Batch) -> Batch:
     return jax.tree.map(lambda a: a[0], micro)
 
@@ -158,7 +181,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics
     model = build_model(config)
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
-        hidden = _apply(model, params, batch, "hidden")
+        hidden, _ = _apply(model, params, batch, "hidden")
         parts = losses.next_token(hidden, transformer.head(params), batch, config)[1]
         return {"ce_sum": parts["ce"], "tokens": batch["loss_weights"].sum()}
 

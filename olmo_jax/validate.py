@@ -19,16 +19,16 @@ from olmo_jax.config import (
 
 # Options that count something; `None` where an option may be off.
 POSITIVE = (
-    "model.vocab_size model.d_model model.n_layers model.n_heads model.n_kv_heads model.head_dim"
-    " model.d_ff model.max_seq_len model.rope_theta model.norm_eps model.clip_qkv model.init_std"
-    " model.yarn_factor model.yarn_original_len model.yarn_beta_fast model.yarn_beta_slow"
-    " data.filter_max_period data.filter_min_repeats compute.accumulate compute.loss_chunk"
-    " data.seq_len data.threads"
-    " data.prefetch data.max_target_seq_len data.corpus_vocab_size optim.lr optim.eps"
-    " optim.skip_window train.duration train.hard_stop train.step_timeout_s train.z_loss"
-    " train.loss_ranks train.max_nonfinite_steps eval.interval eval.seq_len eval.stride"
-    " eval.batch_rows eval.max_rows checkpoint.interval checkpoint.ephemeral_interval"
-    " checkpoint.keep log.interval log.norms_interval"
+    "model.vocab_size model.d_model model.n_layers model.n_heads model.n_kv_heads model.head_dim "
+    "model.d_ff model.n_experts_per_token model.max_seq_len model.rope_theta "
+    "model.norm_eps model.clip_qkv model.init_std model.yarn_factor model.yarn_original_len "
+    "model.yarn_beta_fast model.yarn_beta_slow data.filter_max_period data.filter_min_repeats "
+    "compute.accumulate compute.loss_chunk data.seq_len data.threads train.load_balancing_loss "
+    "train.router_z_loss data.prefetch data.max_target_seq_len data.corpus_vocab_size optim.lr "
+    "optim.eps optim.skip_window train.duration train.hard_stop train.step_timeout_s train.z_loss "
+    "train.loss_ranks train.max_nonfinite_steps eval.interval eval.seq_len eval.stride "
+    "eval.batch_rows eval.max_rows checkpoint.interval checkpoint.ephemeral_interval "
+    "checkpoint.keep log.interval log.norms_interval "
 ).split()
 
 
@@ -113,6 +113,11 @@ def _model(m: ModelConfig) -> list[str]:
         )
     if "sliding" in m.layer_types and (m.window is None or m.window < 1):
         problems.append(f"config.model.window={m.window}: sliding layers need at least 1 position")
+    if m.n_experts and m.n_experts_per_token > m.n_experts:
+        problems.append(
+            f"config.model.n_experts_per_token={m.n_experts_per_token} is above"
+            f" n_experts={m.n_experts}"
+        )
     if m.vocab_rows < m.vocab_size:
         problems.append(
             f"config.model.padded_vocab_size={m.vocab_rows} is below vocab_size={m.vocab_size}"
@@ -188,6 +193,11 @@ def _schedule_end(c: Config) -> int | None:
 
 def _training(c: Config) -> list[str]:
     problems, k = [], c.checkpoint
+    problems += [
+        f"config.train.{name}: only a model with model.n_experts has it"
+        for name in ("load_balancing_loss", "router_z_loss")
+        if getattr(c.train, name) is not None and not c.model.n_experts
+    ]
     unknown = sorted(set(k.allow_changes) - flatten(to_dict(Config())).keys())
     problems += [f"config.checkpoint.allow_changes: no option {name}" for name in unknown]
     if min(k.fixed_steps, default=0) < 0:
@@ -217,6 +227,7 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
         ("model.d_model", c.model.d_model, "fsdp"),
         ("data.seq_len", c.data.seq_len, "context"),
         ("eval.seq_len", c.eval.seq_len or 0, "context"),  # not set: data.seq_len
+        ("model.n_experts", c.model.n_experts, "expert"),
     ):
         if size % shape[axis]:
             problems.append(

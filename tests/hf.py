@@ -25,6 +25,8 @@ COMMON = dict(
     eos_token_id=2,
 )
 OLMO1 = dict(norm="nonparametric", norm_position="before", norm_eps=1e-5, qk_norm="none")
+EXPERTS = dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)
+OLMOE = dict(norm_position="before", norm_eps=1e-5, n_experts=8, n_experts_per_token=3)
 SLIDING = dict(layer_types=("sliding", "sliding", "sliding", "full"), window=5)
 YARN = dict(yarn_factor=8.0, yarn_attention_factor=1.2079441541679836)
 
@@ -35,6 +37,17 @@ FAMILIES = {
     "olmo1 clipped": ("Olmo", dict(clip_qkv=0.7), OLMO1 | dict(clip_qkv=0.7)),
     "olmo2": ("Olmo2", dict(rms_norm_eps=1e-6), {}),
     "olmo2 grouped": ("Olmo2", dict(num_key_value_heads=2, rms_norm_eps=1e-6), dict(n_kv_heads=2)),
+    "olmoe": ("Olmoe", EXPERTS | dict(rms_norm_eps=1e-5), OLMOE),
+    "olmoe renormalised grouped": (
+        "Olmoe",
+        EXPERTS | dict(norm_topk_prob=True, num_key_value_heads=2, rms_norm_eps=1e-5),
+        OLMOE | dict(normalize_expert_weights=True, n_kv_heads=2),
+    ),
+    "flex olmo": (
+        "FlexOlmo",
+        EXPERTS | dict(num_experts=5, rms_norm_eps=1e-6),
+        dict(n_experts=5, n_experts_per_token=3),
+    ),
     "olmo3": ("Olmo3", dict(sliding_window=5, rms_norm_eps=1e-6), SLIDING),
     "olmo3 yarn grouped": (
         "Olmo3",
@@ -65,7 +78,7 @@ FAMILIES = {
 def random_model(name: str, scale: float = 0.15) -> tuple[torch.nn.Module, ModelConfig, dict]:
     """A Hugging Face model with loud random weights, and the same as (config, params) of ours."""
     family, options, ours = FAMILIES[name]
-    theta = 10_000.0 if family == "Olmo" else 500_000.0
+    theta = 10_000.0 if family in ("Olmo", "Olmoe") else 500_000.0
     hf_config = getattr(transformers, f"{family}Config")(**COMMON | {"rope_theta": theta} | options)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(
@@ -74,7 +87,8 @@ def random_model(name: str, scale: float = 0.15) -> tuple[torch.nn.Module, Model
     with torch.no_grad():
         for key, p in model.named_parameters():  # the default init hides norm and scale faults
             noise = torch.randn_like(p)
-            p.copy_(1 + 0.3 * noise if "norm" in key else scale * noise)
+            loud = 0.5 if "mlp.gate.weight" in key else scale  # a router that has an opinion
+            p.copy_(1 + 0.3 * noise if "norm" in key else loud * noise)
     config = ModelConfig(
         **dict(
             vocab_size=97,
@@ -106,15 +120,31 @@ def params_of(model: torch.nn.Module, config: ModelConfig) -> dict:
     heads = lambda w: w.T.reshape(w.shape[1], -1, h)  # noqa: E731
     attn = {f"w{x}": stack(f"self_attn.{x}_proj", heads) for x in "qkv"}
     attn["wo"] = stack("self_attn.o_proj", lambda w: w.T.reshape(-1, h, w.shape[0]))
-    mlp = {f"w_{x}": stack(f"mlp.{x}_proj", lambda w: w.T) for x in ("gate", "up", "down")}
     params = {"embed": jnp.asarray(state["model.embed_tokens.weight"])}
-    layers = {"attn": attn, "mlp": mlp}
+    layers = {"attn": attn} | _feed_forward(state, config)
     if config.norm == "rms":
         for x in "qk":
             attn[f"{x}_norm"] = stack(f"self_attn.{x}_norm", lambda w: w.reshape(-1, h))
-        layers["attn_norm"] = stack("post_attention_layernorm", lambda w: w)
-        layers["mlp_norm"] = stack("post_feedforward_layernorm", lambda w: w)
+        names = ("post_attention_layernorm", "post_feedforward_layernorm")
+        if config.norm_position == "before":
+            names = ("input_layernorm", "post_attention_layernorm")
+        layers["attn_norm"], layers["mlp_norm"] = (stack(name, lambda w: w) for name in names)
         params["final_norm"] = jnp.asarray(state["model.norm.weight"])
     if not config.tie_embeddings:
         params["lm_head"] = jnp.asarray(state["lm_head.weight"].T)
     return params | {"layers": layers}
+
+
+def _feed_forward(state: dict[str, np.ndarray], config: ModelConfig) -> dict:
+    """The MLP, or router and experts, of all layers."""
+
+    def stack(name: str) -> np.ndarray:
+        return np.stack([state[f"model.layers.{i}.mlp.{name}"] for i in range(config.n_layers)])
+
+    if not config.n_experts:
+        names = {f"w_{x}": f"{x}_proj.weight" for x in ("gate", "up", "down")}
+        return {"mlp": {ours: jnp.asarray(stack(n).swapaxes(1, 2)) for ours, n in names.items()}}
+    gate, up = np.split(stack("experts.gate_up_proj").swapaxes(2, 3), 2, axis=3)
+    down = stack("experts.down_proj").swapaxes(2, 3)
+    moe = {"router": stack("gate.weight").swapaxes(1, 2), "w_gate": gate, "w_up": up}
+    return {"moe": {name: jnp.asarray(w) for name, w in (moe | {"w_down": down}).items()}}

@@ -28,6 +28,12 @@ SCHEDULES = {
     "olmo1_7b_0724": (
         3e-4, "cos", "tokens", 10_485_760_000, 3 * T, 0.1, 1024, 4096, (2, "epochs"), None,
     ),
+    "olmoe_1b_7b": (
+        4e-4, "cos", "tokens", 10_485_760_000, 5 * T, 0.1, 1024, 4096, (5100 * B, "tokens"), None,
+    ),
+    "olmoe_1b_7b_anneal": (
+        4e-5, "linear", "steps", 0, None, 0.0, 1024, 4096, (100 * B, "tokens"), None,
+    ),
     "olmo2_1b": (
         4e-4, "cos", "tokens", 8_388_608_000, 5 * T, 0.1, 512, 4096, (4 * T, "tokens"), None,
     ),
@@ -80,6 +86,7 @@ SCHEDULES = {
 # model, optimizer, eps, exempt from decay, z-loss, loss divisor, its ranks; order, seed, filter.
 LEGACY1 = ("adamw", 1e-5, ("embed",), None, "global_tokens", None, "legacy", 6198, False)
 LEGACY17 = ("adamw", 1e-5, (), None, "global_tokens", None, "legacy", 6198, False)
+LEGACYE = ("adamw", 1e-8, (), None, "global_tokens", None, "legacy", 6198, False)
 LEGACY2 = ("adamw", 1e-8, ("embed",), 1e-4, "legacy_positions", None, "legacy", 6198, True)
 CORE = ("skip_step_adamw", 1e-8, ("embed",), 1e-5, "per_rank_tokens")
 RECIPES = {
@@ -87,6 +94,8 @@ RECIPES = {
     "olmo1_7b": ("olmo1_7B", *LEGACY1),
     "olmo1_7b_0424": ("olmo1_7B_0424", *LEGACY17),
     "olmo1_7b_0724": ("olmo1_7B_0724", *LEGACY17),
+    "olmoe_1b_7b": ("olmoe_1B_7B", *LEGACYE),
+    "olmoe_1b_7b_anneal": ("olmoe_1B_7B", *LEGACYE[:7], 42, False),
     "olmo2_1b": ("olmo2_1B_v2", *LEGACY2),
     "olmo2_7b": ("olmo2_7B", *LEGACY2),
     "olmo2_13b": ("olmo2_13B", *LEGACY2),
@@ -105,6 +114,7 @@ RECIPES = {
 }
 
 CONTINUES = {
+    "olmoe_1b_7b_anneal": "olmoe_1b_7b",
     "olmo2_1b_stage2": "olmo2_1b",
     "olmo2_7b_stage2": "olmo2_7b",
     "olmo2_13b_stage2": "olmo2_13b",
@@ -207,7 +217,8 @@ def test_schedule_is_the_official_one(name):
     assert o.lr == lr
     assert (s.name, s.unit, s.warmup) == (f"{kind}_with_warmup", unit, warmup)
     assert (s.t_max, s.alpha_f) == (t_max, alpha_f)
-    assert s.warmup_min_lr == pytest.approx(0.1 * lr if name.startswith("olmo1") else 0.0)
+    is_older = name.startswith("olmo1") or name == "olmoe_1b_7b"
+    assert s.warmup_min_lr == pytest.approx(0.1 * lr if is_older else 0.0)
     assert (cfg.data.global_batch_size, cfg.data.seq_len) == (rows * seq_len, seq_len)
     assert (t.duration, t.duration_unit) == duration
     assert ((t.hard_stop, t.hard_stop_unit) if t.hard_stop else None) == hard_stop
@@ -231,7 +242,9 @@ def test_recipe_is_the_official_one(name):
     assert d.document_mask == ("eos" if is_long else "none")
     assert d.source_permutation_seed == (123 if is_long else None)
     assert cfg.mesh.context == (8 if is_long else 1)
-    is_neox = name.startswith("olmo1")
+    is_neox = name.startswith(("olmo1", "olmoe"))
+    experts = (0.01, 0.001, "olmoe") if name.startswith("olmoe") else (None, None, "olmoe")
+    assert (t.load_balancing_loss, t.router_z_loss, t.router_loss_form) == experts
     assert (d.dtype, d.eos_id) == (("uint16", 50_279) if is_neox else ("uint32", 100_257))
     assert d.root == ""
 
@@ -264,6 +277,8 @@ def test_later_stages_start_from_the_stage_before():
 def test_step_counts_are_those_of_the_official_runs():
     assert n_steps(load("olmo2_1b")) + 10 == 1_907_359  # the legacy trainer ran 10 steps too many
     assert n_steps(load("olmo2_13b")) + 10 == 596_057
+    assert n_steps(load("olmoe_1b_7b")) == 1_215_935
+    assert n_steps(load("olmoe_1b_7b_anneal")) == 23_842
     assert n_steps(load("olmo2_1b_stage2")) + 10 == 23_852
     assert n_steps(load("olmo2_7b_stage2")) + 10 == 11_931
     assert n_steps(load("olmo2_13b_stage2")) + 10 == 11_931

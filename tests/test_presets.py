@@ -16,6 +16,7 @@ RELEASED = {
     "olmo1_7B": (6_888_095_744, 6_682_050_560, 6_476_005_376),
     "olmo1_7B_0424": (6_888_095_744, 6_682_050_560, 6_476_005_376),
     "olmo1_7B_0724": (6_888_095_744, 6_682_050_560, 6_476_005_376),
+    "olmoe_1B_7B": (6_919_161_856, 6_816_139_264, 6_713_116_672),
     "olmo2_1B_v2": (1_484_916_736, 1_279_395_840, 1_073_874_944),
     "olmo2_7B": (7_298_617_344, 6_887_575_552, 6_476_533_760),
     "olmo2_13B": (13_716_198_400, 13_202_396_160, 12_688_593_920),
@@ -53,6 +54,12 @@ def model(name: str) -> config.ModelConfig:
 def test_counts_of_released_models_are_exact(name):
     counts = flops.n_params(model(name))
     assert (counts.total, counts.non_embedding, counts.core) == RELEASED[name]
+
+
+def test_a_token_of_olmoe_meets_1_3b_parameters():
+    active = flops.n_params(model("olmoe_1B_7B"), active=True)
+    idle = 16 * 56 * 3 * 2048 * 1024  # experts that it does not take
+    assert active.total == 6_919_161_856 - idle == 1_282_017_280
 
 
 @pytest.mark.parametrize("name", LADDER)
@@ -107,6 +114,11 @@ def test_every_model_is_a_valid_model_of_its_family(name):
         assert m.layer_kinds == ("full",) * m.n_layers
         is_first = name in ("olmo1_1B", "olmo1_7B")
         assert (m.clip_qkv, m.max_seq_len) == ((None, 2048) if is_first else (8.0, 4096))
+    elif name == "olmoe_1B_7B":
+        assert (m.norm, m.norm_position, m.qk_norm) == ("rms", "before", "full")
+        assert (m.norm_eps, m.rope_theta, m.init, m.init_std) == (1e-5, 1e4, "normal", 0.02)
+        assert (m.vocab_rows, m.n_experts, m.n_experts_per_token) == (50_304, 64, 8)
+        assert m.d_ff == 1024
     else:
         assert (m.norm, m.norm_position, m.qk_norm) == ("rms", "after", "full")
         assert (m.norm_eps, m.rope_theta, m.clip_qkv) == (1e-6, 5e5, None)

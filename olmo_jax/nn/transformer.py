@@ -11,6 +11,7 @@ from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.nn import rope
 from olmo_jax.nn.attention import Attention
 from olmo_jax.nn.layers import MLP, einsum, lookup, matrix_init, norm, normal, weight
+from olmo_jax.nn.moe import MoE
 from olmo_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -42,7 +43,6 @@ class Block(nn.Module):
         c = self.config
         before, gain = c.norm_position == "before", c.post_norm_init
         attend = Attention(c, self.compute, name="attn")
-        mlp = MLP(c, self.compute, name="mlp")
 
         y = norm(self, "attn_norm", x, c) if before else x
         y = attend(y, layer["kind"], layer["index"], tables, segment_ids)
@@ -50,11 +50,15 @@ class Block(nn.Module):
         x = constrain(x, ("batch", "seq", None))
 
         y = norm(self, "mlp_norm", x, c) if before else x
-        y = mlp(y, layer["index"])
+        if c.n_experts:
+            y, stats = MoE(c, self.compute, name="moe")(y, layer["index"])
+        else:
+            y, stats = MLP(c, self.compute, name="mlp")(y, layer["index"]), {}
         x = x + (y if before else norm(self, "mlp_norm", y, c, gain))
         x = constrain(x, ("batch", "seq", None))
-        rms = {"activation rms": jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))}
-        return x, rms if self.stats else {}
+        if self.stats:
+            stats["activation rms"] = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+        return x, stats
 
 
 # What the backward pass finds saved; the rest is computed again. Names are set in `nn/`.
@@ -98,7 +102,8 @@ class Transformer(nn.Module):
 
         Returns:
           logits: fp32 `[batch, seq, vocab_size]`. hidden: what the head multiplies,
-          `[batch, seq, d_model]`. stats: hidden and `{name: [n_layers]}`.
+          `[batch, seq, d_model]`, and what the routers did (`MoE`), `{name: [n_layers, …]}`, empty
+          without experts. stats: the same with `activation rms`.
         """
         c = self.config
         embed_std = c.embed_init_std
@@ -141,7 +146,7 @@ class Transformer(nn.Module):
             w = head(self.variables["params"])
             logits = cast("jax.Array", einsum("btd,dv->btv", x.astype(jnp.float32), w))
             return logits[..., : c.vocab_size]
-        return (x, stats) if output == "stats" else x
+        return x if output == "logits" else (x, stats)
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:

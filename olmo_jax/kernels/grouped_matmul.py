@@ -1,0 +1,149 @@
+"""Matrix products of groups of rows with a matrix each: the experts of a mixture.
+
+Rows lie sorted by group; nothing is padded to a capacity and no row is lost, however unequal the
+groups are. On TPU and GPU XLA has a kernel (`lax.ragged_dot`). On a CPU its form multiplies all
+rows with all matrices, so there a loop takes the rows of each group in blocks.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block on a CPU
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def grouped_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: jax.Array,
+    gather: tuple[str, int] | None = None,
+    grad_dtype: str = "float32",
+    impl: str = "auto",
+) -> jax.Array:
+    """Multiply each row with the matrix of its group.
+
+    Args:
+      x: [rows, in], the rows of group 0 first; rows behind the last group give 0.
+      w: [groups, in, out], cast to the dtype of `x`.
+      sizes: [groups] int32, rows of each group; their sum is at most `rows`.
+      gather: (mesh axis, dimension) over which `w` is split inside a `shard_map`: its parts are
+        gathered in the dtype of `x`, and their gradients reduced and scattered.
+      grad_dtype: in which the gradient of `w` is accumulated and reduced over the mesh.
+      impl: "auto" (by the platform that it is compiled for), "ragged" or "loop".
+
+    Returns: [rows, out], in the dtype of `x`.
+    Raises: NotImplementedError for an implementation that does not exist.
+    """
+    return _product(x, _whole(w, x.dtype, gather), sizes, False, impl)
+
+
+def _forward(x, w, sizes, gather, grad_dtype, impl):
+    return grouped_matmul(x, w, sizes, gather, grad_dtype, impl), (x, w, sizes)
+
+
+def _backward(gather, grad_dtype, impl, residuals, dy):
+    x, w, sizes = residuals
+    dx = _product(dy, _whole(w, x.dtype, gather), sizes, True, impl)
+    dw = _outer(x, dy, sizes, jnp.dtype(grad_dtype), impl)
+    if gather is not None:
+        axis, dimension = gather
+        dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=dimension, tiled=True)
+    return dx, dw.astype(w.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _whole(w: jax.Array, dtype: jnp.dtype, gather: tuple[str, int] | None) -> jax.Array:
+    w = w.astype(dtype)
+    return w if gather is None else jax.lax.all_gather(w, gather[0], axis=gather[1], tiled=True)
+
+
+def _by_platform(impl: str, ragged, loop, *args: jax.Array) -> jax.Array:
+    if impl == "auto":
+        return jax.lax.platform_dependent(*args, cpu=loop, default=ragged)
+    if impl not in ("ragged", "loop"):
+        raise NotImplementedError(f"grouped_matmul impl={impl!r}: there are auto, ragged and loop")
+    return (ragged if impl == "ragged" else loop)(*args)
+
+
+def _product(
+    x: jax.Array, w: jax.Array, sizes: jax.Array, is_transposed: bool, impl: str
+) -> jax.Array:
+    """`x [rows, in]` by `w [groups, in, out]`, or by `w [groups, out, in]` where transposed."""
+
+    def ragged(x, w, sizes):
+        dims = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((1,), (2 if is_transposed else 1,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[0],
+        )
+        y = jax.lax.ragged_dot_general(x, w, sizes, dims, preferred_element_type=x.dtype)
+        behind = jnp.arange(x.shape[0])[:, None] >= sizes.sum()
+        return jnp.where(behind, 0, y)  # a kernel may leave them as they were
+
+    def loop(x, w, sizes):
+        block = _block(x.shape[0], w.shape[0])
+        padded = jnp.pad(x, ((0, block), (0, 0)))
+        contract = (((1,), (1 if is_transposed else 0,)), ((), ()))
+
+        def group(out, inputs):
+            w, start, size = inputs
+
+            def rows(i, out):  # the last block reaches into the next group, which comes later
+                part = jax.lax.dynamic_slice_in_dim(padded, start + i * block, block)
+                y = jax.lax.dot_general(part, w, contract)
+                return jax.lax.dynamic_update_slice_in_dim(out, y, start + i * block, 0)
+
+            return jax.lax.fori_loop(0, -(-size // block), rows, out), None
+
+        n_out = w.shape[1] if is_transposed else w.shape[2]
+        out = jnp.zeros((x.shape[0] + block, n_out), x.dtype)
+        out, _ = jax.lax.scan(group, out, (w, jnp.cumsum(sizes) - sizes, sizes))
+        behind = jnp.arange(x.shape[0])[:, None] >= sizes.sum()
+        return jnp.where(behind, 0, out[: x.shape[0]])
+
+    return _by_platform(impl, ragged, loop, x, w, sizes)
+
+
+def _outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, dtype: jnp.dtype, impl: str) -> jax.Array:
+    """The sum of x ⊗ dy over the rows of each group, `[groups, in, out]` in `dtype`."""
+
+    def ragged(x, dy, sizes):
+        dims = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[],
+        )
+        return jax.lax.ragged_dot_general(x, dy, sizes, dims, preferred_element_type=dtype)
+
+    def loop(x, dy, sizes):
+        block = _block(x.shape[0], sizes.shape[0])
+        x, dy = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, dy))
+
+        def group(_, inputs):
+            start, size = inputs
+
+            def rows(i, total):
+                at = start + i * block
+                x_part = jax.lax.dynamic_slice_in_dim(x, at, block)
+                dy_part = jax.lax.dynamic_slice_in_dim(dy, at, block)
+                own = i * block + jnp.arange(block)[:, None] < size
+                x_part = jnp.where(own, x_part, 0)
+                return total + jnp.matmul(x_part.T, dy_part, preferred_element_type=dtype)
+
+            zero = jnp.zeros((x.shape[1], dy.shape[1]), dtype)
+            return None, jax.lax.fori_loop(0, -(-size // block), rows, zero)
+
+        return jax.lax.scan(group, None, (jnp.cumsum(sizes) - sizes, sizes))[1]
+
+    return _by_platform(impl, ragged, loop, x, dy, sizes)
+
+
+def _block(rows: int, groups: int) -> int:
+    """Rows of a block: the power of two below the mean of the groups, within limits."""
+    mean = max(1, rows // groups)
+    return min(MAX_BLOCK, max(MIN_BLOCK, 2 ** int(math.log2(mean))))

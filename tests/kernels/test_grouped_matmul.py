@@ -1,0 +1,60 @@
+"""The grouped product against a plain loop over the groups, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from olmo_jax.kernels.grouped_matmul import grouped_matmul
+
+SIZES = {
+    "balanced": [16, 16, 16, 16, 16, 16],
+    "uneven": [1, 40, 0, 7, 30, 18],
+    "all to one": [0, 0, 0, 96, 0, 0],
+    "rows of no group": [5, 0, 20, 0, 0, 9],
+}
+
+
+def by_group(x, w, sizes, dy):
+    """Product and gradients by NumPy in float64."""
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for e, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dx[rows] = x[rows] @ w[e], dy[rows] @ w[e].T
+        dw[e] = x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
+@pytest.mark.parametrize("impl", ["auto", "loop", "ragged"])
+@pytest.mark.parametrize("name", SIZES)
+def test_product_and_gradients_equal_a_loop_over_the_groups(name, impl):
+    sizes = SIZES[name]
+    rng = np.random.default_rng(0)
+    x, w, dy = (
+        rng.standard_normal(s).astype(np.float32) for s in ((96, 24), (6, 24, 40), (96, 40))
+    )
+    counts = jnp.array(sizes, jnp.int32)
+    y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, counts, None, "float32", impl), x, w)
+    dx, dw = vjp(jnp.asarray(dy))
+    for found, expected in zip((y, dx, dw), by_group(x, w, sizes, dy), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_bfloat16_rows_give_float32_weight_gradients():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((64, 16)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((2, 16, 8)), jnp.float32)
+    sizes = jnp.array([40, 24], jnp.int32)
+    loss = lambda w: grouped_matmul(x, w, sizes).astype(jnp.float32).sum()  # noqa: E731
+    dw = jax.jit(jax.grad(loss))(w)
+    assert dw.dtype == jnp.float32
+    exact = by_group(x.astype(jnp.float32), w, [40, 24], np.ones((64, 8)))[2]
+    np.testing.assert_allclose(dw, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(NotImplementedError, match="there are auto, ragged and loop"):
+        grouped_matmul(jnp.ones((4, 2)), jnp.ones((1, 2, 2)), jnp.array([4]), impl="megablox")

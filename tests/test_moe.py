@@ -1,0 +1,165 @@
+"""The mixture of experts: no token is dropped, losses are their originals', meshes are equal."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import PLAIN, make_batch, make_config, run
+
+from olmo_jax import losses
+from olmo_jax.config import ComputeConfig
+from olmo_jax.nn import moe
+
+EXPERTS = dataclasses.replace(
+    PLAIN, n_experts=8, n_experts_per_token=3, norm_position="before", init_std=0.2
+)
+LOSSES = dict(load_balancing_loss=0.01, router_z_loss=0.001)
+
+
+def layer(seed: int = 0, n: int = 40) -> tuple[jax.Array, list[jax.Array]]:
+    """Tokens `[1, n, 64]` and the weights of one layer: router, gate, up, down."""
+    rng = np.random.default_rng(seed)
+    shapes = (1, n, 64), (64, 8), (8, 64, 48), (8, 64, 48), (8, 48, 64)
+    x, *weights = (jnp.asarray(0.3 * rng.standard_normal(s), jnp.float32) for s in shapes)
+    return x, weights
+
+
+def mixture(x, router, w_gate, w_up, w_down):
+    """Every expert on every token, in NumPy."""
+    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    logits = x @ np.asarray(router, np.float64)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    out = np.zeros_like(x)
+    for i, row in enumerate(x):
+        for e in np.argsort(-p[i], kind="stable")[: EXPERTS.n_experts_per_token]:
+            gate, up = row @ np.asarray(w_gate[e]), row @ np.asarray(w_up[e])
+            out[i] += p[i, e] * ((gate / (1 + np.exp(-gate)) * up) @ np.asarray(w_down[e]))
+    return out
+
+
+def experts(x, weights):
+    return moe._experts(EXPERTS, ComputeConfig(dtype="float32"), x, *weights)
+
+
+@pytest.mark.parametrize("case", ["as it comes", "all to the same", "one expert unused"])
+def test_no_token_is_lost_however_they_are_routed(case):
+    x, weights = layer()
+    if case == "all to the same":
+        x = jnp.broadcast_to(x[:, :1], x.shape)
+    if case == "one expert unused":
+        x = jnp.abs(x)
+        weights[0] = weights[0].at[:, 5].set(-5.0)
+    y, stats = jax.jit(experts)(x, weights)
+    np.testing.assert_allclose(y[0], mixture(x, *weights), atol=1e-5)
+    assert stats["tokens"].sum() == 3 * 40
+    if case == "all to the same":
+        assert sorted(stats["tokens"].tolist()) == [0] * 5 + [40] * 3
+    if case == "one expert unused":
+        assert stats["tokens"][5] == 0
+
+
+def test_gradients_equal_those_of_every_expert_on_every_token():
+    x, weights = layer()
+
+    def dense(x, weights):
+        router, w_gate, w_up, w_down = weights
+        chosen, p, _, _ = moe.route(x[0], router, EXPERTS)
+        gate, up = (jnp.einsum("nd,edf->nef", x[0], w) for w in (w_gate, w_up))
+        y = jnp.einsum("nef,efd->ned", jax.nn.silu(gate) * up, w_down)
+        return jnp.einsum("nk,nkd->nd", p, jnp.take_along_axis(y, chosen[..., None], 1))
+
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal((40, 64)), jnp.float32)
+    grads = lambda f: jax.jit(jax.grad(lambda x, w: (f(x, w) * dy).sum(), argnums=(0, 1)))  # noqa: E731
+    found, expected = grads(lambda x, w: experts(x, w)[0][0])(x, weights), grads(dense)(x, weights)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, expected
+    )
+
+
+# --- on a mesh ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(make_config(model=EXPERTS, **LOSSES), make_batch(), n=2)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(fsdp=8), dict(expert=8), dict(data=2, fsdp=2, expert=2), dict(expert=2, tensor=2),
+     dict(context=2, fsdp=2, tensor=2)],
+    ids=str,
+)  # fmt: skip
+def test_sharded_experts_equal_one_device(alone, mesh):
+    params, metrics = run(make_config(mesh, model=EXPERTS, **LOSSES), make_batch(), n=2)
+    assert metrics.keys() == alone[1].keys()
+    for name, value in alone[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone[0])
+
+
+def test_micro_batches_add_up():
+    one = run(make_config(model=EXPERTS, router_z_loss=0.001), make_batch())
+    four = run(make_config(accumulate=4, model=EXPERTS, router_z_loss=0.001), make_batch())
+    for name, value in one[1].items():
+        np.testing.assert_allclose(four[1][name], value, rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one[0], four[0])
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def routed(n_layers: int = 3, n: int = 40) -> tuple[dict, list, list]:
+    """What the routers of some layers did, their logits and choices."""
+    stats, logits, choices = [], [], []
+    for i in range(n_layers):
+        x, weights = layer(i, n)
+        chosen, _, scores, lse = moe.route(3 * x[0], weights[0], EXPERTS)
+        stats.append(moe._stats(chosen, scores, lse, 8))
+        logits.append(np.asarray(3 * x[0] @ weights[0]))
+        choices.append(np.asarray(chosen))
+    return jax.tree.map(lambda *a: jnp.stack(a), *stats), logits, choices
+
+
+def parts(form: str) -> dict:
+    return losses.router(
+        routed()[0], 40, make_config(model=EXPERTS, router_loss_form=form, **LOSSES)
+    )[1]
+
+
+def test_the_balancing_loss_of_hugging_face_is_its_own():
+    torch = pytest.importorskip("torch")
+    from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+
+    logits = tuple(torch.tensor(x) for x in routed()[1])
+    expected = load_balancing_loss_func(logits, num_experts=8, top_k=3)
+    np.testing.assert_allclose(parts("hugging_face")["balance"], expected, rtol=1e-5)
+
+
+def test_the_losses_of_megablocks_and_olmoe_by_their_formulas():
+    _, logits, choices = routed()
+    p = [np.exp(x - x.max(1, keepdims=True)) for x in logits]
+    p = [x / x.sum(1, keepdims=True) for x in p]
+    counts = [np.bincount(c.reshape(-1), minlength=8) for c in choices]
+    balance = 8 / (3 * 40 * 3) * sum((n * x.mean(0)).sum() for n, x in zip(counts, p, strict=True))
+    z = np.mean([np.log(np.exp(x).sum(1)) ** 2 for x in logits])
+    for form, divisor in (("megablocks", 1), ("olmo_core", 1), ("olmoe", 3)):
+        found = parts(form)
+        np.testing.assert_allclose(found["balance"], balance, rtol=1e-5)
+        np.testing.assert_allclose(found["router z"], z / divisor, rtol=1e-5)
+    total, found = losses.router(routed()[0], 40, make_config(model=EXPERTS, **LOSSES))
+    expected = 0.01 * found["balance"] + 0.001 * found["router z"]
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def test_metrics_have_olmo_cores_names(alone):
+    names = {
+        "train/load balancing loss", "train/load balancing loss unscaled", "train/router Z loss",
+        "train/router Z loss unscaled", "train/block 00/load imbalance",
+        "train/block 01/load imbalance",
+    }  # fmt: skip
+    assert names <= alone[1].keys()
+    assert 1 <= alone[1]["train/block 00/load imbalance"] <= 8
