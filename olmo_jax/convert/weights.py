@@ -1,0 +1,86 @@
+"""Somebody's checkpoint, whatever its format, as parameters in our names and our layout.
+
+Each format has a reader, a module with `recognises(src)` and `read(src, optimizer)`. What is done
+with checkpoints (convert, compare, average, load) is written once, against `Weights`.
+"""
+
+import pathlib
+import re
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from olmo_jax.config import ModelConfig
+
+Index = tuple[slice, ...]
+Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
+
+
+class Weights(Protocol):
+    """A checkpoint that is read piece by piece."""
+
+    line: str  # what it is, for people: "Hugging Face Olmo3ForCausalLM, 355 tensors in 14 files"
+    model: ModelConfig
+    # "params/layers/attn/wq", with the optimizer also "opt_state/mu/layers/…" and "step": our
+    # shapes, the dtypes that are stored.
+    leaves: Leaves
+    # To carry along, by the name in the folder: tokenizer.json, generation_config.json, …
+    files: dict[str, pathlib.Path]
+    # What a checkpoint of ours says beside its arrays: "token_ids" (bos_token_id, eos_token_id and
+    # pad_token_id as the source has them), and with the optimizer "step" and "position".
+    meta: dict[str, Any]
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A leaf, or a part of it such as one layer; reads no more of the source than that needs.
+
+        Args:
+          name: of the leaf, as in `leaves`.
+          index: a slice (of step 1) for each dimension of ours; None: everything.
+        Returns: the values in the stored dtype, C-contiguous.
+        """
+        ...
+
+
+def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> Weights:
+    """The checkpoint at a path, address or Hub id, after finding out which kind it is.
+
+    Args:
+      src: a folder (Hugging Face, olmo_jax's checkpoint or run, legacy OLMo, OLMo-core), local or
+        `https://`, or an id on the Hugging Face Hub such as `allenai/OLMo-2-1124-7B`.
+      optimizer: whether Adam's moments and the step are wanted too, where the source has them.
+      revision: branch, tag or commit on the Hub.
+    Raises:
+      FileNotFoundError: if there is nothing.
+      ValueError: if it is no checkpoint that is known, or one that cannot be right.
+    """
+    # The readers use this module.
+    from olmo_jax.convert import hf, hub, native
+
+    readers = [native, hf]
+    folder = src
+    if "://" not in src and not pathlib.Path(src).expanduser().exists():
+        if not is_hub_id(src):
+            raise FileNotFoundError(f"{src} does not exist")
+        folder = str(hub.download(src, revision))
+    elif revision is not None:
+        raise ValueError(f"--revision={revision} is for ids on the Hugging Face Hub; {src} is none")
+    for reader in readers:
+        if reader.recognises(folder):
+            return reader.read(folder, optimizer=optimizer)
+    raise ValueError(
+        f"{src} is no checkpoint that is known here: found neither config.json with safetensors"
+        " (Hugging Face), nor commit_success.txt (olmo_jax), nor config.yaml (legacy OLMo), nor"
+        " model_and_optim (OLMo-core)"
+    )
+
+
+def is_hub_id(src: str) -> bool:
+    """Whether a name that is no path here reads like `organisation/model`."""
+    match = re.fullmatch(r"([\w.-]+)/[\w.-]+", src)
+    return match is not None and not pathlib.Path(match[1]).exists()
+
+
+def whole(shape: tuple[int, ...], index: Index | None) -> Index:
+    """The index with its None filled in: a slice for each dimension of `shape`."""
+    return index if index is not None else (slice(None),) * len(shape)
