@@ -1,0 +1,127 @@
+"""Torch's distributed checkpoints, read without torch, any part of any tensor.
+
+`.metadata` is a pickle that says which part of which tensor is where; `__0_0.distcp` and its like
+hold what `torch.save` makes of each part, one behind the other.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from olmo_jax.convert.folders import Folder
+from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of a tensor: its place there, and the zip that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    stop: int
+
+
+class Distributed:
+    """A distributed checkpoint; `shapes` has shape and dtype of each tensor by key."""
+
+    def __init__(self, folder: Folder, prefix: str = ""):
+        """Read the metadata, and look whether all its files are there and long enough.
+
+        Args:
+          folder: that it is in.
+          prefix: name of its own folder in there, with a slash at the end.
+        """
+        self._folder = folder
+        self.where = f"{folder.name.rstrip('/')}/{prefix}"
+        meta = unpickle(folder.read(f"{prefix}.metadata").tobytes(), f"{self.where}.metadata")
+        self._archive = functools.lru_cache(maxsize=4096)(self._open)
+        try:
+            places = {
+                (index.fqn, tuple(index.__dict__.get("offset") or ())): _place(prefix, info)
+                for index, info in meta.storage_data.items()
+            }
+            stored = meta.state_dict_metadata
+            tensors = {key: value for key, value in stored.items() if hasattr(value, "chunks")}
+            self.shapes = {
+                key: (tuple(value.size), value.properties.state[0])
+                for key, value in tensors.items()
+            }
+            self._chunks = {
+                key: [
+                    _Chunk(tuple(c.offsets), tuple(c.sizes), *places[key, tuple(c.offsets)])
+                    for c in value.chunks
+                ]
+                for key, value in tensors.items()
+            }
+            self._objects = {key: places[key, ()] for key in stored if key not in tensors}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.where}.metadata is no metadata of a distributed checkpoint:"
+                f" {type(error).__name__}: {error}"
+            ) from None
+        self.files = self._check_files()
+
+    def _check_files(self) -> list[str]:
+        needed: dict[str, int] = {}
+        everything = [(c.file, c.stop) for chunks in self._chunks.values() for c in chunks]
+        for file, stop in everything + [(file, stop) for file, _, stop in self._objects.values()]:
+            needed[file] = max(needed.get(file, 0), stop)
+        for file, stop in needed.items():
+            if (size := self._folder.size(file)) < stop:
+                where = f"{self._folder.name.rstrip('/')}/{file}"
+                raise ValueError(f"{where} is truncated: {size:,} bytes of at least {stop:,}")
+        return sorted(needed)
+
+    def read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor.
+
+        Args:
+          key: its key.
+          index: a slice of step 1 for each dimension.
+        """
+        shape, dtype = self.shapes[key]
+        ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        out = np.empty([stop - start for start, stop in ranges], dtype)
+        filled = 0
+        for chunk in self._chunks[key]:
+            ends = [o + n for o, n in zip(chunk.offsets, chunk.sizes, strict=True)]
+            common = [
+                (max(a, o), min(b, e))
+                for (a, b), o, e in zip(ranges, chunk.offsets, ends, strict=True)
+            ]
+            if any(a >= b for a, b in common):
+                continue
+            inside = [slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True)]
+            part = self._read_chunk(key, chunk, inside[0] if inside else slice(None))
+            part = part[(slice(None), *inside[1:])] if inside else part
+            if part.size == out.size:
+                return part
+            into = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(common, ranges, strict=True))
+            out[into] = part
+            filled += part.size
+        if filled != out.size:
+            raise ValueError(f"{self.where}.metadata is damaged: parts of {key} are missing")
+        return out
+
+    def _read_chunk(self, key: str, chunk: _Chunk, rows: slice) -> np.ndarray:
+        archive = self._archive(chunk)
+        tensor, (_, dtype) = archive.tree, self.shapes[key]
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
+            raise ValueError(
+                f"{archive.where} is damaged: the part of {key} at byte {chunk.start:,} is not the"
+                f" {dtype} {list(chunk.sizes)} of .metadata"
+            )
+        return archive.read(tensor, rows)
+
+    def _open(self, chunk: _Chunk) -> Archive:
+        return Archive(self._folder, chunk.file, chunk.start, chunk.stop)
+
+
+def _place(prefix: str, info: Any) -> tuple[str, int, int]:
+    if info.__dict__.get("transform_descriptors"):
+        raise ValueError(f"it is compressed: {info.transform_descriptors}")
+    return prefix + info.relative_path, info.offset, info.offset + info.length
