@@ -1,0 +1,167 @@
+"""Tensors as PyTorch has them, one for each layer and heads merged, served in our layout."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import names
+from olmo_jax.convert.names import Row
+from olmo_jax.convert.weights import Index, Leaves, whole
+
+SHOWN = 3  # problems of one kind in an error
+
+
+class Store(Protocol):
+    """Tensors by key."""
+
+    where: str  # for errors
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+
+    def read(self, key: str, index: Index) -> np.ndarray:
+        """A part of a tensor, a slice of step 1 for each dimension; reads no more than that."""
+        ...
+
+
+class _Tree(NamedTuple):
+    """Tensors that mirror the parameters: these themselves, or a moment of each."""
+
+    store: Store
+    rows: list[Row]
+    key_of: Callable[[str], str]  # the store's key of a parameter's
+
+
+class Stacked:
+    """`Weights` over stores of PyTorch tensors."""
+
+    def __init__(self, model: ModelConfig):
+        self.model = model
+        self.line = ""
+        self.leaves: Leaves = {}
+        self.files: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {}
+        self._lengths = names.sizes(model)
+        self._trees: dict[str, tuple[_Tree, Row]] = {}
+        self._values: dict[str, np.ndarray] = {}
+
+    def add(
+        self,
+        prefix: str,
+        store: Store,
+        rows: list[Row],
+        key_of: Callable[[str], str],
+        own: Iterable[str],
+    ) -> None:
+        """Add leaves that mirror the parameters.
+
+        Args:
+          prefix: of our names: `params/`, `opt_state/mu/`, …
+          store: that has them.
+          rows: the table.
+          key_of: the store's key of a parameter, from the parameter's key.
+          own: keys of the store that must all be used.
+        Raises:
+          ValueError: with what is missing, left over, or of another shape.
+        """
+        tree = _Tree(store, rows, key_of)
+        self._check(tree, own)
+        for row in rows:
+            name = prefix + row.ours
+            shape = names.shape(row.axes, self._lengths)
+            layers = (self.model.n_layers,) if row.is_layered else ()
+            _, dtype = store.shapes[key_of(row.key_of(0))]
+            self.leaves[name] = jax.ShapeDtypeStruct((*layers, *shape), dtype)
+            self._trees[name] = tree, row
+
+    def add_value(self, name: str, value: np.ndarray) -> None:
+        """Add a leaf that is known already."""
+        self.leaves[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        self._values[name] = value
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A leaf or a part of it, see `Weights`."""
+        shape = self.leaves[name].shape
+        index = whole(shape, index)
+        if name in self._values:
+            return np.require(self._values[name][index], requirements="C")
+        ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        tree, row = self._trees[name]
+        if not row.is_layered:
+            return self._read(tree, row, 0, ranges)
+        layers = range(*ranges[0])
+        if len(layers) == 1:
+            return self._read(tree, row, layers[0], ranges[1:])[None]
+        out = np.empty([stop - start for start, stop in ranges], self.leaves[name].dtype)
+        for i, layer in enumerate(layers):
+            out[i] = self._read(tree, row, layer, ranges[1:])
+        return out
+
+    def _read(self, tree: _Tree, row: Row, layer: int, ranges: list[tuple[int, int]]) -> np.ndarray:
+        """A part of one tensor, with our axes: whole rows are read, and narrowed here."""
+        wanted = dict(zip(row.axes.split(), ranges, strict=True))
+        got, index, inner = dict(self._lengths), [], set()
+        for group in _groups(row.torch_axes):
+            first, *rest = group.split()
+            size = math.prod(self._lengths[axis] for axis in rest)
+            start, stop = wanted[first]
+            index.append((start * size, stop * size))
+            got[first] = stop - start
+            inner |= set(rest)
+        offset = sum(self._first_axis(r) for r in _stacked(tree, row) if r.part < row.part)
+        index[0] = (index[0][0] + offset, index[0][1] + offset)
+        key = tree.key_of(row.key_of(layer))
+        array = tree.store.read(key, tuple(slice(*part) for part in index))
+        ours = names.view(array, row.torch_axes, row.axes, got)
+        narrow = [slice(*wanted[a]) if a in inner else slice(None) for a in row.axes.split()]
+        return np.require(ours[tuple(narrow)], requirements="CA")
+
+    def _first_axis(self, row: Row) -> int:
+        return names.shape(row.torch_axes, self._lengths)[0]
+
+    def _check(self, tree: _Tree, own: Iterable[str]) -> None:
+        """Names, shapes and dtypes of a tree, before anything is read."""
+        missing, wrong, used = [], [], set()
+        for row in tree.rows:
+            shape = list(names.shape(row.torch_axes, self._lengths))
+            if row.part is not None:
+                shape[0] = sum(self._first_axis(r) for r in _stacked(tree, row))
+            dtypes = {}
+            for layer in range(self.model.n_layers if row.is_layered else 1):
+                key = tree.key_of(row.key_of(layer))
+                used.add(key)
+                if key not in tree.store.shapes:
+                    missing.append(key)
+                    continue
+                found, dtype = tree.store.shapes[key]
+                if list(found) != shape:
+                    wrong.append(f"{key} has shape {list(found)}, need {shape}")
+                dtypes.setdefault(dtype, key)
+            if len(dtypes) > 1:
+                wrong.append("; ".join(f"{key} is {dtype}" for dtype, key in dtypes.items()))
+        extra = [key for key in own if key not in used]
+        problems = [
+            f"{what} {', '.join(keys[:SHOWN])}" + _more(keys)
+            for what, keys in (("missing", missing), ("left over", extra))
+            if keys
+        ]
+        problems += ["; ".join(dict.fromkeys(wrong[:SHOWN])) + _more(wrong)] if wrong else []
+        if problems:
+            raise ValueError(f"{tree.store.where} does not fit its config: {'; '.join(problems)}")
+
+
+def _groups(axes: str) -> list[str]:
+    """`(n h) d` -> `n h`, `d`."""
+    return [merged or single for merged, single in re.findall(r"\(([\w ]+)\)|(\w)", axes)]
+
+
+def _stacked(tree: _Tree, row: Row) -> list[Row]:
+    """The rows that share this row's tensor; none if it is alone there."""
+    return [r for r in tree.rows if r.key == row.key] if row.part is not None else []
+
+
+def _more(found: list[str]) -> str:
+    return f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
