@@ -38,6 +38,8 @@ class _Tree(NamedTuple):
 class Stacked:
     """`Weights` over stores of PyTorch tensors."""
 
+    torch_layout = True
+
     def __init__(self, model: ModelConfig):
         self.model = model
         self.line = ""
@@ -151,6 +153,12 @@ class Stacked:
         problems += ["; ".join(dict.fromkeys(wrong[:SHOWN])) + _more(wrong)] if wrong else []
         if problems:
             raise ValueError(f"{tree.store.where} does not fit its config: {'; '.join(problems)}")
+
+
+def shortest(kinds: list[str]) -> tuple[str, ...]:
+    """The shortest list that gives `kinds` when it is repeated."""
+    n = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
+    return tuple(kinds[:n])
 
 
 def _groups(axes: str) -> list[str]:

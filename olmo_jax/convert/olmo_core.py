@@ -1,0 +1,380 @@
+"""Checkpoints of OLMo-core: `config.json`, `model_and_optim/` and the trainer's `train/rank0.pt`.
+
+Written by OLMo-core 1 to 3 for dense models, with and without optimizer state. Sources: OLMo-core
+nn/transformer/config.py, nn/attention/__init__.py, train/checkpoint.py.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import folders, names, resume
+from olmo_jax.convert.distcp import Distributed
+from olmo_jax.convert.fields import Fields
+from olmo_jax.convert.folders import Folder
+from olmo_jax.convert.stacked import Stacked, shortest
+from olmo_jax.convert.torch_files import Archive
+
+STATE = "model_and_optim/"
+PREFIXES = ("model.", "", "module.", "model.module.")  # of parameters; later ones are rarer
+OPTIMIZERS = {"SkipStepAdamWConfig": "skip_step_adamw", "AdamWConfig": "adamw"}
+NOT_THE_MODEL = ("float8_config", "ac_config", "dp_config", "tp_config", "compile")  # OLMo-core 1
+
+
+def recognises(src: str) -> bool:
+    """Whether this is a folder of OLMo-core."""
+    folder = folders.open(src)
+    return folder.has("config.json") and _state(folder) is not None
+
+
+def _state(folder: Folder) -> str | None:
+    """Where the arrays are: in a folder of their own, or (weights only) beside the config."""
+    return next((at for at in (STATE, "") if folder.has(f"{at}.metadata")), None)
+
+
+def read(src: str, *, optimizer: bool = False) -> Stacked:
+    """The checkpoint in a folder.
+
+    Args:
+      src: path or `https://` address of a step's folder.
+      optimizer: whether the moments, the step and the place in the data are wanted.
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if one is damaged, does not fit the config, or has what olmo_jax has not.
+    """
+    folder = folders.open(src)
+    where = f"{folder.name.rstrip('/')}/config.json"
+    try:
+        config = json.loads(folders.text(folder, "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    model, is_fused = read_config(config, where)
+    stored = Distributed(folder, _state(folder) or "")
+    weights = Stacked(model)
+    rows = names.rows(model, "OLMo-core")
+    if is_fused:
+        part = {"w_q": 0, "w_k": 1, "w_v": 2}
+        rows = [_fused(row, part) for row in rows]
+    prefix = next((p for p in PREFIXES if f"{p}embeddings.weight" in stored.shapes), PREFIXES[0])
+    own = [
+        key
+        for key in stored.shapes
+        if key.startswith(prefix) and not key.startswith(("optim.", "model_buffer."))
+    ]
+    weights.add("params/", stored, rows, lambda key: prefix + key, own)
+    n_tensors = len(own)
+    if optimizer:
+        _add_optimizer(weights, stored, rows, config, where)
+        _add_trainer(weights, folder, config)
+    weights.meta["token_ids"] = _token_ids(config)
+    weights.line = f"OLMo-core, {n_tensors} tensors in {len(stored.files)} files"
+    weights.line += f", with the optimizer after {weights.meta['step']:,} steps" * optimizer
+    return weights
+
+
+def _fused(row: names.Row, part: Mapping[str, int]) -> names.Row:
+    """The row of a model whose q, k and v are rows of one matrix."""
+    name = row.key.split(".")[-2]
+    if name not in part:
+        return row
+    return row._replace(key=row.key.replace(name, "w_qkv"), part=part[name])
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def read_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
+    """The model that a config.json of OLMo-core builds, and whether its q, k and v are fused.
+
+    Args:
+      config: its content.
+      where: its name, for errors.
+    Raises:
+      ValueError: with the first option that olmo_jax has not, or does not know.
+    """
+    top = Fields(Fields(config, where).need("model"), f"{where}: model")
+    top.expect("name", "default", default="default")
+    top.expect("embed_scale", 1.0, default=1.0)
+    top.expect("embedding_norm", None, default=None)
+    n_layers = int(top.need("n_layers"))
+    d_model = int(top.need("d_model"))
+    layers = [
+        _block(Fields(block, f"{where}: model.block"), i, n_layers, d_model)
+        for i, block in enumerate(_blocks(top, n_layers))
+    ]
+    common = layers[0].common
+    for i, layer in enumerate(layers):
+        if layer.common != common:
+            differing = [key for key, value in layer.common.items() if common.get(key) != value]
+            raise ValueError(
+                f"{where}: model.block_overrides: layer {i} differs from the first in"
+                f" {', '.join(differing)}; layers of olmo_jax differ in their window only"
+            )
+    head = Fields(top.need("lm_head"), f"{where}: model.lm_head")
+    head.expect("name", "default", default="default")
+    head.expect("bias", False, default=True)
+    norm = _norm(Fields(head.need("layer_norm"), f"{head.where}.layer_norm"))
+    if norm != (common["norm"], common["norm_eps"]):
+        raise ValueError(f"{head.where}.layer_norm is {norm}, but the blocks' is another")
+    head.ignore("dtype", "loss_implementation")
+    head.done()
+    fields = dict(common)
+    is_fused = fields.pop("fused")
+    model = ModelConfig(
+        **fields,
+        **_kinds(layers, where),
+        vocab_size=int(top.need("vocab_size")),
+        d_model=d_model,
+        n_layers=n_layers,
+        tie_embeddings=top.expect("tie_embeddings", False, default=False),
+        init_std=float(top.take("init_std", 0.02)),
+        embed_init_std=top.take("embedding_init_std"),
+        max_seq_len=_longest(config, layers),
+    )
+    top.ignore("dtype", "init_method", "init_seed", "freeze_params", *NOT_THE_MODEL)
+    top.done()
+    return model, is_fused
+
+
+class _Layer:
+    """One block: what it has in common with the others, and what may be its own."""
+
+    def __init__(self, common: dict[str, Any], window: int | None, yarn: tuple | None):
+        self.common, self.window, self.yarn = common, window, yarn
+
+
+def _blocks(top: Fields, n_layers: int) -> list[Any]:
+    """The config of each block: one for all, with overrides, or a pattern of named ones."""
+    block, overrides = top.need("block"), top.take("block_overrides", {})
+    pattern = top.take("block_pattern")
+    if pattern:
+        return [block[pattern[i % len(pattern)]] for i in range(n_layers)]
+    numbers = {int(i): override for i, override in overrides.items()}
+    return [numbers.get(i, block) for i in range(n_layers)]
+
+
+def _block(block: Fields, i: int, n_layers: int, d_model: int) -> _Layer:
+    name = block.expect("name", "reordered_norm", "default", default="default")
+    attention = block.group("sequence_mixer") or block.group("attention")
+    if attention is None:
+        raise ValueError(f"{block.where}.attention is missing")
+    mlp = Fields(block.need("feed_forward"), f"{block.where}.feed_forward")
+    norm, eps = _norm(Fields(block.need("layer_norm"), f"{block.where}.layer_norm"))
+    block.expect("dropout", 0.0, default=0.0)
+    block.expect("attention_residual_alpha", 1.0, default=1.0)
+    block.expect("feed_forward_residual_alpha", 1.0, default=1.0)
+    block.done()
+
+    mlp.expect("name", "default", default="default")
+    mlp.expect("bias", False, default=True)
+    mlp.expect("activation", "silu", default="silu")
+    d_ff = int(mlp.need("hidden_size"))
+    mlp.ignore("dtype")
+    mlp.done()
+
+    layer = _attention(attention, i, n_layers, d_model, (norm, eps))
+    layer.common |= {
+        "norm": norm,
+        "norm_eps": eps,
+        "norm_position": "after" if name == "reordered_norm" else "before",
+        "d_ff": d_ff,
+    }
+    return layer
+
+
+def _attention(
+    attention: Fields, i: int, n_layers: int, d_model: int, norm: tuple[str, float]
+) -> _Layer:
+    if attention.name_of_class not in ("", "AttentionConfig"):
+        raise ValueError(f"{attention.where} is a {attention.name_of_class}; olmo_jax has none")
+    name = attention.expect("name", "default", "fused", "fused_v2", default="default")
+    n_heads = int(attention.take("n_heads", 16))
+    n_kv_heads = int(attention.take("n_kv_heads", n_heads))
+    clip = attention.take("clip_qkv")
+    qk_norm = attention.group("qk_norm")
+    if qk_norm is not None and _norm(qk_norm) != norm:
+        raise ValueError(f"{qk_norm.where} is not like layer_norm; olmo_jax has one for all")
+    attention.expect("bias", False, default=True)
+    attention.expect("use_head_qk_norm", False, default=False)
+    attention.expect("dropout", 0.0, default=0.0)
+    attention.expect("attention_sinks", False, default=False)
+    rope = Fields(attention.need("rope"), f"{attention.where}.rope")
+    window = _window(attention.group("sliding_window"), i, n_layers)
+    common = {
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "head_dim": int(attention.take("head_dim", d_model // n_heads)),
+        "clip_qkv": clip,
+        "qk_norm": "none" if qk_norm is None else "full",
+        "fused": name != "default",
+        "rope_theta": float(rope.take("theta", 500_000)),
+    }
+    yarn = _yarn(rope.group("scaling"), common["rope_theta"], common["head_dim"])
+    rope.expect("name", "default", "fused", default="default")
+    rope.expect("no_global_rope", False, default=False)
+    rope.ignore("full_precision")  # of bfloat16 activations
+    rope.done()
+    attention.ignore("use_flash", "backend", "dtype")
+    attention.done()
+    return _Layer(common, window, yarn)
+
+
+def _norm(norm: Fields) -> tuple[str, float]:
+    """The kind of a norm in our words, and its epsilon."""
+    kind = norm.expect("name", "rms", "fused_rms", "cute_rms", "default", default="default")
+    is_affine = norm.take("elementwise_affine", True)
+    if is_affine:
+        norm.expect("bias", False, default=True)
+    if is_affine != (kind != "default"):
+        has = "with" if is_affine else "without"
+        raise ValueError(
+            f"{norm.where}: a norm {kind!r} {has} weights; olmo_jax has RMSNorm with, and LayerNorm"
+            " without"
+        )
+    eps = float(norm.take("eps", 1e-5))
+    norm.ignore("full_precision", "dtype", "bias")
+    norm.done()
+    return "rms" if is_affine else "nonparametric", eps
+
+
+def _window(window: Fields | None, i: int, n_layers: int) -> int | None:
+    """Positions that a layer sees, its own included; None: all."""
+    if window is None:
+        return None
+    pattern = window.need("pattern")
+    first = window.take("force_full_attention_on_first_layer", True)
+    last = window.take("force_full_attention_on_last_layer", True)
+    window.done()
+    if (first and i == 0) or (last and i == n_layers - 1):
+        return None
+    size = int(pattern[(i - bool(first)) % len(pattern)])
+    return None if size == -1 else size
+
+
+def _yarn(scaling: Fields | None, theta: float, head_dim: int) -> tuple | None:
+    """Factor, original length and betas of YaRN; None: none."""
+    if scaling is None:
+        return None
+    if scaling.name_of_class != "YaRNRoPEScalingConfig":
+        raise ValueError(f"{scaling.where} is {scaling.name_of_class!r}; olmo_jax has only YaRN")
+    factor, length = float(scaling.take("factor", 8.0)), int(scaling.take("old_context_len", 8192))
+    fast, slow = float(scaling.take("beta_fast", 32)), float(scaling.take("beta_slow", 1))
+    scaling.done()
+    # OLMo-core cuts the ramp at half of the dimensions, transformers and olmo_jax do not.
+    end = head_dim * math.log(length / (slow * 2 * math.pi)) / (2 * math.log(theta))
+    if math.ceil(end) > head_dim // 2 - 1:
+        raise ValueError(
+            f"{scaling.where}: the ramp ends at dimension {math.ceil(end)} of {head_dim // 2},"
+            " where OLMo-core's formula departs from YaRN's"
+        )
+    return factor, length, fast, slow
+
+
+def _kinds(layers: list[_Layer], where: str) -> dict[str, Any]:
+    """Windows and YaRN as options of the whole model."""
+    windows = sorted({layer.window for layer in layers if layer.window is not None})
+    if len(windows) > 1:
+        raise ValueError(f"{where}: sliding windows of {windows}; olmo_jax has one size")
+    scaled = {layer.yarn for layer in layers if layer.window is None}
+    if len(scaled) > 1 or any(layer.yarn for layer in layers if layer.window is not None):
+        raise ValueError(
+            f"{where}: rope.scaling: olmo_jax scales all full layers alike, and no sliding ones"
+        )
+    kinds = ["full" if layer.window is None else "sliding" for layer in layers]
+    fields: dict[str, Any] = {
+        "layer_types": shortest(kinds),
+        "window": windows[0] if windows else None,
+    }
+    if yarn := next(iter(scaled), None):
+        keys = ("yarn_factor", "yarn_original_len", "yarn_beta_fast", "yarn_beta_slow")
+        fields |= dict(zip(keys, yarn, strict=True))
+    return fields
+
+
+def _longest(config: Mapping[str, Any], layers: list[_Layer]) -> int:
+    """Tokens of the longest sequence that the model is meant for, from the parts about training."""
+    lengths = [
+        _find(config, "train_module", "max_sequence_length"),
+        _find(config, "dataset", "sequence_length"),
+        _find(config, "dataset", "effective_sequence_length"),
+        *(round(layer.yarn[0] * layer.yarn[1]) for layer in layers if layer.yarn),
+    ]
+    return max((int(n) for n in lengths if n is not None), default=ModelConfig.max_seq_len)
+
+
+def _find(config: Any, *path: str) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _token_ids(config: Mapping[str, Any]) -> dict[str, int | None]:
+    tokenizer = _find(config, "dataset", "tokenizer") or _find(config, "tokenizer") or {}
+    return {key: tokenizer.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+# --- optimizer and trainer ------------------------------------------------------------------------
+
+
+def _add_optimizer(
+    weights: Stacked,
+    stored: Distributed,
+    rows: list[names.Row],
+    config: Mapping[str, Any],
+    where: str,
+) -> None:
+    """Moments and Adam's step. OLMo-core does not save the history of its skipping optimizer."""
+    options = _find(config, "train_module", "optim") or _find(config, "optim") or {}
+    cls = str(options.get("_CLASS_", "AdamWConfig")).rpartition(".")[2]
+    if cls not in OPTIMIZERS:
+        raise ValueError(f"{where}: the optimizer is {cls}; olmo_jax has AdamW and SkipStepAdamW")
+    keys = [key for key in stored.shapes if key.startswith("optim.state.")]
+    if not keys:
+        raise ValueError(f"{stored.where} holds weights only: no optim.state, nothing to carry on")
+    for ours, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+        own = [key for key in keys if key.endswith(f".{theirs}")]
+        form = f"optim.state.{{}}.{theirs}"
+        weights.add(f"opt_state/{ours}/", stored, rows, form.format, own)
+    steps = {key: stored for key in keys if key.endswith(".step")}
+    if left := [key for key in keys if not key.endswith((".step", ".exp_avg", ".exp_avg_sq"))]:
+        raise ValueError(f"{stored.where}: {left[0]} is no state of Adam")
+    counts = {key: float(store.read(key, ())) for key, store in steps.items()}
+    weights.add_value("opt_state/count", resume.count(counts, stored.where))
+    if OPTIMIZERS[cls] == "skip_step_adamw":
+        window = int(options.get("rolling_interval_length") or 128)
+        for name, value in resume.fresh_history(window).items():
+            weights.add_value(f"opt_state/history/{name}", value)
+
+
+def _add_trainer(weights: Stacked, folder: Folder, config: Mapping[str, Any]) -> None:
+    """Finished steps and the place in the data, from the first process' state."""
+    count = int(weights.read("opt_state/count"))
+    if not folder.has("train/rank0.pt"):
+        if not count:
+            raise FileNotFoundError(
+                f"{folder.name}: train/rank0.pt is missing, and with it the step"
+            )
+        weights.add_value("step", np.asarray(count, np.int32))
+        weights.meta["step"] = count
+        return
+    archive = Archive(folder, "train/rank0.pt", lenient=True)
+    state = archive.tree if isinstance(archive.tree, Mapping) else {}
+    step = state.get("global_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{archive.where}: there is no global_step in it")
+    weights.add_value("step", np.asarray(step, np.int32))
+    weights.meta["step"] = step
+    loader = state.get("data_loader", {})
+    tokens = _find(loader, "tokens_processed")
+    seq_len = _find(loader, "sequence_length") or _find(config, "dataset", "sequence_length")
+    if tokens is not None and seq_len:
+        weights.meta["seq_len"] = seq_len
+        weights.meta["position"] = {
+            "epoch": _find(loader, "epoch") or state.get("epoch", 1),
+            "row": tokens // seq_len,
+            "tokens": state.get("global_train_tokens_seen", tokens),
+        }
