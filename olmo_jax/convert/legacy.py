@@ -58,13 +58,10 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     weights.add("params/", store, rows, lambda key: key, store.shapes)
     if optimizer:
         _add_optimizer(weights, folder, rows, config, where)
-        _add_trainer(weights, folder)
+        _add_trainer(weights, folder, config)
     ids = config["model"]
-    weights.meta["token_ids"] = {
-        "bos_token_id": None,
-        "eos_token_id": ids.get("eos_token_id"),
-        "pad_token_id": ids.get("pad_token_id"),
-    }
+    token_ids = {key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    weights.meta |= {"token_ids": token_ids, "dtype": resume.dtype(weights.leaves)}
     weights.line = f"OLMo (config.yaml), {len(store.shapes)} tensors in {file}"
     weights.line += f", with the optimizer after {weights.meta['step']:,} steps" * optimizer
     return weights
@@ -192,7 +189,7 @@ def _number(archive: "_File", value: Any) -> float:
     return float(archive.read(value).item() if isinstance(value, Tensor) else value or 0)
 
 
-def _add_trainer(weights: Stacked, folder: Folder) -> None:
+def _add_trainer(weights: Stacked, folder: Folder, config: Any) -> None:
     """Finished steps and the place in the data."""
     file = next((file for file in TRAINERS if folder.has(file)), None)
     if file is None:
@@ -203,11 +200,21 @@ def _add_trainer(weights: Stacked, folder: Folder) -> None:
     if not isinstance(step, int):
         raise ValueError(f"{archive.where}: there is no global_step in it")
     weights.add_value("step", np.asarray(step, np.int32))
-    weights.meta["step"] = step
+    options, seq_len = config["optimizer"], weights.model.max_seq_len
+    beta1, beta2 = options.get("betas") or (None, None)
+    optim = {
+        "name": "adamw",
+        "lr": options.get("learning_rate"),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": options.get("eps"),
+        "weight_decay": options.get("weight_decay"),
+    }
+    known = resume.config(weights.model, seq_len, "legacy", optim)
+    weights.meta |= {"step": step, "config": known}
     rows = state.get("global_train_examples_seen_this_epoch")
     tokens = state.get("global_train_tokens_seen")
     if rows is not None and tokens is not None:
-        weights.meta["seq_len"] = weights.model.max_seq_len
         weights.meta["position"] = {"epoch": state.get("epoch") or 0, "row": rows, "tokens": tokens}
 
 

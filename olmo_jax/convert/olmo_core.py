@@ -19,8 +19,9 @@ from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.stacked import Stacked, shortest
 from olmo_jax.convert.torch_files import Archive
 
-STATE = "model_and_optim/"
+STATE, TRAINER = "model_and_optim/", "train/rank0.pt"
 PREFIXES = ("model.", "", "module.", "model.module.")  # of parameters; later ones are rarer
+MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
 OPTIMIZERS = {"SkipStepAdamWConfig": "skip_step_adamw", "AdamWConfig": "adamw"}
 NOT_THE_MODEL = ("float8_config", "ac_config", "dp_config", "tp_config", "compile")  # OLMo-core 1
 
@@ -69,8 +70,8 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     n_tensors = len(own)
     if optimizer:
         _add_optimizer(weights, stored, rows, config, where)
-        _add_trainer(weights, folder, config)
-    weights.meta["token_ids"] = _token_ids(config)
+        _add_trainer(weights, folder, config, where)
+    weights.meta |= {"token_ids": _token_ids(config), "dtype": resume.dtype(weights.leaves)}
     weights.line = f"OLMo-core, {n_tensors} tensors in {len(stored.files)} files"
     weights.line += f", with the optimizer after {weights.meta['step']:,} steps" * optimizer
     return weights
@@ -328,53 +329,64 @@ def _add_optimizer(
     where: str,
 ) -> None:
     """Moments and Adam's step. OLMo-core does not save the history of its skipping optimizer."""
-    options = _find(config, "train_module", "optim") or _find(config, "optim") or {}
-    cls = str(options.get("_CLASS_", "AdamWConfig")).rpartition(".")[2]
-    if cls not in OPTIMIZERS:
-        raise ValueError(f"{where}: the optimizer is {cls}; olmo_jax has AdamW and SkipStepAdamW")
+    optim = _optim(config, where)
     keys = [key for key in stored.shapes if key.startswith("optim.state.")]
     if not keys:
-        raise ValueError(f"{stored.where} holds weights only: no optim.state, nothing to carry on")
-    for ours, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
-        own = [key for key in keys if key.endswith(f".{theirs}")]
-        form = f"optim.state.{{}}.{theirs}"
-        weights.add(f"opt_state/{ours}/", stored, rows, form.format, own)
-    steps = {key: stored for key in keys if key.endswith(".step")}
-    if left := [key for key in keys if not key.endswith((".step", ".exp_avg", ".exp_avg_sq"))]:
-        raise ValueError(f"{stored.where}: {left[0]} is no state of Adam")
-    counts = {key: float(store.read(key, ())) for key, store in steps.items()}
+        raise ValueError(f"{stored.where} holds weights only: there is no optim.state")
+    kinds = {theirs: [k for k in keys if k.endswith(f".{theirs}")] for theirs in MOMENTS.values()}
+    for ours, theirs in MOMENTS.items():
+        form = f"optim.state.{{}}.{theirs}".format
+        weights.add(f"opt_state/{ours}/", stored, rows, form, kinds[theirs])
+    steps = [key for key in keys if key.endswith(".step")]
+    if left := set(keys).difference(steps, *kinds.values()):
+        raise ValueError(f"{stored.where}: {min(left)} is no state of Adam")
+    counts = {key: float(stored.read(key, ())) for key in steps}
     weights.add_value("opt_state/count", resume.count(counts, stored.where))
-    if OPTIMIZERS[cls] == "skip_step_adamw":
-        window = int(options.get("rolling_interval_length") or 128)
-        for name, value in resume.fresh_history(window).items():
+    if optim["name"] == "skip_step_adamw":
+        for name, value in resume.fresh_history(optim["skip_window"]).items():
             weights.add_value(f"opt_state/history/{name}", value)
 
 
-def _add_trainer(weights: Stacked, folder: Folder, config: Mapping[str, Any]) -> None:
+def _optim(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The optimizer's options in our words."""
+    options = _find(config, "train_module", "optim") or _find(config, "optim") or {}
+    name = str(options.get("_CLASS_", "AdamWConfig")).rpartition(".")[2]
+    if name not in OPTIMIZERS:
+        raise ValueError(f"{where}: the optimizer is {name}; olmo_jax has AdamW and SkipStepAdamW")
+    beta1, beta2 = options.get("betas") or (None, None)
+    return {
+        "name": OPTIMIZERS[name],
+        "lr": options.get("lr"),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": options.get("eps"),
+        "weight_decay": options.get("weight_decay"),
+        "skip_window": options.get("rolling_interval_length") or 128,
+        "skip_sigma": options.get("sigma_factor"),
+        "freeze_adam_step": options.get("step_increment_bugfix") is False,
+    }
+
+
+def _add_trainer(weights: Stacked, folder: Folder, config: Mapping[str, Any], where: str) -> None:
     """Finished steps and the place in the data, from the first process' state."""
-    count = int(weights.read("opt_state/count"))
-    if not folder.has("train/rank0.pt"):
-        if not count:
-            raise FileNotFoundError(
-                f"{folder.name}: train/rank0.pt is missing, and with it the step"
-            )
-        weights.add_value("step", np.asarray(count, np.int32))
-        weights.meta["step"] = count
-        return
-    archive = Archive(folder, "train/rank0.pt", lenient=True)
-    state = archive.tree if isinstance(archive.tree, Mapping) else {}
-    step = state.get("global_step")
-    if not isinstance(step, int):
-        raise ValueError(f"{archive.where}: there is no global_step in it")
+    state: Any = {}
+    step = int(weights.read("opt_state/count"))
+    if folder.has(TRAINER):
+        archive = Archive(folder, TRAINER, lenient=True)
+        state, step = archive.tree, _find(archive.tree, "global_step")
+        if not isinstance(step, int):
+            raise ValueError(f"{archive.where}: there is no global_step in it")
+    elif not step:
+        raise FileNotFoundError(f"{folder.name}: {TRAINER}, which has the step, is missing")
     weights.add_value("step", np.asarray(step, np.int32))
-    weights.meta["step"] = step
-    loader = state.get("data_loader", {})
-    tokens = _find(loader, "tokens_processed")
-    seq_len = _find(loader, "sequence_length") or _find(config, "dataset", "sequence_length")
-    if tokens is not None and seq_len:
-        weights.meta["seq_len"] = seq_len
+    loader = _find(state, "data_loader")
+    read, seq_len = _find(loader, "tokens_processed"), _find(loader, "sequence_length")
+    seq_len = seq_len or _find(config, "dataset", "sequence_length") or weights.model.max_seq_len
+    optim = _optim(config, where)
+    weights.meta |= {"step": step, "config": resume.config(weights.model, seq_len, "core", optim)}
+    if read is not None:
         weights.meta["position"] = {
-            "epoch": _find(loader, "epoch") or state.get("epoch", 1),
-            "row": tokens // seq_len,
-            "tokens": state.get("global_train_tokens_seen", tokens),
+            "epoch": _find(loader, "epoch") or state["epoch"],
+            "row": read // seq_len,
+            "tokens": state["global_train_tokens_seen"],
         }
