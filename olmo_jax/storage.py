@@ -115,6 +115,24 @@ def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = 
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 
+def read_part(folder: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a leaf; reads the chunks that it lies in.
+
+    Raises:
+      ValueError: if the leaf is damaged.
+    """
+    try:
+        array = ts.open(_spec(folder, name), open=True, read=True).result()
+        return np.asarray(array[index].read().result())
+    except ValueError as error:
+        raise ValueError(f"{folder}: leaf {name} is damaged: {cause(error)}") from None
+
+
+def files(folder: Path) -> list[str]:
+    """Names of the files that were kept beside the arrays."""
+    return [name for name in _marker(folder)["sha256"] if name not in ("meta.json", "_METADATA")]
+
+
 def _marker(folder: Path) -> dict[str, Any]:
     if not is_complete(folder):
         raise FileNotFoundError(f"{folder}: no complete checkpoint here ({MARKER} is missing)")

@@ -21,7 +21,7 @@ sharding progress data
 kernels metrics snapshot
 nn losses
 step checkpoint
-generation evals
+generation evals convert
 summary report
 loop
 train __init__
@@ -41,6 +41,7 @@ HOMES = {
     "tokenizers": "data/tokenizer",
     "sentencepiece": "data/tokenizer",
     "ml_collections": "config",
+    "huggingface_hub": "convert/hub",
 }
 WITHOUT_JAX = "train config validate presets flops schedules records progress metrics".split() + [
     f"data.{name}" for name in ("tokens", "order", "tokenizer", "corpus")

@@ -1,6 +1,6 @@
 """The one table of parameters: our path and layout, and what others call and lay out the same.
 
-PyTorch stores a linear weight as [outputs, inputs] with heads merged; we store [inputs..., outputs...].
+PyTorch stores a linear weight as [outputs, inputs] with heads merged; ours are [inputs…, outputs…].
 Axes: v vocabulary rows, d d_model, n heads, k kv heads, h head_dim, f d_ff; brackets merge axes.
 Sources: transformers `models/olmo*/modeling_*.py`; OLMo-core `nn/hf/convert.py`; OLMo `model.py`.
 """
@@ -102,9 +102,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 
 def shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of an array with these axes: `(n h) d` -> `[n·h, d]`."""
-    return tuple(
-        int(np.prod([lengths[axis] for axis in group.split()])) for group in _groups(axes)
-    )
+    return tuple(int(np.prod([lengths[axis] for axis in group.split()])) for group in _groups(axes))
 
 
 def view(array: np.ndarray, old: str, new: str, lengths: Mapping[str, int]) -> np.ndarray:

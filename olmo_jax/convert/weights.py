@@ -4,6 +4,7 @@ Each format has a reader, a module with `recognises(src)` and `read(src, optimiz
 with checkpoints (convert, compare, average, load) is written once, against `Weights`.
 """
 
+import math
 import pathlib
 import re
 from typing import Any, Protocol
@@ -11,7 +12,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from olmo_jax import storage
 from olmo_jax.config import ModelConfig
+
+PIECE_BYTES = 128 << 20  # read at once of a source in PyTorch's layout
 
 Index = tuple[slice, ...]
 Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
@@ -25,11 +29,15 @@ class Weights(Protocol):
     # "params/layers/attn/wq", with the optimizer also "opt_state/mu/layers/…" and "step": our
     # shapes, the dtypes that are stored.
     leaves: Leaves
-    # To carry along, by the name in the folder: tokenizer.json, generation_config.json, …
-    files: dict[str, pathlib.Path]
+    # To carry along byte for byte: tokenizer.json, generation_config.json, …
+    files: dict[str, bytes]
     # What a checkpoint of ours says beside its arrays: "token_ids" (bos_token_id, eos_token_id and
-    # pad_token_id as the source has them), and with the optimizer "step" and "position".
+    # pad_token_id as the source has them), "dtype" (that of the source, for the way back), and with
+    # the optimizer "step", "position" and "config".
     meta: dict[str, Any]
+    # Whether big matrices lie there as [outputs, inputs]: parts are then cheap to read along our
+    # last dimension, otherwise along our first.
+    torch_layout: bool
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A leaf, or a part of it such as one layer; reads no more of the source than that needs.
@@ -55,9 +63,14 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
       ValueError: if it is no checkpoint that is known, or one that cannot be right.
     """
     # The readers use this module.
-    from olmo_jax.convert import hf, hub, native
+    from olmo_jax.convert import hf, hub, legacy, native, olmo_core
 
-    readers = [native, hf]
+    readers = [
+        native,
+        hf,
+        legacy,
+        olmo_core,
+    ]  # each with recognises(src) and read(src, optimizer=…)
     folder = src
     if "://" not in src and not pathlib.Path(src).expanduser().exists():
         if not is_hub_id(src):
@@ -84,3 +97,39 @@ def is_hub_id(src: str) -> bool:
 def whole(shape: tuple[int, ...], index: Index | None) -> Index:
     """The index with its None filled in: a slice for each dimension of `shape`."""
     return index if index is not None else (slice(None),) * len(shape)
+
+
+def pieces(weights: Weights, name: str, layer: int | None = None) -> list[Index]:
+    """Where to read a leaf, or a layer of it, so that no piece is large.
+
+    Args:
+      weights: that have it; the pieces lie as they do in the source.
+      name: of the leaf.
+      layer: of a leaf that has layers; None: it has none.
+    """
+    leaf = weights.leaves[name]
+    index, first = list(whole(leaf.shape, None)), 0
+    if layer is not None:
+        index[0], first = slice(layer, layer + 1), 1
+    if len(leaf.shape) == first:
+        return [tuple(index)]
+    if weights.torch_layout and not name.endswith("/embed"):  # a table has its rows first in both
+        axis = len(leaf.shape) - 1
+        row = math.prod(leaf.shape[first:-1]) * leaf.dtype.itemsize
+        step = max(1, PIECE_BYTES // row)
+    else:
+        axis, step = first, storage.chunk_shape(name, leaf)[first]
+    return [
+        (*index[:axis], slice(at, min(at + step, leaf.shape[axis])), *index[axis + 1 :])
+        for at in range(0, leaf.shape[axis], step)
+    ]
+
+
+def layers_of(weights: Weights, name: str) -> list[int] | list[None]:
+    """The layers of a leaf, for `pieces`."""
+    return list(range(weights.leaves[name].shape[0])) if "layers" in name.split("/") else [None]
+
+
+def n_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """The size of a leaf."""
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-
 from hf import FAMILIES, random_model
+
 from olmo_jax import presets, storage
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
