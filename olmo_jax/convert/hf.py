@@ -278,9 +278,8 @@ def _torch_tensor(weights: Weights, planned: Planned, lengths: Mapping[str, int]
     ours = names.view(out, row.torch_axes, row.axes, lengths)
     name, skip = f"params/{row.ours}", int(row.is_layered)
     for index in pieces(weights, name, planned.layer if row.is_layered else None):
-        inner = tuple(
-            slice(*part.indices(n)) for part, n in zip(index[skip:], ours.shape, strict=True)
-        )
+        ends = zip(index[skip:], ours.shape, strict=True)
+        inner = tuple(slice(*part.indices(n)) for part, n in ends)
         if all(part.start < part.stop for part in inner):  # else it is padding
             ours[inner] = weights.read(name, (*index[:skip], *inner))[(0,) * skip]
     return out

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from olmo_jax.config import ModelConfig
+from olmo_jax.convert.stacked import shortest
 
 Fields = dict[str, Any]
 
@@ -160,14 +161,7 @@ def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> N
     elif len(types) != n_layers:
         problems.append(f"layer_types has {len(types)} entries for {n_layers} layers")
     elif name == "Olmo3":
-        fields["layer_types"] = _shortest([KINDS[kind] for kind in types])
-
-
-def _shortest(kinds: list[str]) -> tuple[str, ...]:
-    """The shortest list that gives `kinds` when it is repeated."""
-    lengths = [n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0]
-    n = next(n for n in lengths if kinds[:n] * (len(kinds) // n) == kinds)
-    return tuple(kinds[:n])
+        fields["layer_types"] = shortest([KINDS[kind] for kind in types])
 
 
 def _read_rope(rest: Fields, fields: Fields, name: str, problems: list[str]) -> Fields:

@@ -65,12 +65,6 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
     # The readers use this module.
     from olmo_jax.convert import hf, hub, legacy, native, olmo_core
 
-    readers = [
-        native,
-        hf,
-        legacy,
-        olmo_core,
-    ]  # each with recognises(src) and read(src, optimizer=…)
     folder = src
     if "://" not in src and not pathlib.Path(src).expanduser().exists():
         if not is_hub_id(src):
@@ -78,7 +72,7 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
         folder = str(hub.download(src, revision))
     elif revision is not None:
         raise ValueError(f"--revision={revision} is for ids on the Hugging Face Hub; {src} is none")
-    for reader in readers:
+    for reader in (native, hf, legacy, olmo_core):
         if reader.recognises(folder):
             return reader.read(folder, optimizer=optimizer)
     raise ValueError(
