@@ -4,14 +4,18 @@
 hold what `torch.save` makes of each part, one behind the other.
 """
 
+import concurrent.futures
 import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from olmo_jax.convert.folders import Folder
+from olmo_jax.convert.folders import THREADS, Folder
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
+
+Ranges = list[tuple[int, int]]  # start and stop in each dimension
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Distributed:
         self._folder = folder
         self.where = f"{folder.name.rstrip('/')}/{prefix}"
         meta = unpickle(folder.read(f"{prefix}.metadata").tobytes(), f"{self.where}.metadata")
-        self._archive = functools.lru_cache(maxsize=4096)(self._open)
+        self._archive = functools.lru_cache(maxsize=256)(self._open)
         try:
             places = {
                 (index.fqn, tuple(index.__dict__.get("offset") or ())): _place(prefix, info)
@@ -70,11 +74,15 @@ class Distributed:
         everything = [(c.file, c.stop) for chunks in self._chunks.values() for c in chunks]
         for file, stop in everything + [(file, stop) for file, _, stop in self._objects.values()]:
             needed[file] = max(needed.get(file, 0), stop)
-        for file, stop in needed.items():
-            if (size := self._folder.size(file)) < stop:
+        for (file, stop), size in zip(needed.items(), _map(self._folder.size, needed), strict=True):
+            if size < stop:
                 where = f"{self._folder.name.rstrip('/')}/{file}"
                 raise ValueError(f"{where} is truncated: {size:,} bytes of at least {stop:,}")
         return sorted(needed)
+
+    def scalars(self, keys: Sequence[str]) -> dict[str, float]:
+        """The values of tensors without dimensions."""
+        return dict(zip(keys, _map(lambda key: float(self.read(key, ())), keys), strict=True))
 
     def read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor.
@@ -86,28 +94,21 @@ class Distributed:
         shape, dtype = self.shapes[key]
         ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         out = np.empty([stop - start for start, stop in ranges], dtype)
-        filled = 0
-        for chunk in self._chunks[key]:
-            ends = [o + n for o, n in zip(chunk.offsets, chunk.sizes, strict=True)]
-            common = [
-                (max(a, o), min(b, e))
-                for (a, b), o, e in zip(ranges, chunk.offsets, ends, strict=True)
-            ]
-            if any(a >= b for a, b in common):
-                continue
-            inside = [slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True)]
-            part = self._read_chunk(key, chunk, inside[0] if inside else slice(None))
-            part = part[(slice(None), *inside[1:])] if inside else part
-            if part.size == out.size:
-                return part
-            into = tuple(slice(a - r, b - r) for (a, b), (r, _) in zip(common, ranges, strict=True))
-            out[into] = part
-            filled += part.size
-        if filled != out.size:
+        wanted = [(chunk, _overlap(chunk, ranges)) for chunk in self._chunks[key]]
+        wanted = [(chunk, common) for chunk, common in wanted if common is not None]
+        parts = _map(lambda pair: self._read_chunk(key, *pair), wanted)
+        if len(parts) == 1 and parts[0].size == out.size:
+            return parts[0]
+        if sum(part.size for part in parts) != out.size:
             raise ValueError(f"{self.where}.metadata is damaged: parts of {key} are missing")
+        for part, (_, common) in zip(parts, wanted, strict=True):
+            starts = [start for start, _ in ranges]
+            into = [slice(a - s, b - s) for (a, b), s in zip(common, starts, strict=True)]
+            out[tuple(into)] = part
         return out
 
-    def _read_chunk(self, key: str, chunk: _Chunk, rows: slice) -> np.ndarray:
+    def _read_chunk(self, key: str, chunk: _Chunk, common: Ranges) -> np.ndarray:
+        """What a chunk has of a part of a tensor: whole rows are read, and narrowed here."""
         archive = self._archive(chunk)
         tensor, (_, dtype) = archive.tree, self.shapes[key]
         if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
@@ -115,13 +116,33 @@ class Distributed:
                 f"{archive.where} is damaged: the part of {key} at byte {chunk.start:,} is not the"
                 f" {dtype} {list(chunk.sizes)} of .metadata"
             )
-        return archive.read(tensor, rows)
+        inside = [slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True)]
+        if not inside:
+            return archive.read(tensor)
+        return archive.read(tensor, inside[0])[(slice(None), *inside[1:])]
 
     def _open(self, chunk: _Chunk) -> Archive:
         return Archive(self._folder, chunk.file, chunk.start, chunk.stop)
+
+
+def _overlap(chunk: _Chunk, ranges: Ranges) -> Ranges | None:
+    """What a chunk and a part of a tensor have in common, in the tensor's coordinates."""
+    common = [
+        (max(start, offset), min(stop, offset + size))
+        for (start, stop), offset, size in zip(ranges, chunk.offsets, chunk.sizes, strict=True)
+    ]
+    return None if any(start >= stop for start, stop in common) else common
 
 
 def _place(prefix: str, info: Any) -> tuple[str, int, int]:
     if info.__dict__.get("transform_descriptors"):
         raise ValueError(f"it is compressed: {info.transform_descriptors}")
     return prefix + info.relative_path, info.offset, info.offset + info.length
+
+
+def _map(function: Callable[[Any], Any], values: Collection[Any]) -> list[Any]:
+    """The results in order; several are waited for at the same time."""
+    if len(values) < 2:
+        return [function(value) for value in values]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(function, values))

@@ -72,7 +72,8 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
         _add_optimizer(weights, stored, rows, config, where)
         _add_trainer(weights, folder, config, where)
     weights.meta |= {"token_ids": _token_ids(config), "dtype": resume.dtype(weights.leaves)}
-    weights.line = f"OLMo-core, {n_tensors} tensors in {len(stored.files)} files"
+    n_files = len(stored.files)
+    weights.line = f"OLMo-core, {n_tensors} tensors in {n_files} file{'s' * (n_files != 1)}"
     weights.line += f", with the optimizer after {weights.meta['step']:,} steps" * optimizer
     return weights
 
@@ -340,8 +341,8 @@ def _add_optimizer(
     steps = [key for key in keys if key.endswith(".step")]
     if left := set(keys).difference(steps, *kinds.values()):
         raise ValueError(f"{stored.where}: {min(left)} is no state of Adam")
-    counts = {key: float(stored.read(key, ())) for key in steps}
-    weights.add_value("opt_state/count", resume.count(counts, stored.where))
+    count = resume.count(stored.scalars(steps), stored.where)
+    weights.add_value("opt_state/count", count)
     if optim["name"] == "skip_step_adamw":
         for name, value in resume.fresh_history(optim["skip_window"]).items():
             weights.add_value(f"opt_state/history/{name}", value)
