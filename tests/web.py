@@ -50,8 +50,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         body = body[: len(body) // 2] if cut else body
-        self.wfile.write(body)
         self.server.n_bytes += len(body)
+        self.wfile.write(body)
         self.close_connection = self.close_connection or cut
 
     def log_message(self, *args):

@@ -119,6 +119,10 @@ _KNOWN: dict[str, Any] = {
             " TensorProperties MetadataIndex StorageMeta"
         ).split()
     },
+    **{
+        f"pathlib.{path}": Record  # where the checkpoint was written
+        for path in ("PosixPath", "PurePosixPath", "_local.PosixPath", "_local.PurePosixPath")
+    },
     "torch.distributed.checkpoint.filesystem._StorageInfo": Record,
     "olmo_core.distributed.checkpoint.filesystem._StorageInfo": Record,
     **{f"torch.{name}": np.dtype(dtype) for name, (_, dtype) in _DTYPES.items()},
