@@ -63,7 +63,8 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     token_ids = {key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     weights.meta |= {"token_ids": token_ids, "dtype": resume.dtype(weights.leaves)}
     weights.line = f"OLMo (config.yaml), {len(store.shapes)} tensors in {file}"
-    weights.line += f", with the optimizer after {weights.meta['step']:,} steps" * optimizer
+    if optimizer:
+        weights.line += f", with the optimizer after {weights.meta['step']:,} steps"
     return weights
 
 

@@ -16,7 +16,7 @@ from olmo_jax.convert import folders, names, resume
 from olmo_jax.convert.distcp import Distributed
 from olmo_jax.convert.fields import Fields
 from olmo_jax.convert.folders import Folder
-from olmo_jax.convert.stacked import Stacked, shortest
+from olmo_jax.convert.stacked import Stacked, is_same, shortest
 from olmo_jax.convert.torch_files import Archive
 
 STATE, TRAINER = "model_and_optim/", "train/rank0.pt"
@@ -66,16 +66,29 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
         for key in stored.shapes
         if key.startswith(prefix) and not key.startswith(("optim.", "model_buffer."))
     ]
-    weights.add("params/", stored, rows, lambda key: prefix + key, own)
     n_tensors = len(own)
+    if model.tie_embeddings:
+        own = _without_second_table(stored, prefix, own)
+    weights.add("params/", stored, rows, lambda key: prefix + key, own)
     if optimizer:
         _add_optimizer(weights, stored, rows, config, where)
         _add_trainer(weights, folder, config, where)
     weights.meta |= {"token_ids": _token_ids(config), "dtype": resume.dtype(weights.leaves)}
     n_files = len(stored.files)
     weights.line = f"OLMo-core, {n_tensors} tensors in {n_files} file{'s' * (n_files != 1)}"
-    weights.line += f", with the optimizer after {weights.meta['step']:,} steps" * optimizer
+    if optimizer:
+        weights.line += f", with the optimizer after {weights.meta['step']:,} steps"
     return weights
+
+
+def _without_second_table(stored: Distributed, prefix: str, own: list[str]) -> list[str]:
+    """The keys but for the head of a tied model, which is saved too and must be the embedding."""
+    embed, head = f"{prefix}embeddings.weight", f"{prefix}lm_head.w_out.weight"
+    if head in stored.shapes and not is_same(stored, embed, head):
+        raise ValueError(
+            f"{stored.where}: tie_word_embeddings is set, but {embed} and {head} differ"
+        )
+    return [key for key in own if key != head]
 
 
 def _fused(row: names.Row, part: Mapping[str, int]) -> names.Row:
@@ -132,7 +145,7 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, boo
         vocab_size=int(top.need("vocab_size")),
         d_model=d_model,
         n_layers=n_layers,
-        tie_embeddings=top.expect("tie_embeddings", False, default=False),
+        tie_embeddings=bool(top.take("tie_word_embeddings", False)),
         init_std=float(top.take("init_std", 0.02)),
         embed_init_std=top.take("embedding_init_std"),
         max_seq_len=_longest(config, layers),
@@ -203,7 +216,9 @@ def _attention(
     attention.expect("bias", False, default=True)
     attention.expect("use_head_qk_norm", False, default=False)
     attention.expect("dropout", 0.0, default=0.0)
-    attention.expect("attention_sinks", False, default=False)
+    for option in ("attention_sinks", "scalable_softmax", "qk_norm_per_head_gains"):
+        attention.expect(option, False, default=False)
+    attention.expect("type", "attention", default="attention")
     rope = Fields(attention.need("rope"), f"{attention.where}.rope")
     window = _window(attention.group("sliding_window"), i, n_layers)
     common = {
@@ -218,9 +233,10 @@ def _attention(
     yarn = _yarn(rope.group("scaling"), common["rope_theta"], common["head_dim"])
     rope.expect("name", "default", "fused", default="default")
     rope.expect("no_global_rope", False, default=False)
+    rope.expect("partial_rotary_factor", 1.0, default=1.0)
     rope.ignore("full_precision")  # of bfloat16 activations
     rope.done()
-    attention.ignore("use_flash", "backend", "dtype")
+    attention.ignore("use_flash", "backend", "dtype", "use_recompute_qkv_prep")
     attention.done()
     return _Layer(common, window, yarn)
 

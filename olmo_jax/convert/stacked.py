@@ -14,6 +14,7 @@ from olmo_jax.convert.names import Row
 from olmo_jax.convert.weights import Index, Leaves, whole
 
 SHOWN = 3  # problems of one kind in an error
+COMPARED_ROWS = 4096  # at once
 
 
 class Store(Protocol):
@@ -119,7 +120,7 @@ class Stacked:
         array = tree.store.read(key, tuple(slice(*part) for part in index))
         ours = names.view(array, row.torch_axes, row.axes, got)
         narrow = [slice(*wanted[a]) if a in inner else slice(None) for a in row.axes.split()]
-        return np.require(ours[tuple(narrow)], requirements="CA")
+        return names.contiguous(ours[tuple(narrow)])
 
     def _first_axis(self, row: Row) -> int:
         return names.shape(row.torch_axes, self._lengths)[0]
@@ -153,6 +154,16 @@ class Stacked:
         problems += ["; ".join(dict.fromkeys(wrong[:SHOWN])) + _more(wrong)] if wrong else []
         if problems:
             raise ValueError(f"{tree.store.where} does not fit its config: {'; '.join(problems)}")
+
+
+def is_same(store: Store, one: str, other: str) -> bool:
+    """Whether two tensors of a store are equal, read some rows at a time."""
+    (shape, dtype), (n_rows, *rest) = store.shapes[one], store.shapes[one][0]
+    if store.shapes[other] != (shape, dtype):
+        return False
+    whole_rows = (slice(None),) * len(rest)
+    parts = [(slice(at, at + COMPARED_ROWS), *whole_rows) for at in range(0, n_rows, COMPARED_ROWS)]
+    return all(np.array_equal(store.read(one, part), store.read(other, part)) for part in parts)
 
 
 def shortest(kinds: list[str]) -> tuple[str, ...]:

@@ -198,7 +198,7 @@ def test_a_folder_on_a_web_server_is_read_by_ranges(tmp_path, models, monkeypatc
     monkeypatch.setattr(folders, "FIRST_WAIT", 0.001)
     save(tmp_path / "step3", state, CONFIGS["olmo2 grouped"])
     with web.serving(tmp_path) as server:
-        server.faults = ["cut", "503"] * 20
+        server.faults = ["cut", "503", ""] * 20
         weights = legacy.read(f"{server.url}/step3")
         before = server.n_bytes
         found = weights.read("params/layers/attn/wk", np.s_[2:3, 0:64, 0:2, 0:16])

@@ -259,7 +259,7 @@ def test_a_folder_on_a_web_server_is_read_by_ranges(tmp_path, grouped, monkeypat
     save(tmp_path / "step3", {"model": state, "optim": {"state": adam(state)}})
     size = (tmp_path / "step3" / "model_and_optim" / "__0_0.distcp").stat().st_size
     with web.serving(tmp_path) as server:
-        server.faults = ["503", "cut"] * 20
+        server.faults = ["503", "cut", ""] * 20
         weights = olmo_core.read(f"{server.url}/step3")
         before = server.n_bytes
         for name in ("embed", "layers/attn/wq", "layers/mlp/w_down"):
