@@ -311,10 +311,10 @@ def test_optimizer_state_without_names_is_refused(tmp_path, models):
     [("olmo1 tied", "pt"), ("olmo1 clipped", "safetensors"), ("olmo2 grouped", "pt")],
 )
 def test_a_forked_run_goes_on_as_olmo_does(tmp_path, ai2_packages, model, form):
-    batches = np.random.default_rng(3).integers(0, 128, (1, 4, 24)).repeat(6, axis=0)
-    batches = (batches + np.arange(6)[:, None, None]) % 128  # alike enough to be learnt
+    # Two batches in turn, so that there is something to learn.
+    batches = np.tile(np.random.default_rng(3).integers(0, 128, (2, 4, 24)), (3, 1, 1))
     np.save(tmp_path / "batches.npy", batches)
-    packages = ai2.install("olmo 0.6.0", ai2_packages)
+    packages = ai2.install("olmo", ai2_packages)
     want = ai2.run(SCRIPT, packages, str(tmp_path), model, form)
     weights = legacy.read(str(tmp_path / "step3"), optimizer=True)
     assert int(weights.read("step")) == int(weights.read("opt_state/count")) == 3
@@ -325,5 +325,5 @@ def test_a_forked_run_goes_on_as_olmo_does(tmp_path, ai2_packages, model, form):
     np.testing.assert_allclose(logits[0], want["logits"], atol=2e-5)
     config = from_dict(weights.meta["config"])
     losses = next_losses(weights.model, config.optim, state, batches[3:])
-    assert abs(want["losses"][3] - want["losses"][5]) > 0.01  # the steps do something
+    assert want["losses"][5] < want["losses"][3] - 0.1
     np.testing.assert_allclose(losses, want["losses"][3:], rtol=0, atol=1e-5)

@@ -456,15 +456,16 @@ def test_a_damaged_config_is_named(tmp_path, grouped):
 @pytest.mark.parametrize(
     ("package", "model", "optimizer"),
     [
-        ("olmo_core 3.0.0", "olmo2", "adamw"),
-        ("olmo_core 3.0.0", "olmo3", "skip_step_adamw"),
-        ("olmo_core 2.6.0", "olmo2", "skip_step_adamw"),
-        ("olmo_core 2.6.0", "olmo3", "adamw"),
+        ("olmo-core-3", "olmo2", "adamw"),
+        ("olmo-core-3", "olmo2 tied", "adamw"),
+        ("olmo-core-3", "olmo3", "skip_step_adamw"),
+        ("olmo-core-2", "olmo2", "skip_step_adamw"),
+        ("olmo-core-2", "olmo3", "adamw"),
     ],
 )
 def test_a_forked_run_goes_on_as_olmo_core_does(tmp_path, ai2_packages, package, model, optimizer):
-    batches = np.random.default_rng(3).integers(0, 128, (1, 4, 24)).repeat(6, axis=0)
-    batches = (batches + np.arange(6)[:, None, None]) % 128  # alike enough to be learnt
+    # Two batches in turn, so that there is something to learn.
+    batches = np.tile(np.random.default_rng(3).integers(0, 128, (2, 4, 24)), (3, 1, 1))
     np.save(tmp_path / "batches.npy", batches)
     packages = ai2.install(package, ai2_packages)
     want = ai2.run(SCRIPT, packages, str(tmp_path), model, optimizer)
@@ -478,5 +479,5 @@ def test_a_forked_run_goes_on_as_olmo_core_does(tmp_path, ai2_packages, package,
     config = from_dict(weights.meta["config"])
     assert (config.optim.name, config.optim.lr) == (optimizer, 1e-2)
     losses = next_losses(weights.model, config.optim, state, batches[3:])
-    assert abs(want["losses"][3] - want["losses"][5]) > 0.01  # the steps do something
+    assert want["losses"][5] < want["losses"][3] - 0.1
     np.testing.assert_allclose(losses, want["losses"][3:], rtol=0, atol=1e-5)

@@ -9,13 +9,19 @@ import json
 import pathlib
 import random
 import sys
+import types
 
 import numpy as np
 import torch
-from olmo.config import ModelConfig, OptimizerConfig, OptimizerType, TrainConfig
-from olmo.model import OLMo
-from olmo.optim import build_optimizer
-from olmo.safetensors_util import state_dict_to_safetensors_file
+
+# Named in a signature of olmo.util; the package is for evaluations, and large.
+sys.modules["datasets"] = types.SimpleNamespace(  # type: ignore[assignment]
+    Dataset=type("Dataset", (), {}), DatasetDict=type("DatasetDict", (), {})
+)
+from olmo.config import ModelConfig, OptimizerConfig, OptimizerType, TrainConfig  # noqa: E402
+from olmo.model import OLMo  # noqa: E402
+from olmo.optim import build_optimizer  # noqa: E402
+from olmo.safetensors_util import state_dict_to_safetensors_file  # noqa: E402
 
 VOCAB, SAVED_AFTER, LR, CLIP = 128, 3, 1e-2, 1.0
 COMMON = dict(

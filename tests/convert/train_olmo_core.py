@@ -25,7 +25,7 @@ OPTIMIZERS = {"adamw": AdamWConfig, "skip_step_adamw": SkipStepAdamWConfig}
 
 
 def model_config(name: str) -> TransformerConfig:
-    """A model of four layers with grouped heads: olmo2, or olmo3 with a window and YaRN."""
+    """Four layers with grouped heads: olmo2, olmo2 tied, or olmo3 with a window and YaRN."""
     window = SlidingWindowAttentionConfig(
         pattern=[5, 5, 5, -1],
         force_full_attention_on_first_layer=False,
@@ -44,6 +44,7 @@ def model_config(name: str) -> TransformerConfig:
         block_name=TransformerBlockType.reordered_norm,
         sliding_window=window if name == "olmo3" else None,
     )
+    config.tie_word_embeddings = name == "olmo2 tied"
     if name == "olmo3":
         scaling = YaRNRoPEScalingConfig(factor=8, beta_fast=32, beta_slow=1, old_context_len=8192)
         config = config.with_rope_scaling(scaling)
