@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmo_jax.config import ModelConfig
-from olmo_jax.convert import folders, hf_config, names, resume, safetensors, torch_files
+from olmo_jax.convert import compare, folders, hf_config, names, resume, safetensors, torch_files
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.names import Row
 from olmo_jax.convert.stacked import Stacked
@@ -201,7 +201,7 @@ def write(
     dtype: str | None,
     max_shard_bytes: int,
     report: Callable[[int], None] = lambda n_bytes: None,
-) -> None:
+) -> dict[str, int]:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
@@ -210,6 +210,9 @@ def write(
       dtype: of the tensors; None: as they are stored, or were where they came from.
       max_shard_bytes: of a file; a tensor above that has one of its own.
       report: told how many bytes were written, again and again.
+    Returns: the checksum of each tensor by key.
+    Raises:
+      ValueError: if Hugging Face has no such model.
     """
     model = weights.model
     as_dtype = jnp.dtype(dtype or weights.meta.get("dtype") or weights.leaves["params/embed"].dtype)
@@ -217,11 +220,13 @@ def write(
     plan = _plan(model, as_dtype)
     shards = _shards(plan, max_shard_bytes)
     lengths = names.sizes(model) | {"v": model.vocab_size}
+    written: dict[str, int] = {}
 
     def make(key: str) -> Iterator[np.ndarray]:
-        planned = plan[key]
-        yield _torch_tensor(weights, planned, lengths)
-        report(planned.n_bytes)
+        tensor = _torch_tensor(weights, plan[key], lengths)
+        written[key] = compare.crc(tensor)
+        yield tensor
+        report(plan[key].n_bytes)
 
     for file, keys in shards.items():
         tensors = {key: (plan[key].dtype, plan[key].shape) for key in keys}
@@ -239,6 +244,20 @@ def write(
     if GENERATION not in weights.files:
         ids = {key: config[key] for key in hf_config.TOKEN_IDS if config[key] is not None}
         _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+    return written
+
+
+def check(folder: pathlib.Path, written: Mapping[str, int]) -> None:
+    """Read the tensors of a folder and compare their checksums.
+
+    Raises:
+      ValueError: if one is not what was written.
+    """
+    tensors = _tensors(folders.open(str(folder)))
+    if tensors.keys() != written.keys():
+        raise ValueError(f"{folder}: not the tensors that were written")
+    for key, need in written.items():
+        compare.refuse_other_crc(key, need, compare.crc(tensors[key].load(slice(None))))
 
 
 def _plan(model: ModelConfig, dtype: np.dtype) -> dict[str, Planned]:
@@ -281,7 +300,8 @@ def _torch_tensor(weights: Weights, planned: Planned, lengths: Mapping[str, int]
         ends = zip(index[skip:], ours.shape, strict=True)
         inner = tuple(slice(*part.indices(n)) for part, n in ends)
         if all(part.start < part.stop for part in inner):  # else it is padding
-            ours[inner] = weights.read(name, (*index[:skip], *inner))[(0,) * skip]
+            values = weights.read(name, (*index[:skip], *inner))
+            names.assign(ours[inner], values[(0,) * skip])
     return out
 
 

@@ -1,13 +1,15 @@
 """Models by their id on the Hugging Face Hub, fetched once and kept in its cache."""
 
 import pathlib
+from typing import Any
 
 from olmo_jax.convert.hf import CARRIED
 
-# Weights in one format are enough; safetensors first.
 SMALL = ["config.json", *CARRIED]
-SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
-PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+# Weights in one format are enough, the better one first.
+SAFETENSORS = [*SMALL, "model*.safetensors", "model.safetensors.index.json"]
+PICKLES = [*SMALL, "pytorch_model*.bin", "pytorch_model.bin.index.json"]
+ANSWER_S = 20  # that the Hub has to say which files there are
 
 
 def download(name: str, revision: str | None = None) -> pathlib.Path:
@@ -19,7 +21,7 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
     Raises:
       ImportError: if huggingface_hub is not installed.
       FileNotFoundError: if there is no such model or revision.
-      OSError: if the Hub cannot be reached.
+      OSError: if the Hub cannot be reached and the model is not in the cache.
     """
     try:
         import huggingface_hub
@@ -29,13 +31,11 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
             f"{name} is no path here; to fetch it from the Hugging Face Hub: pip install"
             " huggingface_hub"
         ) from None
-    where = f"{name} at {revision}" if revision else name
     try:
-        listed = huggingface_hub.HfApi().list_repo_files(name, revision=revision)
-        weights = SAFETENSORS if any(f.endswith(".safetensors") for f in listed) else PICKLES
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[*SMALL, *weights]
-        )
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=ANSWER_S)
+        files = [sibling.rfilename for sibling in info.siblings or ()]
+        wanted = SAFETENSORS if any(f.endswith(".safetensors") for f in files) else PICKLES
+        return _fetch(name, revision=revision, allow_patterns=wanted)
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{name} has no revision {revision} on the Hub") from None
     except errors.RepositoryNotFoundError:
@@ -44,20 +44,21 @@ def download(name: str, revision: str | None = None) -> pathlib.Path:
             " `hf auth login`"
         ) from None
     except Exception as error:  # of its HTTP client: they have no common public base
-        folder = _cached(name, revision, where, error)
-    return pathlib.Path(folder)
+        unreachable = error
+    for patterns in (SAFETENSORS, PICKLES):
+        try:
+            return _fetch(name, revision=revision, allow_patterns=patterns, local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            continue
+    where = f"{name} at {revision}" if revision else name
+    raise OSError(
+        f"{where} is no path here and not whole in the cache, and the Hugging Face Hub cannot be"
+        f" reached ({type(unreachable).__name__}); fetch it where there is a network (hf download"
+        f" {name}) and name the folder"
+    )
 
 
-def _cached(name: str, revision: str | None, where: str, error: Exception) -> str:
-    """What was downloaded before, where there is no network now."""
+def _fetch(name: str, **options: Any) -> pathlib.Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
-        return huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
-    except errors.LocalEntryNotFoundError:
-        raise OSError(
-            f"{where} is no path here, is not in the cache, and the Hugging Face Hub cannot be"
-            f" reached ({type(error).__name__}); fetch it where there is a network (hf download"
-            f" {name}) and name the folder"
-        ) from None
+    return pathlib.Path(huggingface_hub.snapshot_download(name, **options))

@@ -1,5 +1,6 @@
 """A checkpoint of any kind as a model and its parameters on a mesh."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmo_jax import sharding, storage
-from olmo_jax.config import ComputeConfig, MeshConfig
+from olmo_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.convert import weights
 from olmo_jax.convert.weights import Index, Weights
 from olmo_jax.nn import transformer
@@ -28,36 +29,54 @@ def load(
       src: a run's folder or a checkpoint, a Hugging Face, OLMo or OLMo-core folder, here, on
         `gs://` (ours) or `https://`, or an id on the Hugging Face Hub.
       dtype: of parameters and activations, "float32" or "bfloat16".
-      mesh: from `sharding.make_mesh`, to spread the parameters over; None: the first device.
+      mesh: from `sharding.make_mesh`, to spread the parameters over; None: the first device. A
+        vocabulary that its `tensor` axis does not divide gets rows of padding.
       revision: of a Hub id.
     Raises:
       FileNotFoundError, ValueError, OSError: if there is no checkpoint that is whole.
     """
     source = weights.open(src, revision=revision)
-    model = Transformer(source.model, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    abstract = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    where = sharding.shardings(mesh, transformer.logical_axes(model))
+    config = _padded(source.model, mesh.shape["tensor"])
+    model = Transformer(config, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    where = storage.names(sharding.shardings(mesh, transformer.logical_axes(model)))
     params = [
-        _load_leaf(source, f"params/{name}", leaf, dtype, sharding_)
-        for (name, leaf), sharding_ in zip(
-            storage.names(abstract).items(), jax.tree.leaves(where), strict=True
-        )
+        _leaf(source, f"params/{name}", leaf.shape, jnp.dtype(dtype), where[name])
+        for name, leaf in storage.names(shapes).items()
     ]
-    return model, jax.tree.unflatten(jax.tree.structure(abstract), params)
+    return model, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
 
-def _load_leaf(source: Weights, name: str, leaf: Any, dtype: str, sharding_: Any) -> jax.Array:
-    if name not in source.leaves or source.leaves[name].shape != leaf.shape:
-        found = source.leaves[name].shape if name in source.leaves else "nothing"
-        raise ValueError(f"{name}: found {found}, the model needs {leaf.shape}")
+def _padded(config: ModelConfig, ways: int) -> ModelConfig:
+    """The model with as many more rows, which never score, as it takes to split the vocabulary."""
+    rows = -(-config.vocab_rows // ways) * ways
+    if rows == config.vocab_rows:
+        return config
+    return dataclasses.replace(config, padded_vocab_size=rows)
+
+
+def _leaf(
+    source: Weights,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    where: jax.sharding.Sharding,
+) -> jax.Array:
+    """A leaf on its devices; each reads its own part."""
+    stored = source.leaves[name].shape
     blocks: dict[Any, np.ndarray] = {}  # replicas share one read
 
     def block(index: Index) -> np.ndarray:
-        key = tuple(part.indices(n) for part, n in zip(index, leaf.shape, strict=True))
+        ends = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
+        key = tuple(ends)
         if key not in blocks:
-            blocks[key] = source.read(name, index).astype(dtype, copy=False)
+            inner = [(min(a, n), min(b, n)) for (a, b), n in zip(ends, stored, strict=True)]
+            values = source.read(name, tuple(slice(*part) for part in inner))
+            values = values.astype(dtype, copy=False)
+            more = [(0, (b - a) - n) for (a, b), n in zip(ends, values.shape, strict=True)]
+            blocks[key] = np.pad(values, more) if any(n for _, n in more) else values
         return blocks[key]
 
-    return jax.make_array_from_callback(leaf.shape, sharding_, block, dtype=jnp.dtype(dtype))
+    return jax.make_array_from_callback(shape, where, block, dtype=dtype)

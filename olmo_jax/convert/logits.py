@@ -1,10 +1,13 @@
 """The logits of a checkpoint, with one layer of it in memory at a time."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config import ComputeConfig
+from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.convert.names import rows
 from olmo_jax.convert.weights import Weights, pieces
 from olmo_jax.nn import rope
@@ -27,14 +30,10 @@ def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) ->
         values = values if as_dtype is None else values.astype(as_dtype, copy=False)
         return values.astype(np.float32, copy=False)
 
-    compute = ComputeConfig(dtype="float32", remat="none")
     table = [read("embed", (slice(int(t), int(t) + 1), slice(None)))[0] for t in tokens.flat]
     x = jnp.asarray(np.stack(table).reshape(*tokens.shape, c.d_model))
     kinds = sorted(set(c.layer_kinds))
     tables = {kind: rope.table(c, kind, jnp.arange(tokens.shape[1])) for kind in kinds}
-    block = jax.jit(
-        lambda params, x, layer: Block(c, compute).apply({"params": params}, x, layer, tables, None)
-    )
     layered = [row.ours for row in rows(c, "Hugging Face") if row.is_layered]
     for i, kind in enumerate(c.layer_kinds):
         params: dict = {}
@@ -47,11 +46,19 @@ def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) ->
             index = (slice(i, i + 1), *(slice(0, n) for n in shape))
             place[last] = read(name, index)[0]
         layer = {"kind": jnp.int32(kinds.index(kind)), "index": jnp.int32(i)}
-        x, _ = block(params, x, layer)
+        x = _block(c)(params, x, layer, tables)
     return _head(weights, np.asarray(x), read)
 
 
-def _head(weights: Weights, x: np.ndarray, read) -> np.ndarray:
+@functools.lru_cache(maxsize=2)  # compiled once for a checkpoint and its copy
+def _block(config: ModelConfig) -> Callable[..., jax.Array]:
+    block = Block(config, ComputeConfig(dtype="float32", remat="none"))
+    return jax.jit(
+        lambda params, x, layer, tables: block.apply({"params": params}, x, layer, tables, None)[0]
+    )
+
+
+def _head(weights: Weights, x: np.ndarray, read: Callable[..., np.ndarray]) -> np.ndarray:
     """The last norm and the head, a piece of the table at a time."""
     c = weights.model
     if c.norm == "rms":

@@ -32,6 +32,7 @@ layers/mlp_norm     d         d          post_feedforward_layernorm  feed_forwar
 final_norm          d         d          model.norm                  lm_head.norm       transformer.ln_f
 lm_head             d v       v d        lm_head                     lm_head.w_out      transformer.ff_out
 """  # noqa: E501
+BLOCK = 256  # rows and columns that are transposed at once
 LAYERS = {
     "Hugging Face": "model.layers.{layer}.",
     "OLMo-core": "blocks.{layer}.",
@@ -122,6 +123,31 @@ def view(array: np.ndarray, old: str, new: str, lengths: Mapping[str, int]) -> n
     have, want = re.findall(r"\w", old), re.findall(r"\w", new)
     split = array.reshape([lengths[axis] for axis in have])
     return split.transpose([have.index(axis) for axis in want]).reshape(shape(new, lengths))
+
+
+def assign(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values` in blocks: NumPy alone transposes at a third of the speed."""
+    if out.ndim < 2 or (out.flags.c_contiguous and values.flags.c_contiguous):
+        out[...] = values
+    elif out.ndim > 2:
+        axis = int(np.argmin(out.shape))
+        for i in range(out.shape[axis]):
+            at = (slice(None),) * axis + (i,)
+            assign(out[at], values[at])
+    else:
+        for i in range(0, out.shape[0], BLOCK):
+            for j in range(0, out.shape[1], BLOCK):
+                block = slice(i, i + BLOCK), slice(j, j + BLOCK)
+                out[block] = values[block]
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array itself if it lies in C order in memory, else a copy that does."""
+    if array.flags.c_contiguous and array.flags.aligned:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    assign(out, array)
+    return out
 
 
 def _groups(axes: str) -> list[str]:

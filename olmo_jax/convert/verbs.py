@@ -19,12 +19,13 @@ import numpy as np
 import olmo_jax
 from olmo_jax import storage
 from olmo_jax.config import to_dict
-from olmo_jax.convert import compare, hf, native, weights
+from olmo_jax.convert import compare, hf, names, native, weights
 from olmo_jax.convert.logits import logits
 from olmo_jax.convert.weights import Index, Weights, layers_of, n_bytes, pieces
 from olmo_jax.progress import Bar
 
 Say = Callable[[str], None]
+Checksums = dict[tuple[str, int | None], int]  # of each layer of each leaf
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -56,8 +57,9 @@ def to_jax(
     source = weights.open(src, optimizer=optimizer, revision=revision)
     say(f"{src}: {source.line}")
     with _result(dst) as partial:
-        _write_native(source, storage.path(str(partial)), dtype)
+        written = _write_native(source, storage.path(str(partial)), dtype)
         same = native.Native(storage.path(str(partial)), optimizer)
+        _check_native(same, written)
         say(compare.check_copy(source, same, dtype))
     say(f"wrote {dst}")
 
@@ -92,10 +94,10 @@ def to_hf(
         partial.mkdir()
         total = sum(n_bytes(leaf) for leaf in source.leaves.values())
         with _bar("writing", total) as report:
-            hf.write(source, partial, dtype, max_shard_bytes, report)
+            written = hf.write(source, partial, dtype, max_shard_bytes, report)
+        hf.check(partial, written)
         same = hf.read(str(partial))
-        written = same.leaves["params/embed"].dtype.name
-        say(compare.check_copy(source, same, written))
+        say(compare.check_copy(source, same, same.leaves["params/embed"].dtype.name))
     say(f"wrote {dst}")
 
 
@@ -115,8 +117,9 @@ def average(sources: Sequence[str], dst: str, *, say: Say = print) -> None:
         _refuse_other_model(sources[0], opened[0], src, source)
     with _result(dst) as partial:
         mean = Mean(opened)
-        _write_native(mean, storage.path(str(partial)), "float32")
+        written = _write_native(mean, storage.path(str(partial)), "float32")
         same = native.Native(storage.path(str(partial)))
+        _check_native(same, written)
         say(compare.check_copy(mean, same, "float32"))
     say(f"wrote {dst}")
 
@@ -144,8 +147,9 @@ class Mean:
         return total
 
 
-def _write_native(source: Weights, folder: storage.Path, dtype: str) -> None:
+def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksums:
     """Write a checkpoint of ours, one layer of one leaf after the other."""
+    written: Checksums = {}
     leaves = {
         name: jax.ShapeDtypeStruct(leaf.shape, compare.dtype_of(name, leaf, dtype))
         for name, leaf in source.leaves.items()
@@ -154,7 +158,7 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> None:
     with _bar("writing", sum(n_bytes(leaf) for leaf in source.leaves.values())) as report:
         for name in source.leaves:
             for layer in layers_of(source, name):
-                _write_layer(writer, source, name, layer, leaves[name])
+                written[name, layer] = _write_layer(writer, source, name, layer, leaves[name])
                 report(n_bytes(source.leaves[name]) // len(layers_of(source, name)))
         writer.wait()
     config = {"model": to_dict(source.model)}
@@ -173,6 +177,16 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> None:
             (pathlib.Path(name) / file).write_bytes(data)
         paths = {file: f"{name}/{file}" for file in source.files}
         writer.commit(meta, files=paths)
+    return written
+
+
+def _check_native(copy: Weights, written: Checksums) -> None:
+    """Read what was written."""
+    for (name, layer), need in written.items():
+        found = 0
+        for index in pieces(copy, name, layer):
+            found = compare.crc(copy.read(name, index), found)
+        compare.refuse_other_crc(name, need, found)
 
 
 def _write_layer(
@@ -181,19 +195,23 @@ def _write_layer(
     name: str,
     layer: int | None,
     leaf: jax.ShapeDtypeStruct,
-) -> None:
+) -> int:
+    """Write a leaf or a layer of it, chunk by chunk; returns its checksum."""
     chunk = storage.chunk_shape(name, leaf)
     skip = 0 if layer is None else 1
     if len(leaf.shape) == skip:
         index = () if layer is None else (slice(layer, layer + 1),)
         values = _cast(source.read(name, index), leaf)
         writer.write(name, tuple(part.start for part in index), values)
-        return
+        return compare.crc(values)
     values = _assembled(source, name, layer, leaf)
+    checksum = 0
     for start in range(0, leaf.shape[skip], chunk[skip]):
         block = values[(slice(None),) * skip + (slice(start, start + chunk[skip]),)]
         origin = ((layer,) if skip else ()) + (start,) + (0,) * (len(leaf.shape) - skip - 1)
         writer.write(name, origin, block)
+        checksum = compare.crc(block, checksum)
+    return checksum
 
 
 def _assembled(
@@ -206,7 +224,7 @@ def _assembled(
     out = np.empty(leaf.shape if layer is None else (1, *leaf.shape[1:]), leaf.dtype)
     for index in parts:
         inner = index if layer is None else (slice(None), *index[1:])
-        out[inner] = source.read(name, index)
+        names.assign(out[inner], source.read(name, index))
     return out
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from olmo_jax import storage
 from olmo_jax.config import ModelConfig
 
-PIECE_BYTES = 128 << 20  # read at once of a source in PyTorch's layout
+PIECE_BYTES = 128 << 20
 
 Index = tuple[slice, ...]
 Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
@@ -93,13 +93,16 @@ def whole(shape: tuple[int, ...], index: Index | None) -> Index:
     return index if index is not None else (slice(None),) * len(shape)
 
 
-def pieces(weights: Weights, name: str, layer: int | None = None) -> list[Index]:
+def pieces(
+    weights: Weights, name: str, layer: int | None = None, most: int = PIECE_BYTES
+) -> list[Index]:
     """Where to read a leaf, or a layer of it, so that no piece is large.
 
     Args:
       weights: that have it; the pieces lie as they do in the source.
       name: of the leaf.
       layer: of a leaf that has layers; None: it has none.
+      most: bytes of a piece in PyTorch's layout, where a row is not more; in ours it is a chunk.
     """
     leaf = weights.leaves[name]
     index, first = list(whole(leaf.shape, None)), 0
@@ -110,7 +113,7 @@ def pieces(weights: Weights, name: str, layer: int | None = None) -> list[Index]
     if weights.torch_layout and not name.endswith("/embed"):  # a table has its rows first in both
         axis = len(leaf.shape) - 1
         row = math.prod(leaf.shape[first:-1]) * leaf.dtype.itemsize
-        step = max(1, PIECE_BYTES // row)
+        step = max(1, most // row)
     else:
         axis, step = first, storage.chunk_shape(name, leaf)[first]
     return [

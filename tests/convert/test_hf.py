@@ -80,12 +80,6 @@ def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, na
     assert np.abs(streamed - want).max() < 2e-5
     assert tensors(back) == tensors(folder)
     assert np.array_equal(theirs(back), want)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_config_fields_are_equal_after_the_way_back(tmp_path, name):
-    folder = save(tmp_path, name)
-    back = convert(folder, tmp_path)
     before, after = (
         transformers.AutoConfig.from_pretrained(path).to_dict() for path in (folder, back)
     )
@@ -126,7 +120,7 @@ def test_fp32_is_rounded_to_bf16_as_torch_rounds(tmp_path):
 @pytest.mark.parametrize("options", [dict(max_shard_size="20KB"), dict()])
 def test_shards_in_any_number_are_read(tmp_path, options):
     folder = save(tmp_path, "olmo3", **options)
-    assert len(list(folder.glob("*.safetensors"))) == (1 if not options else 9)
+    assert len(list(folder.glob("*.safetensors"))) == (1 if not options else 30)
     found = weights.open(str(folder))
     assert found.line.startswith("Hugging Face Olmo3ForCausalLM, 47 tensors in ")
     assert np.abs(logits(found, TOKENS) - theirs(folder)).max() < 2e-5
@@ -207,6 +201,7 @@ def test_load_spreads_any_source_over_a_mesh(tmp_path):
     model, params = olmo_jax.load(str(folder), mesh=mesh)
     assert params["layers"]["attn"]["wq"].sharding.num_devices == 8
     assert params["layers"]["attn"]["wq"].addressable_shards[0].data.shape == (4, 16, 2, 16)
+    assert params["lm_head"].shape == (64, 98)  # 97 tokens on two devices
     with jax.set_mesh(mesh):
         ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
     assert np.abs(ours - theirs(folder)).max() < 2e-5

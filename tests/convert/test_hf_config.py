@@ -220,7 +220,7 @@ def test_depths_that_are_no_multiple_of_four_slide_as_in_transformers():
     ],
 )
 def test_a_model_that_hugging_face_has_not_is_refused_by_name(change, message):
-    with pytest.raises(ValueError, match=f"Hugging Face has no model like this.*{message}"):
+    with pytest.raises(ValueError, match=f"no Hugging Face model is like this one.*{message}"):
         hf_config.write(ModelConfig(**change), {}, "float32")
 
 
