@@ -5,6 +5,7 @@ Run by the tests with `ai2-olmo` installed: `train_olmo.py OUT MODEL`, where OUT
 model's first row, as JSON.
 """
 
+import copy
 import json
 import pathlib
 import random
@@ -18,6 +19,7 @@ import torch
 sys.modules["datasets"] = types.SimpleNamespace(  # type: ignore[assignment]
     Dataset=type("Dataset", (), {}), DatasetDict=type("DatasetDict", (), {})
 )
+from olmo.checkpoint import FullCheckpointer  # noqa: E402
 from olmo.config import ModelConfig, OptimizerConfig, OptimizerType, TrainConfig  # noqa: E402
 from olmo.model import OLMo  # noqa: E402
 from olmo.optim import build_optimizer  # noqa: E402
@@ -103,15 +105,8 @@ def train_step(model: torch.nn.Module, optim: torch.optim.Optimizer, tokens: tor
 
 
 def save(folder: pathlib.Path, config, model, optim, batches: torch.Tensor, form: str) -> None:
-    """The files that FullCheckpointer writes of a model on one device."""
+    """A checkpoint by OLMo's own checkpointer, of what a process alone would train."""
     n_rows, seq_len = batches.shape[1:]
-    folder.mkdir()
-    config.save(folder / "config.yaml")
-    if form == "safetensors":
-        state_dict_to_safetensors_file(model.state_dict(), folder / "model.safetensors")
-    else:
-        torch.save(model.state_dict(), folder / "model.pt")
-    torch.save(optim.state_dict(), folder / "optim.pt")
     trainer = {
         "epoch": 0,
         "global_step": SAVED_AFTER,
@@ -125,7 +120,16 @@ def save(folder: pathlib.Path, config, model, optim, batches: torch.Tensor, form
             "torch": torch.random.get_rng_state(),
         },
     }
-    torch.save(trainer, folder / "train.pt")
+    meeting = (folder.parent / "meeting").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    # A copy, for the hooks of the wrapper would stay.
+    wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    FullCheckpointer(config).save_checkpoint(folder, wrapped, optim, trainer)
+    torch.distributed.destroy_process_group()
+    if form == "safetensors":
+        state = torch.load(folder / "model.pt")
+        state_dict_to_safetensors_file(state, folder / "model.safetensors")
+        (folder / "model.pt").unlink()
 
 
 if __name__ == "__main__":
