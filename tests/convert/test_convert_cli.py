@@ -378,6 +378,7 @@ def trained(tmp_path_factory, compiled) -> dict[str, pathlib.Path]:
         f"data.paths={runs.write_tokens(base / 'tokens.npy')}",
         f"compute.compilation_cache={compiled}",
         "checkpoint.interval=2",
+        "optim.schedule.warmup=0",
         "log.tensorboard=false",
     ]
 
