@@ -42,6 +42,7 @@ HOMES = {
     "sentencepiece": "data/tokenizer",
     "ml_collections": "config",
     "huggingface_hub": "convert/hub",
+    "yaml": "convert/legacy",
 }
 WITHOUT_JAX = "train config validate presets flops schedules records progress metrics".split() + [
     f"data.{name}" for name in ("tokens", "order", "tokenizer", "corpus")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from olmo_jax.convert.folders import THREADS, Folder
+from olmo_jax.convert.stacked import Shapes
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
 
 Ranges = list[tuple[int, int]]  # start and stop in each dimension
@@ -50,7 +51,7 @@ class Distributed:
             }
             stored = meta.state_dict_metadata
             tensors = {key: value for key, value in stored.items() if hasattr(value, "chunks")}
-            self.shapes = {
+            self.shapes: Shapes = {
                 key: (tuple(value.size), value.properties.state[0])
                 for key, value in tensors.items()
             }

@@ -16,7 +16,7 @@ from olmo_jax.config import ModelConfig
 from olmo_jax.convert import folders, names, resume, safetensors
 from olmo_jax.convert.fields import Fields
 from olmo_jax.convert.folders import Folder
-from olmo_jax.convert.stacked import Stacked
+from olmo_jax.convert.stacked import Shapes, Stacked
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
 from olmo_jax.convert.weights import Index
 
@@ -255,7 +255,7 @@ class _Store:
         self._file = file
         try:
             self._tensors = {key.replace(FSDP, ""): tensor for key, tensor in tensors.items()}
-            self.shapes = {k: (tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
+            self.shapes: Shapes = {k: (tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
         except AttributeError:
             raise ValueError(f"{file.where} holds more than tensors by name") from None
 

@@ -16,12 +16,18 @@ from olmo_jax.convert.weights import Index, Leaves, whole
 SHOWN = 3  # problems of one kind in an error
 COMPARED_ROWS = 4096  # at once
 
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # and dtypes, by key
+
 
 class Store(Protocol):
     """Tensors by key."""
 
     where: str  # for errors
-    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape and dtype of each tensor."""
+        ...
 
     def read(self, key: str, index: Index) -> np.ndarray:
         """A part of a tensor, a slice of step 1 for each dimension; reads no more than that."""
@@ -114,7 +120,8 @@ class Stacked:
             index.append((start * size, stop * size))
             got[first] = stop - start
             inner |= set(rest)
-        offset = sum(self._first_axis(r) for r in _stacked(tree, row) if r.part < row.part)
+        before = [r for r in _stacked(tree, row) if (r.part or 0) < (row.part or 0)]
+        offset = sum(self._first_axis(r) for r in before)
         index[0] = (index[0][0] + offset, index[0][1] + offset)
         key = tree.key_of(row.key_of(layer))
         array = tree.store.read(key, tuple(slice(*part) for part in index))
