@@ -167,7 +167,7 @@ def _add_optimizer(
     for ours, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
         tensors = {key: state[theirs] for key, state in by_name.items() if theirs in state}
         store = _Store(archive, tensors)
-        weights.add(f"opt_state/{ours}/", store, rows, lambda key: key, store.shapes)
+        weights.add(f"opt_state/{ours}/", store, rows, lambda key: key, store.shapes, np.float32)
     steps = {key: _number(archive, state.get("step")) for key, state in by_name.items()}
     weights.add_value("opt_state/count", resume.count(steps, archive.where))
 

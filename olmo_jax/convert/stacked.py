@@ -64,6 +64,7 @@ class Stacked:
         rows: list[Row],
         key_of: Callable[[str], str],
         own: Iterable[str],
+        dtype: Any = None,
     ) -> None:
         """Add leaves that mirror the parameters.
 
@@ -73,6 +74,7 @@ class Stacked:
           rows: the table.
           key_of: the store's key of a parameter, from the parameter's key.
           own: keys of the store that must all be used.
+          dtype: to convert them to; None: as they are stored.
         Raises:
           ValueError: with what is missing, left over, or of another shape.
         """
@@ -82,8 +84,8 @@ class Stacked:
             name = prefix + row.ours
             shape = names.shape(row.axes, self._lengths)
             layers = (self.model.n_layers,) if row.is_layered else ()
-            _, dtype = store.shapes[key_of(row.key_of(0))]
-            self.leaves[name] = jax.ShapeDtypeStruct((*layers, *shape), dtype)
+            _, stored = store.shapes[key_of(row.key_of(0))]
+            self.leaves[name] = jax.ShapeDtypeStruct((*layers, *shape), dtype or stored)
             self._trees[name] = tree, row
 
     def add_value(self, name: str, value: np.ndarray) -> None:
@@ -93,18 +95,23 @@ class Stacked:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A leaf or a part of it, see `Weights`."""
+        return names.contiguous(self.view(name, index))
+
+    def view(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The same as the source has it in memory, see `Weights`."""
         shape = self.leaves[name].shape
         index = whole(shape, index)
         if name in self._values:
             return np.require(self._values[name][index], requirements="C")
         ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         tree, row = self._trees[name]
+        dtype = self.leaves[name].dtype
         if not row.is_layered:
-            return self._read(tree, row, 0, ranges)
+            return self._read(tree, row, 0, ranges).astype(dtype, copy=False)
         layers = range(*ranges[0])
         if len(layers) == 1:
-            return self._read(tree, row, layers[0], ranges[1:])[None]
-        out = np.empty([stop - start for start, stop in ranges], self.leaves[name].dtype)
+            return self._read(tree, row, layers[0], ranges[1:])[None].astype(dtype, copy=False)
+        out = np.empty([stop - start for start, stop in ranges], dtype)
         for i, layer in enumerate(layers):
             out[i] = self._read(tree, row, layer, ranges[1:])
         return out
@@ -127,7 +134,7 @@ class Stacked:
         array = tree.store.read(key, tuple(slice(*part) for part in index))
         ours = names.view(array, row.torch_axes, row.axes, got)
         narrow = [slice(*wanted[a]) if a in inner else slice(None) for a in row.axes.split()]
-        return names.contiguous(ours[tuple(narrow)])
+        return ours[tuple(narrow)]
 
     def _first_axis(self, row: Row) -> int:
         return names.shape(row.torch_axes, self._lengths)[0]

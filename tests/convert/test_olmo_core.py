@@ -16,9 +16,9 @@ import hf  # noqa: E402
 import torch.distributed.checkpoint as dist_cp  # noqa: E402
 from training import next_losses, state_of  # noqa: E402
 
-from olmo_jax import optim, storage  # noqa: E402
-from olmo_jax.config import OptimConfig, from_dict  # noqa: E402
-from olmo_jax.convert import folders, olmo_core  # noqa: E402
+from olmo_jax import optim, sharding, step, storage  # noqa: E402
+from olmo_jax.config import MeshConfig, OptimConfig, from_dict  # noqa: E402
+from olmo_jax.convert import folders, olmo_core, olmo_core_config, verbs  # noqa: E402
 from olmo_jax.nn.transformer import Transformer  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).with_name("train_olmo_core.py")
@@ -205,6 +205,18 @@ def test_a_checkpoint_of_weights_only_lies_beside_its_config(tmp_path, grouped):
 # --- optimizer ------------------------------------------------------------------------------------
 
 
+def test_the_second_table_of_a_tied_model_must_be_the_first(tmp_path, grouped):
+    state = grouped[0] | {"lm_head.w_out.weight": grouped[0]["embeddings.weight"].clone()}
+    config = config_with("model.tie_word_embeddings", True)
+    weights = olmo_core.read(save(tmp_path / "same", {"model": state}, config))
+    assert weights.model.tie_embeddings
+    assert "params/lm_head" not in weights.leaves
+    state["lm_head.w_out.weight"][90, 5] += 1
+    src = save(tmp_path / "other", {"model": state}, config)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is set, but .* differ"):
+        olmo_core.read(src)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_moments_lie_like_their_parameters(tmp_path, grouped, flat):
     state, _, params = grouped
@@ -238,9 +250,8 @@ def test_the_state_is_the_tree_that_training_has(tmp_path, grouped):
 
 
 def test_a_run_whose_adam_step_stood_still_is_told_apart(tmp_path, grouped):
-    config = config_with("train_module.optim.step_increment_bugfix", False)
     state = {"model": grouped[0], "optim": {"state": adam(grouped[0], step=0.0)}}
-    src = save(tmp_path / "step3", state, config)
+    src = save(tmp_path / "step3", state)
     with pytest.raises(FileNotFoundError, match=r"train/rank0\.pt, which has the step, is missing"):
         olmo_core.read(src, optimizer=True)
     (tmp_path / "step3" / "train").mkdir()
@@ -248,6 +259,34 @@ def test_a_run_whose_adam_step_stood_still_is_told_apart(tmp_path, grouped):
     weights = olmo_core.read(src, optimizer=True)
     assert (int(weights.read("step")), int(weights.read("opt_state/count"))) == (9, 0)
     assert from_dict(weights.meta["config"]).optim.freeze_adam_step
+    assert weights.line.endswith("go on with optim.freeze_adam_step=True")
+
+
+def test_moments_in_bfloat16_become_float32(tmp_path, grouped):
+    moments = adam(grouped[0])
+    for state in moments.values():
+        state["exp_avg"] = state["exp_avg"].bfloat16()
+    src = save(tmp_path / "step3", {"model": grouped[0], "optim": {"state": moments}})
+    weights = olmo_core.read(src, optimizer=True)
+    want = moments["embeddings.weight"]["exp_avg"].float().numpy()
+    np.testing.assert_array_equal(weights.read("opt_state/mu/embed"), want)
+    assert {leaf.dtype for name, leaf in weights.leaves.items() if "/mu/" in name} == {
+        np.dtype(np.float32)
+    }
+
+
+def test_a_converted_checkpoint_is_what_training_restores(tmp_path, grouped):
+    state, _, params = grouped
+    src = save(tmp_path / "step3", {"model": state, "optim": {"state": adam(state)}})
+    verbs.to_jax(src, str(tmp_path / "ours"), optimizer=True, say=lambda line: None)
+    folder = storage.path(str(tmp_path / "ours"))
+    config = from_dict(storage.read_meta(folder)["config"])
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    restored = storage.restore(folder, step.abstract_state(config, mesh))
+    assert int(restored.step) == int(restored.opt_state["count"]) == 3
+    np.testing.assert_array_equal(restored.params["lm_head"], params["lm_head"])
+    w_up = params["layers"]["mlp"]["w_up"]
+    np.testing.assert_array_equal(restored.opt_state["mu"]["layers"]["mlp"]["w_up"], 2 * w_up)
 
 
 # --- behind https ---------------------------------------------------------------------------------
@@ -260,7 +299,8 @@ def test_a_folder_on_a_web_server_is_read_by_ranges(tmp_path, grouped, monkeypat
     size = (tmp_path / "step3" / "model_and_optim" / "__0_0.distcp").stat().st_size
     with web.serving(tmp_path) as server:
         server.faults = ["503", "cut", ""] * 20
-        weights = olmo_core.read(f"{server.url}/step3")
+        weights = olmo_core.read(f"{server.url}/step3", optimizer=True)
+        assert int(weights.read("step")) == 3
         before = server.n_bytes
         for name in ("embed", "layers/attn/wq", "layers/mlp/w_down"):
             want = np.asarray(storage.names(params)[name])
@@ -283,15 +323,15 @@ def test_a_window_pattern_becomes_the_kind_of_every_layer():
         "force_full_attention_on_last_layer": True,
     }
     config = config_with("model.block.attention.sliding_window", window)
-    model, _ = olmo_core.read_config(config, "c")
+    model, _ = olmo_core_config.read(config, "c")
     assert (model.window, model.layer_types) == (8, ("sliding",) * 3 + ("full",))
     config["model"]["n_layers"] = 6
-    model, _ = olmo_core.read_config(config, "c")
+    model, _ = olmo_core_config.read(config, "c")
     kinds = ("sliding", "sliding", "sliding", "full", "sliding", "full")
     assert model.layer_kinds == kinds
     window["force_full_attention_on_first_layer"] = True  # the pattern then begins behind it
     config["model"]["block"]["attention"]["sliding_window"] = window
-    model, _ = olmo_core.read_config(config, "c")
+    model, _ = olmo_core_config.read(config, "c")
     assert model.layer_kinds == ("full", "sliding", "sliding", "sliding", "full", "full")
 
 
@@ -300,7 +340,7 @@ def test_pre_norm_and_models_without_norm_weights_are_understood():
     plain = {"name": "default", "elementwise_affine": False}
     del config["model"]["block"]["attention"]["qk_norm"]
     config["model"]["block"]["layer_norm"] = config["model"]["lm_head"]["layer_norm"] = plain
-    model, _ = olmo_core.read_config(config, "c")
+    model, _ = olmo_core_config.read(config, "c")
     assert (model.norm, model.norm_eps) == ("nonparametric", 1e-5)
     assert (model.norm_position, model.qk_norm) == ("before", "none")
 
@@ -309,7 +349,7 @@ def test_clipping_head_size_and_theta_are_carried():
     config = config_with("model.block.attention.clip_qkv", 8.0)
     config["model"]["block"]["attention"] |= {"head_dim": 24}
     config["model"]["block"]["attention"]["rope"]["theta"] = 10_000
-    model, _ = olmo_core.read_config(config, "c")
+    model, _ = olmo_core_config.read(config, "c")
     assert (model.clip_qkv, model.head_dim, model.rope_theta) == (8.0, 24, 10_000.0)
 
 
@@ -353,7 +393,7 @@ REFUSED = {
 def test_an_option_that_changes_the_function_is_refused_by_name(path):
     value, message = REFUSED[path]
     with pytest.raises(ValueError, match=message) as error:
-        olmo_core.read_config(config_with(path, value), "step3/config.json")
+        olmo_core_config.read(config_with(path, value), "step3/config.json")
     assert str(error.value).startswith("step3/config.json: ")
     assert "\n" not in str(error.value)
 
@@ -364,7 +404,7 @@ def test_layers_that_differ_in_more_than_their_window_are_refused():
     other["feed_forward"]["hidden_size"] = 64
     config["model"]["block_overrides"] = {"2": other}
     with pytest.raises(ValueError, match="layer 2 differs from the first in d_ff"):
-        olmo_core.read_config(config, "c")
+        olmo_core_config.read(config, "c")
 
 
 def test_yarn_on_sliding_layers_is_refused():
@@ -372,13 +412,13 @@ def test_yarn_on_sliding_layers_is_refused():
     config = config_with("model.block.attention.sliding_window", window)
     config["model"]["block"]["attention"]["rope"] = {"theta": 500_000, "scaling": YARN}
     with pytest.raises(ValueError, match="scales all full layers alike, and no sliding ones"):
-        olmo_core.read_config(config, "c")
+        olmo_core_config.read(config, "c")
 
 
 def test_yarn_where_its_formulas_differ_is_refused():
     config = config_with("model.block.attention.rope.scaling", YARN | {"old_context_len": 2**22})
     with pytest.raises(ValueError, match="the ramp ends at dimension 9 of 8"):
-        olmo_core.read_config(config, "c")
+        olmo_core_config.read(config, "c")
 
 
 # --- checkpoints that cannot be right -------------------------------------------------------------
@@ -440,6 +480,21 @@ def test_another_optimizer_is_refused_by_name(tmp_path, grouped):
     state = {"model": grouped[0], "optim": {"state": adam(grouped[0])}}
     with pytest.raises(ValueError, match="the optimizer is LionConfig"):
         olmo_core.read(save(tmp_path / "step3", state, config), optimizer=True)
+
+
+def test_a_missing_shard_is_named(tmp_path, grouped):
+    src = save(tmp_path / "step3", {"model": grouped[0]})
+    (tmp_path / "step3" / "model_and_optim" / "__0_0.distcp").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model_and_optim/__0_0\.distcp is missing"):
+        olmo_core.read(src)
+
+
+def test_a_truncated_shard_is_named(tmp_path, grouped):
+    src = save(tmp_path / "step3", {"model": grouped[0]})
+    path = tmp_path / "step3" / "model_and_optim" / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is truncated: 50,000 bytes of at least"):
+        olmo_core.read(src)
 
 
 def test_a_damaged_config_is_named(tmp_path, grouped):
