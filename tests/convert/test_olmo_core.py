@@ -513,6 +513,7 @@ def test_a_damaged_config_is_named(tmp_path, grouped):
     [
         ("olmo-core-3", "olmo2", "adamw"),
         ("olmo-core-3", "olmo2 tied", "adamw"),
+        ("olmo-core-3", "olmo2 fused", "skip_step_adamw"),
         ("olmo-core-3", "olmo3", "skip_step_adamw"),
         ("olmo-core-2", "olmo2", "skip_step_adamw"),
         ("olmo-core-2", "olmo3", "adamw"),

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import torch
-from olmo_core.nn.attention import SlidingWindowAttentionConfig
+from olmo_core.nn.attention import AttentionType, SlidingWindowAttentionConfig
 from olmo_core.nn.rope import YaRNRoPEScalingConfig
 from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
 from olmo_core.optim import AdamWConfig, OptimGroupOverride, SkipStepAdamWConfig
@@ -25,7 +25,7 @@ OPTIMIZERS = {"adamw": AdamWConfig, "skip_step_adamw": SkipStepAdamWConfig}
 
 
 def model_config(name: str) -> TransformerConfig:
-    """Four layers with grouped heads: olmo2, olmo2 tied, or olmo3 with a window and YaRN."""
+    """Four layers with grouped heads: olmo2 (plain, tied, fused), or olmo3 with window and YaRN."""
     window = SlidingWindowAttentionConfig(
         pattern=[5, 5, 5, -1],
         force_full_attention_on_first_layer=False,
@@ -45,6 +45,8 @@ def model_config(name: str) -> TransformerConfig:
         sliding_window=window if name == "olmo3" else None,
     )
     config.tie_word_embeddings = name == "olmo2 tied"
+    if name == "olmo2 fused":
+        config.block.sequence_mixer.name = AttentionType("fused_v2")
     if name == "olmo3":
         scaling = YaRNRoPEScalingConfig(factor=8, beta_fast=32, beta_slow=1, old_context_len=8192)
         config = config.with_rope_scaling(scaling)
