@@ -1,6 +1,7 @@
 """OLMo-core's checkpoints: read by us, judged by OLMo-core itself and by transformers."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import warnings
@@ -16,8 +17,8 @@ import hf  # noqa: E402
 import torch.distributed.checkpoint as dist_cp  # noqa: E402
 from training import next_losses, state_of  # noqa: E402
 
-from olmo_jax import optim, sharding, step, storage  # noqa: E402
-from olmo_jax.config import MeshConfig, OptimConfig, from_dict  # noqa: E402
+from olmo_jax import optim, presets, sharding, step, storage  # noqa: E402
+from olmo_jax.config import MeshConfig, ModelConfig, OptimConfig, from_dict  # noqa: E402
 from olmo_jax.convert import folders, olmo_core, olmo_core_config, verbs  # noqa: E402
 from olmo_jax.nn.transformer import Transformer  # noqa: E402
 
@@ -505,6 +506,22 @@ def test_a_damaged_config_is_named(tmp_path, grouped):
 
 
 # --- Ai2's own code as judge ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["olmo-core-3", "olmo-core-2"])
+def test_every_preset_of_olmo_core_is_the_model_that_we_have(ai2_packages, package):
+    known = [name for name in presets.MODELS if name.startswith(("olmo2", "olmo3"))]
+    known = [name for name in known if not name.endswith("_hf")]
+    folder = ai2.install(package, ai2_packages)
+    script = SCRIPT.with_name("olmo_core_presets.py")
+    configs = ai2.run(script, folder, str(presets.OLMO2["vocab_size"]), *known)
+    assert len(configs) == 31
+    for name, config in configs.items():
+        model, is_fused = olmo_core_config.read(config, name)
+        want = ModelConfig(**presets.MODELS[name])
+        assert dataclasses.replace(model, max_seq_len=want.max_seq_len) == want, name
+        assert not is_fused
 
 
 @pytest.mark.slow
