@@ -108,12 +108,12 @@ def read_config(config: Any, where: str) -> ModelConfig:
         head_dim=d_model // n_heads,
         d_ff=int(width) // 2,  # theirs counts gate and up together
         max_seq_len=int(c.take("max_sequence_length", 1024)),
-        clip_qkv=c.take("clip_qkv"),
+        clip_qkv=_float(c.take("clip_qkv")),
         tie_embeddings=c.take("weight_tying", True),
         rope_theta=float(c.take("rope_theta", 10_000)),
         init="mitchell" if c.take("init_fn", "normal") == "mitchell" else "normal",
         init_std=float(c.take("init_std", 0.02)),
-        embed_init_std=c.take("emb_init_std"),
+        embed_init_std=_float(c.take("emb_init_std")),
     )
     c.ignore(
         "alibi_bias_max", "rope_full_precision", "flash_attention", "init_device",
@@ -121,6 +121,10 @@ def read_config(config: Any, where: str) -> ModelConfig:
     )  # fmt: skip
     c.done()
     return model
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _norm(c: Fields) -> dict[str, Any]:
@@ -172,6 +176,20 @@ def _add_optimizer(
     weights.add_value("opt_state/count", resume.count(steps, archive.where))
 
 
+def _optim(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's options in our words; what is not said is OLMo's default, not ours."""
+    beta1, beta2 = options.get("betas") or (0.9, 0.95)
+    floats = {
+        "lr": options.get("learning_rate", 1e-4),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": options.get("eps", 1e-5),
+        "weight_decay": options.get("weight_decay", 0.01),
+    }
+    # YAML's 1e-5, without a point, is a string to PyYAML.
+    return {"name": "adamw"} | {name: float(value) for name, value in floats.items()}
+
+
 def _by_name(state: Any, where: str) -> dict[str, Mapping[str, Any]]:
     """The state of each parameter by its name, which PyTorch itself has as a number."""
     groups = state["param_groups"]
@@ -201,16 +219,7 @@ def _add_trainer(weights: Stacked, folder: Folder, config: Any) -> None:
     if not isinstance(step, int):
         raise ValueError(f"{archive.where}: there is no global_step in it")
     weights.add_value("step", np.asarray(step, np.int32))
-    options, seq_len = config["optimizer"], weights.model.max_seq_len
-    beta1, beta2 = options.get("betas") or (None, None)
-    optim = {
-        "name": "adamw",
-        "lr": options.get("learning_rate"),
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": options.get("eps"),
-        "weight_decay": options.get("weight_decay"),
-    }
+    seq_len, optim = weights.model.max_seq_len, _optim(config["optimizer"])
     known = resume.config(weights.model, seq_len, "legacy", optim)
     weights.meta |= {"step": step, "config": known}
     rows = state.get("global_train_examples_seen_this_epoch")

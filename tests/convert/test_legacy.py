@@ -15,8 +15,8 @@ import hf  # noqa: E402
 import safetensors.torch  # noqa: E402
 from training import next_losses, state_of  # noqa: E402
 
-from olmo_jax import storage  # noqa: E402
-from olmo_jax.config import from_dict  # noqa: E402
+from olmo_jax import presets, storage  # noqa: E402
+from olmo_jax.config import ModelConfig, from_dict  # noqa: E402
 from olmo_jax.convert import folders, legacy  # noqa: E402
 from olmo_jax.nn.transformer import Transformer  # noqa: E402
 
@@ -230,6 +230,44 @@ def test_an_option_that_changes_the_function_is_refused_by_name(option):
         legacy.read_config(config, "step3/config.yaml")
     assert str(error.value).startswith("step3/config.yaml: ")
     assert "\n" not in str(error.value)
+
+
+# The model sections of the configs that Ai2 published, but for what is the same in all of them.
+NEOX = dict(
+    vocab_size=50_280, embedding_size=50_304, eos_token_id=50_279, multi_query_attention=False
+)
+PLAIN = dict(attention_layer_norm_with_affine=False, multi_query_attention=False)
+OFFICIAL1 = OLMO1 | NEOX | PLAIN | {"init_fn": "mitchell"}
+DOLMA2 = dict(
+    vocab_size=100_278, embedding_size=100_352, eos_token_id=100_257, layer_norm_eps="1e-6"
+)
+LARGE = dict(d_model=4096, n_heads=32, n_layers=32, mlp_hidden_size=22_016)
+OFFICIAL = {
+    "olmo1_1B": OFFICIAL1
+    | dict(d_model=2048, n_heads=16, n_layers=16, mlp_ratio=8, mlp_hidden_size=None)
+    | dict(weight_tying=True, max_sequence_length=2048),
+    "olmo1_7B": OFFICIAL1 | LARGE | dict(max_sequence_length=2048),
+    "olmo1_7B_0424": OFFICIAL1 | LARGE | dict(max_sequence_length=4096, clip_qkv=8.0),
+    "olmo2_7B": OLMO2 | DOLMA2 | LARGE | dict(max_sequence_length=4096, layer_norm_eps="1e-6"),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_published_config_is_the_preset_that_we_have(name):
+    found = legacy.read_config({"model": MODEL | OFFICIAL[name]}, "config.yaml")
+    assert found == ModelConfig(**presets.MODELS[name])
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path, models):
+    state, _, _ = models["olmo2"]
+    src = save(tmp_path / "step3", state, CONFIGS["olmo2"])
+    text = (tmp_path / "step3" / "config.yaml").read_text()
+    assert "eps: 1.0e-05" in text
+    (tmp_path / "step3" / "config.yaml").write_text(text.replace("1.0e-05", "1e-5"))
+    save_optimizer(tmp_path / "step3", state, by_number=True)
+    weights = legacy.read(src, optimizer=True)
+    optim = from_dict(weights.meta["config"]).optim
+    assert (optim.eps, optim.lr, optim.weight_decay) == (1e-5, 1e-4, 0.01)
 
 
 def test_mlp_ratio_counts_gate_and_up_together():
