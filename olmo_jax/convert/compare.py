@@ -14,7 +14,7 @@ from olmo_jax.convert.logits import logits
 from olmo_jax.convert.weights import Index, Weights, layers_of, n_bytes, pieces
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, for weights that are equal
-LOGIT_BYTES = 8 << 30  # larger models are not run on a few tokens after each conversion
+LOGIT_BYTES = 4 << 30  # larger models are not run on a few tokens after each conversion
 PIECE_BYTES = 512 << 20  # compared at once: the two layouts may lie across each other
 
 

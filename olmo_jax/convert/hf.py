@@ -15,7 +15,7 @@ from olmo_jax.convert import compare, folders, hf_config, names, resume, safeten
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.names import Row
 from olmo_jax.convert.stacked import Stacked
-from olmo_jax.convert.weights import Index, Weights, pieces
+from olmo_jax.convert.weights import Index, Weights, ahead, pieces
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Copied byte for byte: tokenizer, chat template, options of generation.
@@ -222,8 +222,10 @@ def write(
     lengths = names.sizes(model) | {"v": model.vocab_size}
     written: dict[str, int] = {}
 
+    made = ahead(functools.partial(_torch_tensor, weights, p, lengths) for p in plan.values())
+
     def make(key: str) -> Iterator[np.ndarray]:
-        tensor = _torch_tensor(weights, plan[key], lengths)
+        tensor = next(made)  # in the order of the plan
         written[key] = compare.crc(tensor)
         yield tensor
         report(plan[key].n_bytes)
@@ -300,7 +302,7 @@ def _torch_tensor(weights: Weights, planned: Planned, lengths: Mapping[str, int]
         ends = zip(index[skip:], ours.shape, strict=True)
         inner = tuple(slice(*part.indices(n)) for part, n in ends)
         if all(part.start < part.stop for part in inner):  # else it is padding
-            values = weights.read(name, (*index[:skip], *inner))
+            values = weights.view(name, (*index[:skip], *inner))
             names.assign(ours[inner], values[(0,) * skip])
     return out
 

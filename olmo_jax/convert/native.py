@@ -64,3 +64,5 @@ class Native:
         """A leaf or a part of it."""
         index = whole(self.leaves[name].shape, index)
         return storage.read_part(self._folder, name, index)
+
+    view = read

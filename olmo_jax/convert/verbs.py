@@ -5,6 +5,7 @@ is a sibling `NAME.partial`, which an error removes.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ from olmo_jax import storage
 from olmo_jax.config import to_dict
 from olmo_jax.convert import compare, hf, names, native, weights
 from olmo_jax.convert.logits import logits
-from olmo_jax.convert.weights import Index, Weights, layers_of, n_bytes, pieces
+from olmo_jax.convert.weights import Index, Weights, ahead, layers_of, n_bytes, pieces
 from olmo_jax.progress import Bar
 
 Say = Callable[[str], None]
@@ -146,6 +147,8 @@ class Mean:
         total /= len(self._sources)
         return total
 
+    view = read
+
 
 def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksums:
     """Write a checkpoint of ours, one layer of one leaf after the other."""
@@ -156,10 +159,13 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
     }
     writer = storage.Writer(folder, leaves)
     with _bar("writing", sum(n_bytes(leaf) for leaf in source.leaves.values())) as report:
-        for name in source.leaves:
-            for layer in layers_of(source, name):
-                written[name, layer] = _write_layer(writer, source, name, layer, leaves[name])
-                report(n_bytes(source.leaves[name]) // len(layers_of(source, name)))
+        parts = [(name, layer) for name in source.leaves for layer in layers_of(source, name)]
+        made = ahead(
+            functools.partial(_assembled, source, *part, leaves[part[0]]) for part in parts
+        )
+        for (name, layer), values in zip(parts, made, strict=True):
+            written[name, layer] = _write_layer(writer, name, layer, values)
+            report(n_bytes(source.leaves[name]) // len(layers_of(source, name)))
         writer.wait()
     config = {"model": to_dict(source.model)}
     meta = {
@@ -182,54 +188,39 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
 
 def _check_native(copy: Weights, written: Checksums) -> None:
     """Read what was written."""
+    where = [(*part, index) for part in written for index in pieces(copy, *part)]
+    found = dict.fromkeys(written, 0)
+    read = ahead(functools.partial(copy.read, name, index) for name, _, index in where)
+    for (name, layer, _), values in zip(where, read, strict=True):
+        found[name, layer] = compare.crc(values, found[name, layer])
     for (name, layer), need in written.items():
-        found = 0
-        for index in pieces(copy, name, layer):
-            found = compare.crc(copy.read(name, index), found)
-        compare.refuse_other_crc(name, need, found)
-
-
-def _write_layer(
-    writer: storage.Writer,
-    source: Weights,
-    name: str,
-    layer: int | None,
-    leaf: jax.ShapeDtypeStruct,
-) -> int:
-    """Write a leaf or a layer of it, chunk by chunk; returns its checksum."""
-    chunk = storage.chunk_shape(name, leaf)
-    skip = 0 if layer is None else 1
-    if len(leaf.shape) == skip:
-        index = () if layer is None else (slice(layer, layer + 1),)
-        values = _cast(source.read(name, index), leaf)
-        writer.write(name, tuple(part.start for part in index), values)
-        return compare.crc(values)
-    values = _assembled(source, name, layer, leaf)
-    checksum = 0
-    for start in range(0, leaf.shape[skip], chunk[skip]):
-        block = values[(slice(None),) * skip + (slice(start, start + chunk[skip]),)]
-        origin = ((layer,) if skip else ()) + (start,) + (0,) * (len(leaf.shape) - skip - 1)
-        writer.write(name, origin, block)
-        checksum = compare.crc(block, checksum)
-    return checksum
+        compare.refuse_other_crc(name, need, found[name, layer])
 
 
 def _assembled(
     source: Weights, name: str, layer: int | None, leaf: jax.ShapeDtypeStruct
 ) -> np.ndarray:
-    """A leaf or a layer of it, from pieces of the source."""
-    parts = pieces(source, name, layer)
-    if len(parts) == 1:
-        return _cast(source.read(name, parts[0]), leaf)
+    """A leaf or a layer of it in its new dtype, from pieces of the source."""
     out = np.empty(leaf.shape if layer is None else (1, *leaf.shape[1:]), leaf.dtype)
-    for index in parts:
+    for index in pieces(source, name, layer):
         inner = index if layer is None else (slice(None), *index[1:])
-        names.assign(out[inner], source.read(name, index))
+        names.assign(out[(*inner, ...)], source.view(name, index))  # a scalar stays an array
     return out
 
 
-def _cast(values: np.ndarray, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    return values.astype(leaf.dtype, copy=False)
+def _write_layer(writer: storage.Writer, name: str, layer: int | None, values: np.ndarray) -> int:
+    """Write a leaf or a layer of it, chunk by chunk; returns its checksum."""
+    first = () if layer is None else (layer,)
+    skip, checksum = len(first), 0
+    if values.ndim == skip:
+        writer.write(name, first, values)
+        return compare.crc(values)
+    chunk = storage.chunk_shape(name, jax.ShapeDtypeStruct(values.shape, values.dtype))[skip]
+    for start in range(0, values.shape[skip], chunk):
+        block = values[(slice(None),) * skip + (slice(start, start + chunk),)]
+        writer.write(name, (*first, start, *(0,) * (values.ndim - skip - 1)), block)
+        checksum = compare.crc(block, checksum)
+    return checksum
 
 
 # --- compare --------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ Each format has a reader, a module with `recognises(src)` and `read(src, optimiz
 with checkpoints (convert, compare, average, load) is written once, against `Weights`.
 """
 
+import collections
+import concurrent.futures
 import math
 import pathlib
 import re
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from olmo_jax.config import ModelConfig
 
 PIECE_BYTES = 128 << 20
 
+T = TypeVar("T")
 Index = tuple[slice, ...]
 Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
 
@@ -47,6 +51,10 @@ class Weights(Protocol):
           index: a slice (of step 1) for each dimension of ours; None: everything.
         Returns: the values in the stored dtype, C-contiguous.
         """
+        ...
+
+    def view(self, name: str, index: Index | None = None) -> np.ndarray:
+        """What `read` gives, in the order that the source has in memory: for who copies it on."""
         ...
 
 
@@ -125,6 +133,18 @@ def pieces(
 def layers_of(weights: Weights, name: str) -> list[int] | list[None]:
     """The layers of a leaf, for `pieces`."""
     return list(range(weights.leaves[name].shape[0])) if "layers" in name.split("/") else [None]
+
+
+def ahead(makes: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each call gives, in order; while one result is used, the next is made."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        under_way: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        for make in makes:
+            under_way.append(thread.submit(make))
+            if len(under_way) > 1:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def n_bytes(leaf: jax.ShapeDtypeStruct) -> int:
