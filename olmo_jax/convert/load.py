@@ -10,7 +10,7 @@ import numpy as np
 from olmo_jax import sharding, storage
 from olmo_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.convert import weights
-from olmo_jax.convert.weights import Index, Weights
+from olmo_jax.convert.weights import Index, Weights, whole
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Params, Transformer
 
@@ -68,8 +68,8 @@ def _leaf(
     stored = source.leaves[name].shape
     blocks: dict[Any, np.ndarray] = {}  # replicas share one read
 
-    def block(index: Index) -> np.ndarray:
-        ends = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
+    def block(index: Index | None) -> np.ndarray:
+        ends = [part.indices(n)[:2] for part, n in zip(whole(shape, index), shape, strict=True)]
         key = tuple(ends)
         if key not in blocks:
             inner = [(min(a, n), min(b, n)) for (a, b), n in zip(ends, stored, strict=True)]

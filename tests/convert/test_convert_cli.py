@@ -18,9 +18,8 @@ import pytest
 import runs
 import torch
 from hf import random_model
-from test_hf import TOKENS, quiet, save, tensors, theirs
+from test_hf import TOKENS, quiet, save, tensors
 
-import olmo_jax
 from olmo_jax import storage
 from olmo_jax.convert import native, verbs, weights
 from olmo_jax.convert.logits import logits
@@ -365,78 +364,3 @@ def test_a_mistyped_path_is_no_hub_id(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             weights.open(name)
     assert weights.is_hub_id("allenai/OLMo-2-1124-7B")
-
-
-# --- what train writes ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, compiled) -> dict[str, pathlib.Path]:
-    """Checkpoints of every origin, by name."""
-    base = tmp_path_factory.mktemp("trained")
-    common = [
-        f"data.paths={runs.write_tokens(base / 'tokens.npy')}",
-        f"compute.compilation_cache={compiled}",
-        "checkpoint.interval=2",
-        "optim.schedule.warmup=0",
-        "log.tensorboard=false",
-    ]
-
-    def train(*options: str) -> None:
-        result = runs.run(*common, *options)
-        assert result.code == 0, result.err
-
-    one, two, tuned = base / "one", base / "two", base / "tuned"
-    train(f"dir={one}", "train.duration=3", "mesh.fsdp=8")
-    train(f"dir={one}", "train.duration=4", "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2")
-    verbs.to_hf(str(one), str(base / "hf"), say=quiet)
-    verbs.to_jax(str(base / "hf"), str(base / "from_hf"), say=quiet)
-    load = [f"checkpoint.load_path={base / 'from_hf'}", "checkpoint.load_optimizer=false"]
-    train(f"dir={tuned}", "train.duration=1", "optim.lr=1e-4", *load)
-    train(f"dir={two}", "train.duration=1", "train.seed=5", "model.padded_vocab_size=640")
-    steps = one / "checkpoints"
-    verbs.average([str(steps / "step2"), str(steps / "step4")], str(base / "mean"), say=quiet)
-    return {
-        "step 0": steps / "step0",
-        "mid-run": steps / "step2",
-        "resumed on another mesh": one,
-        "fine-tuned from Hugging Face": tuned,
-        "averaged": base / "mean",
-        "weights only": base / "from_hf",
-        "with padded rows": two,
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "step 0",
-        "mid-run",
-        "resumed on another mesh",
-        "fine-tuned from Hugging Face",
-        "averaged",
-        "weights only",
-        "with padded rows",
-    ],
-)
-def test_whatever_train_writes_is_exported_without_flags(tmp_path, trained, name):
-    result = run("to_hf", trained[name], tmp_path / "hf")
-    assert result.code == 0, result.err
-    model, params = olmo_jax.load(str(trained[name]))
-    ours = np.asarray(model.apply({"params": params}, TOKENS))
-    assert np.abs(theirs(tmp_path / "hf") - ours).max() < 2e-5
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["vocab_size"] == 512
-    if name != "averaged":
-        assert config["eos_token_id"] == runs.EOS
-
-
-def test_a_run_is_copied_with_its_optimizer_and_forked(tmp_path, trained):
-    src = trained["resumed on another mesh"]
-    assert run("to_jax", src, tmp_path / "copy", "--optimizer").code == 0
-    before, after = (native.read(str(path), optimizer=True) for path in (src, tmp_path / "copy"))
-    assert before.leaves.keys() == after.leaves.keys()
-    for name in before.leaves:
-        assert np.array_equal(before.read(name), after.read(name))
-    assert after.meta["step"] == 4
-    assert after.meta["position"] == before.meta["position"]
