@@ -12,6 +12,7 @@ import functools
 import io
 import math
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass
 from typing import Any
@@ -211,7 +212,13 @@ class Archive:
                 if len(pickles) != 1 or any(e.compress_type for e in entries):
                     raise zipfile.BadZipFile("not as torch.save writes it")
                 data = archive.read(pickles[0])
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            EOFError,
+            NotImplementedError,
+            ValueError,
+            struct.error,
+        ) as error:
             raise ValueError(
                 f"{self.where} is damaged, truncated, or older than torch 1.6: {error}"
             ) from None
