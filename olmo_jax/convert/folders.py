@@ -138,9 +138,11 @@ class Remote:
         """A stretch of a file; what a broken connection left is kept."""
         data = b""
         while len(data) < stop - start:
-            more, _ = self._request(file, start + len(data), stop)
+            more, size = self._request(file, start + len(data), stop)
+            if size != self.size(file):
+                raise OSError(f"{self._base}{file} changed while it was read")
             data += more
-        return data
+        return data[: stop - start]
 
     def _request(self, file: str, start: int, stop: int) -> tuple[bytes, int]:
         """Some bytes from `start` on, at least one, and the size of the whole file.

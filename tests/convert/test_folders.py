@@ -91,6 +91,15 @@ def test_no_server_ends_in_one_line(monkeypatch):
         folders.open("http://127.0.0.1:9").has("config.json")
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(server):
+    remote = folders.open(server.url)
+    remote.size("sub/a.bin")
+    for n in (50_000, 100_001):
+        (server.folder / "sub" / "a.bin").write_bytes(bytes(n))
+        with pytest.raises(OSError, match=r"a\.bin changed while it was read"):
+            remote.read("sub/a.bin", 60_000, 60_010)
+
+
 def test_a_server_without_ranges_is_refused_instead_of_read_whole(server):
     server.knows_ranges = False
     with pytest.raises(OSError, match="does not answer range requests"):
