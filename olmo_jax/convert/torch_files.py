@@ -263,28 +263,31 @@ class Archive:
     def _find(self, storage: str) -> int:
         """Where in the zip the bytes of a storage begin: behind a header of its own."""
         at = self._entries[storage].header_offset
-        self._view.seek(at)
-        header = self._view.read(30)
+        header = self._view.at(at, 30)
         if header[:4] != b"PK\x03\x04":
             raise ValueError(f"{self.where} is damaged: no header before storage {storage}")
         lengths = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
         return at + 30 + sum(lengths)
 
 
-class _View(io.RawIOBase):
+class _View:
     """A stretch of a file as a file, in blocks that are kept: few requests for many small reads."""
 
     def __init__(self, folder: Folder, file: str, start: int, stop: int):
-        super().__init__()
-        self._read = functools.lru_cache(maxsize=16)(
-            lambda i: folder.read(
-                file, start + i * BLOCK_BYTES, min(start + (i + 1) * BLOCK_BYTES, stop)
-            ).tobytes()
-        )
         self._size, self._at = stop - start, 0
 
-    def readable(self) -> bool:
-        return True
+        def block(i: int) -> bytes:
+            end = min(start + (i + 1) * BLOCK_BYTES, stop)
+            return folder.read(file, start + i * BLOCK_BYTES, end).tobytes()
+
+        self._block = functools.lru_cache(maxsize=16)(block)
+
+    def at(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on, fewer only at the end; safe among threads."""
+        stop = min(start + size, self._size)
+        first, skip = divmod(start, BLOCK_BYTES)
+        blocks = [self._block(i) for i in range(first, -(-stop // BLOCK_BYTES))]
+        return b"".join(blocks)[skip : skip + max(0, stop - start)]
 
     def seekable(self) -> bool:
         return True
@@ -296,23 +299,7 @@ class _View(io.RawIOBase):
         self._at = max(0, offset + (0, self._at, self._size)[whence])
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        if self._at >= self._size:
-            return 0
-        i, skip = divmod(self._at, BLOCK_BYTES)
-        data = self._read(i)[skip : skip + len(buffer)]
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes, fewer only at the end: zipfile takes one short read for the end."""
-        size = self._size - self._at if size is None or size < 0 else size
-        parts = bytearray()
-        while len(parts) < size:
-            piece = bytearray(min(size - len(parts), BLOCK_BYTES))
-            n = self.readinto(piece)
-            if not n:
-                break
-            parts += piece[:n]
-        return bytes(parts)
+        data = self.at(self._at, self._size if size < 0 else size)
+        self._at += len(data)
+        return data
