@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     try:
         return args.work(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        from olmo_jax import storage
+
+        print(f"error: {storage.cause(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -32,7 +32,7 @@ layers/mlp_norm     d         d          post_feedforward_layernorm  feed_forwar
 final_norm          d         d          model.norm                  lm_head.norm       transformer.ln_f
 lm_head             d v       v d        lm_head                     lm_head.w_out      transformer.ff_out
 """  # noqa: E501
-BLOCK = 256  # rows and columns that are transposed at once
+BLOCK = 512  # rows and columns that are transposed at once
 LAYERS = {
     "Hugging Face": "model.layers.{layer}.",
     "OLMo-core": "blocks.{layer}.",
@@ -138,7 +138,12 @@ def assign(out: np.ndarray, values: np.ndarray) -> None:
         for i in range(0, out.shape[0], BLOCK):
             for j in range(0, out.shape[1], BLOCK):
                 block = slice(i, i + BLOCK), slice(j, j + BLOCK)
-                out[block] = values[block]
+                piece = values[block]
+                if out.itemsize < piece.itemsize:  # the narrow numbers are turned, it is faster
+                    piece = piece.astype(out.dtype)
+                elif out.itemsize > piece.itemsize:
+                    piece = np.ascontiguousarray(piece)
+                out[block] = piece
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:

@@ -132,7 +132,8 @@ class Mean:
         self._sources = sources
         first = sources[0]
         self.line = f"mean of {len(sources)} checkpoints"
-        self.model, self.files, self.meta = first.model, first.files, first.meta
+        self.model, self.files = first.model, first.files
+        self.meta = {"token_ids": first.meta.get("token_ids", {})}  # no dtype: a mean is float32
         self.torch_layout = first.torch_layout
         self.leaves = {
             name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype("float32"))
@@ -261,6 +262,8 @@ def check(a: str, b: str, *, atol: float = 0.0, say: Say = print) -> bool:
 
 def _refuse_other_model(a: str, one: Weights, b: str, two: Weights) -> None:
     problems = compare.model_changes(one.model, two.model) + compare.shape_changes(one, two)
+    if one.model.vocab_rows != two.model.vocab_rows:
+        problems.append(f"rows of the vocabulary: {one.model.vocab_rows}, {two.model.vocab_rows}")
     if problems:
         raise ValueError(f"{a} and {b} are different models: " + "; ".join(problems))
 

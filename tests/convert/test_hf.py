@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import web
 from hf import FAMILIES, random_model
 from safetensors.numpy import load_file, save_file
 
@@ -205,6 +206,14 @@ def test_load_spreads_any_source_over_a_mesh(tmp_path):
     with jax.set_mesh(mesh):
         ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
     assert np.abs(ours - theirs(folder)).max() < 2e-5
+
+
+def test_a_folder_behind_https_is_read_as_one_here(tmp_path):
+    folder = save(tmp_path, "olmo1 tied", max_shard_size="40KB")
+    with web.serving(tmp_path) as server:
+        verbs.to_jax(f"{server.url}/theirs", str(tmp_path / "ours"), say=quiet)
+        assert weights.open(f"{server.url}/theirs").files.keys() == {"generation_config.json"}
+    assert verbs.check(str(folder), str(tmp_path / "ours"), say=quiet)
 
 
 def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path):
