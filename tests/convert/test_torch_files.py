@@ -1,7 +1,6 @@
 """torch.save and torch.distributed.checkpoint, written by torch and read without it."""
 
 import collections
-import concurrent.futures
 import io
 import json
 import pathlib
@@ -55,16 +54,6 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path):
     rows = archive.read(archive.tree["x"], slice(3990, 3993))
     np.testing.assert_array_equal(rows, np.arange(399_000.0, 399_300.0).reshape(3, 100))
     assert sum(calls) < 20_000
-
-
-def test_threads_that_read_one_file_do_not_disturb_each_other(tmp_path):
-    tensors = {str(i): torch.arange(i, i + 5000.0) for i in range(40)}
-    for _ in range(3):  # the places of the tensors are found anew by each
-        archive = save(tmp_path / "a.pt", tensors)
-        with concurrent.futures.ThreadPoolExecutor(16) as threads:
-            found = threads.map(lambda key, a=archive: a.read(a.tree[key]), list(tensors) * 4)
-        for value, key in zip(found, list(tensors) * 4, strict=True):
-            np.testing.assert_array_equal(value, tensors[key].numpy())
 
 
 def test_plain_values_and_modules_states_are_read(tmp_path):
