@@ -549,6 +549,8 @@ def test_a_forked_run_goes_on_as_olmo_core_does(tmp_path, ai2_packages, package,
     state = state_of(weights)
     logits = Transformer(weights.model).apply({"params": state.params}, batches[0][:1])
     np.testing.assert_allclose(logits[0], want["logits"], atol=2e-5)
+    exported = hf.exported_logits(str(tmp_path / "step3"), str(tmp_path / "hf"), batches[0][:1])
+    np.testing.assert_allclose(exported[0], want["logits"], atol=2e-5)
     config = from_dict(weights.meta["config"])
     assert (config.optim.name, config.optim.lr) == (optimizer, 1e-2)
     losses = next_losses(weights.model, config.optim, state, batches[3:])
