@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     to_jax.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="train needs float32"
     )
+    to_jax.add_argument(
+        "--padded_vocab_size", type=int, help="rows of the tables, as model.padded_vocab_size"
+    )
     to_jax.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
     to_hf = verbs.add_parser("to_hf", help="write a Hugging Face folder", allow_abbrev=False)
@@ -96,7 +99,12 @@ def _to_jax(args: argparse.Namespace) -> int:
     from olmo_jax.convert import verbs  # JAX takes a second; a wrong command line answers at once
 
     verbs.to_jax(
-        args.src, args.dst, optimizer=args.optimizer, dtype=args.dtype, revision=args.revision
+        args.src,
+        args.dst,
+        optimizer=args.optimizer,
+        dtype=args.dtype,
+        padded_vocab_size=args.padded_vocab_size,
+        revision=args.revision,
     )
     return 0
 

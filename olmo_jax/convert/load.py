@@ -1,6 +1,5 @@
 """A checkpoint of any kind as a model and its parameters on a mesh."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmo_jax import sharding, storage
-from olmo_jax.config import ComputeConfig, MeshConfig, ModelConfig
+from olmo_jax.config import ComputeConfig, MeshConfig
 from olmo_jax.convert import weights
 from olmo_jax.convert.weights import Index, Weights, whole
 from olmo_jax.nn import transformer
@@ -38,8 +37,11 @@ def load(
     source = weights.open(src, revision=revision)
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    config = _padded(source.model, mesh.shape["tensor"])
-    model = Transformer(config, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
+    ways = mesh.shape["tensor"]
+    rows = -(-source.model.vocab_rows // ways) * ways
+    if rows != source.model.vocab_rows:
+        source = weights.Padded(source, rows)
+    model = Transformer(source.model, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
     where = storage.names(sharding.shardings(mesh, transformer.logical_axes(model)))
     params = [
@@ -47,14 +49,6 @@ def load(
         for name, leaf in storage.names(shapes).items()
     ]
     return model, jax.tree.unflatten(jax.tree.structure(shapes), params)
-
-
-def _padded(config: ModelConfig, ways: int) -> ModelConfig:
-    """The model with as many more rows, which never score, as it takes to split the vocabulary."""
-    rows = -(-config.vocab_rows // ways) * ways
-    if rows == config.vocab_rows:
-        return config
-    return dataclasses.replace(config, padded_vocab_size=rows)
 
 
 def _leaf(
@@ -65,18 +59,13 @@ def _leaf(
     where: jax.sharding.Sharding,
 ) -> jax.Array:
     """A leaf on its devices; each reads its own part."""
-    stored = source.leaves[name].shape
     blocks: dict[Any, np.ndarray] = {}  # replicas share one read
 
     def block(index: Index | None) -> np.ndarray:
-        ends = [part.indices(n)[:2] for part, n in zip(whole(shape, index), shape, strict=True)]
-        key = tuple(ends)
+        index = whole(shape, index)
+        key = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
         if key not in blocks:
-            inner = [(min(a, n), min(b, n)) for (a, b), n in zip(ends, stored, strict=True)]
-            values = source.read(name, tuple(slice(*part) for part in inner))
-            values = values.astype(dtype, copy=False)
-            more = [(0, (b - a) - n) for (a, b), n in zip(ends, values.shape, strict=True)]
-            blocks[key] = np.pad(values, more) if any(n for _, n in more) else values
+            blocks[key] = source.read(name, index).astype(dtype, copy=False)
         return blocks[key]
 
     return jax.make_array_from_callback(shape, where, block, dtype=dtype)

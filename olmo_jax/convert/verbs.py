@@ -38,6 +38,7 @@ def to_jax(
     *,
     optimizer: bool = False,
     dtype: str = "float32",
+    padded_vocab_size: int | None = None,
     revision: str | None = None,
     say: Say = print,
 ) -> None:
@@ -48,6 +49,7 @@ def to_jax(
       dst: the new checkpoint, local or `gs://`.
       optimizer: take Adam's moments and the step along.
       dtype: of the parameters; training needs float32, in which bfloat16 loses nothing.
+      padded_vocab_size: rows that the tables are to have, for a mesh that splits them.
       revision: of a Hub id.
       say: told what is found and done, line by line.
     Raises:
@@ -56,6 +58,8 @@ def to_jax(
     """
     _refuse_existing(dst)
     source = weights.open(src, optimizer=optimizer, revision=revision)
+    if padded_vocab_size is not None:
+        source = weights.Padded(source, padded_vocab_size)
     say(f"{src}: {source.line}")
     with _result(dst) as partial:
         written = _write_native(source, storage.path(str(partial)), dtype)

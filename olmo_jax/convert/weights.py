@@ -6,6 +6,7 @@ with checkpoints (convert, compare, average, load) is written once, against `Wei
 
 import collections
 import concurrent.futures
+import dataclasses
 import math
 import pathlib
 import re
@@ -19,6 +20,7 @@ from olmo_jax import storage
 from olmo_jax.config import ModelConfig
 
 PIECE_BYTES = 128 << 20
+AHEAD = 2  # arrays that are made while one is used
 
 T = TypeVar("T")
 Index = tuple[slice, ...]
@@ -90,6 +92,48 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
     )
 
 
+class Padded:
+    """`Weights` with rows of zeros behind the vocabulary: they never score, and split evenly."""
+
+    def __init__(self, source: Weights, rows: int):
+        """Widen the tables, and what the optimizer keeps of them.
+
+        Args:
+          source: without optimizer or with it.
+          rows: of the tables from now on.
+        Raises:
+          ValueError: if there are more.
+        """
+        if rows < source.model.vocab_rows:
+            there = source.model.vocab_rows
+            raise ValueError(f"padded_vocab_size={rows} is below the {there} rows of the source")
+        self._source, self.line = source, f"{source.line}, {rows} rows"
+        self.model = dataclasses.replace(source.model, padded_vocab_size=rows)
+        self.files, self.meta, self.torch_layout = source.files, source.meta, source.torch_layout
+        self.leaves = dict(source.leaves)
+        for name, leaf in source.leaves.items():
+            if name.endswith("/embed"):
+                self.leaves[name] = jax.ShapeDtypeStruct((rows, leaf.shape[1]), leaf.dtype)
+            elif name.endswith("/lm_head"):
+                self.leaves[name] = jax.ShapeDtypeStruct((leaf.shape[0], rows), leaf.dtype)
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A leaf or a part of it."""
+        leaf, stored = self.leaves[name], self._source.leaves[name].shape
+        if leaf.shape == stored:
+            return self._source.read(name, index)
+        ends = zip(whole(leaf.shape, index), leaf.shape, strict=True)
+        wanted = [part.indices(n)[:2] for part, n in ends]
+        there = [(min(a, n), min(b, n)) for (a, b), n in zip(wanted, stored, strict=True)]
+        out = np.zeros([b - a for a, b in wanted], leaf.dtype)
+        if all(a < b for a, b in there):
+            values = self._source.read(name, tuple(slice(a, b) for a, b in there))
+            out[tuple(slice(n) for n in values.shape)] = values
+        return out
+
+    view = read
+
+
 def is_hub_id(src: str) -> bool:
     """Whether a name that is no path here reads like `organisation/model`."""
     match = re.fullmatch(r"([\w.-]+)/[\w.-]+", src)
@@ -136,12 +180,12 @@ def layers_of(weights: Weights, name: str) -> list[int] | list[None]:
 
 
 def ahead(makes: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each call gives, in order; while one result is used, the next is made."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    """What each call gives, in order; while one result is used, the next ones are made."""
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as threads:
         under_way: collections.deque[concurrent.futures.Future[T]] = collections.deque()
         for make in makes:
-            under_way.append(thread.submit(make))
-            if len(under_way) > 1:
+            under_way.append(threads.submit(make))
+            if len(under_way) > AHEAD:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()

@@ -1,5 +1,6 @@
 """Hugging Face folders in and out, with transformers as the judge."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -7,6 +8,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 import transformers
@@ -173,27 +175,22 @@ def test_special_tokens_are_as_the_source_had_them(tmp_path, ids):
     assert generation.eos_token_id == want.eos_token_id
 
 
-def test_rows_of_padding_are_not_exported(tmp_path):
-    folder = save(tmp_path, "olmo2")
-    verbs.to_jax(str(folder), str(tmp_path / "ours"), say=quiet)
-    # The same model with 31 rows of padding, as a run on several devices has it.
-    source, padded = native.read(str(tmp_path / "ours")), storage.path(str(tmp_path / "padded"))
-    whole = {name: source.read(name) for name in source.leaves}
-    whole["params/embed"] = np.pad(whole["params/embed"], ((0, 31), (0, 0)), constant_values=9)
-    whole["params/lm_head"] = np.pad(whole["params/lm_head"], ((0, 0), (0, 31)), constant_values=9)
-    meta = storage.read_meta(storage.path(str(tmp_path / "ours")))
-    meta["model"]["padded_vocab_size"] = 128
-    writer = storage.Writer(
-        padded, {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in whole.items()}
-    )
-    for name, value in whole.items():
-        for i in range(value.shape[0] if "layers" in name else 1):
-            block = value[i : i + 1] if "layers" in name else value
-            writer.write(name, (i,) + (0,) * (value.ndim - 1), block)
-    writer.commit(meta)
-    verbs.to_hf(str(padded), str(tmp_path / "back"), say=quiet)
+@pytest.mark.parametrize("name", ["olmo2", "olmo1 tied"])
+def test_rows_of_padding_are_added_on_request_and_not_exported(tmp_path, name):
+    folder = save(tmp_path, name)
+    verbs.to_jax(str(folder), str(tmp_path / "ours"), padded_vocab_size=128, say=quiet)
+    ours = native.read(str(tmp_path / "ours"))
+    assert (ours.model.vocab_size, ours.model.padded_vocab_size) == (97, 128)
+    assert ours.leaves["params/embed"].shape == (128, 64)
+    model, params = olmo_jax.load(str(tmp_path / "ours"))
+    found = np.asarray(model.apply({"params": params}, TOKENS))
+    assert np.abs(found - theirs(folder)).max() < 2e-5
+    assert verbs.check(str(folder), str(tmp_path / "ours"), say=quiet)
+    assert verbs.check(str(tmp_path / "ours"), str(folder), say=quiet)
+    verbs.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"), say=quiet)
     assert tensors(tmp_path / "back") == tensors(folder)
-    assert np.array_equal(theirs(tmp_path / "back"), theirs(folder))
+    with pytest.raises(ValueError, match="padded_vocab_size=96 is below the 97 rows"):
+        verbs.to_jax(str(folder), str(tmp_path / "new"), padded_vocab_size=96, say=quiet)
 
 
 def test_load_spreads_any_source_over_a_mesh(tmp_path):
@@ -233,6 +230,48 @@ def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path):
                 part = source.read(name, index)
                 assert part.flags.c_contiguous
                 assert np.array_equal(part, everything[index])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("olmo1 clipped", dict(clip_qkv=None)),
+        ("olmo3", dict(window=4)),  # the current token not counted
+        ("olmo3", dict(window=6)),  # counted in addition
+        ("olmo3", dict(layer_types=("full", "sliding", "sliding", "sliding"))),
+        ("olmo3 yarn grouped", dict(yarn_factor=None)),
+        ("olmo3 yarn grouped", dict(layer_types=("full",))),
+        ("olmo2", dict(rope_theta=10_000.0)),
+        ("olmo2", dict(norm_eps=1e-3)),
+        ("olmo2", {"gate": "up", "up": "gate"}),
+    ],
+)
+def test_each_trap_would_be_seen(tmp_path, name, wrong):
+    folder = save(tmp_path, name)
+    source, want = weights.open(str(folder)), theirs(folder)
+    assert np.abs(logits(source, TOKENS) - want).max() < 2e-5
+    if "gate" in wrong:
+        read = source.read
+
+        def swapped(name, index=None):
+            head, _, last = name.rpartition("w_")
+            return read(f"{head}w_{wrong.get(last, last)}" if head else name, index)
+
+        source.read = swapped
+    else:
+        source.model = dataclasses.replace(source.model, **wrong)
+    assert np.abs(logits(source, TOKENS) - want).max() > 1e-2
+
+
+def test_plain_orbax_restores_a_converted_checkpoint(tmp_path):
+    verbs.to_jax(str(save(tmp_path, "olmo3")), str(tmp_path / "ours"), say=quiet)
+    _, _, params = random_model("olmo3")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        back = checkpointer.restore(tmp_path / "ours")
+    want = storage.names({"params": params})
+    assert storage.names(back).keys() == want.keys()
+    for name, value in storage.names(back).items():
+        assert np.array_equal(value, want[name])
 
 
 def test_transformers_4_reads_the_exported_config_as_the_same(tmp_path):
