@@ -222,7 +222,8 @@ def _add_trainer(weights: Stacked, folder: Folder, config: Any) -> None:
     seq_len, optim = weights.model.max_seq_len, _optim(config["optimizer"])
     known = resume.config(weights.model, seq_len, "legacy", optim)
     weights.meta |= {"step": step, "config": known}
-    rows = state.get("global_train_examples_seen_this_epoch")
+    total = state.get("global_train_examples_seen")  # as older versions say, of one epoch
+    rows = state.get("global_train_examples_seen_this_epoch", total)
     tokens = state.get("global_train_tokens_seen")
     if rows is not None and tokens is not None:
         weights.meta["position"] = {"epoch": state.get("epoch") or 0, "row": rows, "tokens": tokens}

@@ -509,6 +509,24 @@ def test_a_damaged_config_is_named(tmp_path, grouped):
 
 
 @pytest.mark.slow
+def test_what_two_processes_of_olmo_core_saved_is_put_together(tmp_path, ai2_packages):
+    packages = ai2.install("olmo-core-3", ai2_packages)
+    ai2.run(SCRIPT.with_name("shard_olmo_core.py"), packages, str(tmp_path))
+    files = {path.name[:4] for path in (tmp_path / "model_and_optim").glob("*.distcp")}
+    assert files == {"__0_", "__1_"}
+    weights = olmo_core.read(str(tmp_path), optimizer=True)
+    assert int(weights.read("opt_state/count")) == 2
+    with np.load(tmp_path / "whole.npz") as whole:
+        for tree, ending in (("params", ""), ("opt_state/mu", ".exp_avg")):
+            embed = weights.read(f"{tree}/embed")
+            np.testing.assert_array_equal(embed, whole[f"embeddings.weight{ending}"])
+            for name, theirs in (("mlp/w_down", "feed_forward.w2"), ("attn/wk", "attention.w_k")):
+                want = whole[f"blocks.2.{theirs}.weight{ending}"].T
+                found = weights.read(f"{tree}/layers/{name}")[2]
+                np.testing.assert_array_equal(found.reshape(want.shape), want)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["olmo-core-3", "olmo-core-2"])
 def test_every_preset_of_olmo_core_is_the_model_that_we_have(ai2_packages, package):
     known = [name for name in presets.MODELS if name.startswith(("olmo2", "olmo3"))]
