@@ -18,6 +18,7 @@ from training import next_losses, state_of  # noqa: E402
 from olmo_jax import presets, storage  # noqa: E402
 from olmo_jax.config import ModelConfig, from_dict  # noqa: E402
 from olmo_jax.convert import folders, legacy  # noqa: E402
+from olmo_jax.convert.weights import open as open_weights  # noqa: E402
 from olmo_jax.nn.transformer import Transformer  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).with_name("train_olmo.py")
@@ -204,6 +205,13 @@ def test_a_folder_on_a_web_server_is_read_by_ranges(tmp_path, models, monkeypatc
         found = weights.read("params/layers/attn/wk", np.s_[2:3, 0:64, 0:2, 0:16])
         np.testing.assert_array_equal(found, params["layers"]["attn"]["wk"][2:3])
         assert server.n_bytes - before < 80_000  # of 300,000: one part of one tensor
+
+
+def test_its_kind_is_recognised_here_and_behind_https(tmp_path, models):
+    src = save(tmp_path / "step3", models["olmo2"][0], CONFIGS["olmo2"])
+    with web.serving(tmp_path) as server:
+        for name in (src, f"{server.url}/step3"):
+            assert open_weights(name).line == "OLMo (config.yaml), 35 tensors in model.pt"
 
 
 REFUSED = {

@@ -20,6 +20,7 @@ from training import next_losses, state_of  # noqa: E402
 from olmo_jax import optim, presets, sharding, step, storage  # noqa: E402
 from olmo_jax.config import MeshConfig, ModelConfig, OptimConfig, from_dict  # noqa: E402
 from olmo_jax.convert import folders, olmo_core, olmo_core_config, verbs  # noqa: E402
+from olmo_jax.convert.weights import open as open_weights  # noqa: E402
 from olmo_jax.nn.transformer import Transformer  # noqa: E402
 
 SCRIPT = pathlib.Path(__file__).with_name("train_olmo_core.py")
@@ -307,6 +308,13 @@ def test_a_folder_on_a_web_server_is_read_by_ranges(tmp_path, grouped, monkeypat
             want = np.asarray(storage.names(params)[name])
             np.testing.assert_array_equal(weights.read(f"params/{name}"), want)
         assert server.n_bytes - before < size / 2
+
+
+def test_its_kind_is_recognised_here_and_behind_https(tmp_path, grouped):
+    src = save(tmp_path / "step3", {"model": grouped[0]})
+    with web.serving(tmp_path) as server:
+        for name in (src, f"{server.url}/step3", f"{server.url}/step3/"):
+            assert open_weights(name).line == "OLMo-core, 47 tensors in 1 file"
 
 
 def test_nothing_at_an_address_is_no_checkpoint(tmp_path):
