@@ -75,10 +75,9 @@ def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, na
     folder = save(tmp_path, name)
     back = convert(folder, tmp_path)
     want = theirs(folder)
-    for src in (folder, tmp_path / "ours"):
-        model, params = olmo_jax.load(str(src))
-        ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
-        assert np.abs(ours - want).max() < 2e-5
+    model, params = olmo_jax.load(str(folder))
+    ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+    assert np.abs(ours - want).max() < 2e-5
     streamed = logits(weights.open(str(folder)), TOKENS)
     assert np.abs(streamed - want).max() < 2e-5
     assert tensors(back) == tensors(folder)
