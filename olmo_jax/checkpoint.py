@@ -14,20 +14,9 @@ from typing import Any, NamedTuple
 import jax
 
 import olmo_jax
-from olmo_jax import processes, sharding, snapshot, storage
-from olmo_jax.config import (
-    ComputeConfig,
-    Config,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    flatten,
-    from_dict,
-    to_dict,
-)
+from olmo_jax import processes, snapshot, storage
+from olmo_jax.config import Config, DataConfig, flatten, to_dict
 from olmo_jax.data.order import FIRST_EPOCH, Position
-from olmo_jax.nn import transformer
-from olmo_jax.nn.transformer import Params, Transformer
 
 log = logging.getLogger(__name__)
 
@@ -105,34 +94,6 @@ def load_params(name: str, abstract: Any, *, cast: bool = False) -> Any:
     """
     folder = find(name, "checkpoint")
     return storage.restore(folder, {"params": abstract}, partial=True, cast=cast)["params"]
-
-
-def load(
-    name: str, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
-) -> tuple[Transformer, Params]:
-    """The model and the parameters of a checkpoint, or of a run's newest one.
-
-    `model.apply({"params": params}, tokens)` gives fp32 logits `[batch, seq, vocab_size]`.
-
-    Args:
-      name: path, local or `gs://`.
-      dtype: of parameters and activations, "float32" or "bfloat16".
-      mesh: from `sharding.make_mesh`, to spread the parameters over; None: the first device.
-
-    Raises:
-      ValueError: if there is no complete checkpoint, or it is damaged.
-    """
-    folder = find(name, "path")
-    config = from_dict(storage.read_meta(folder)["model"], ModelConfig, "model")
-    model = Transformer(config, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
-    if mesh is None:
-        mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
-        jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))),
-        sharding.shardings(mesh, transformer.logical_axes(model)),
-    )
-    return model, load_params(str(folder), abstract, cast=True)
 
 
 def _children(folder: storage.Path) -> list[tuple[int, storage.Path]]:

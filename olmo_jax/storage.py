@@ -117,6 +117,29 @@ def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = 
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 
+def read_part(folder: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a leaf; reads the chunks that it lies in.
+
+    Raises:
+      ValueError: if the leaf is damaged.
+    """
+    spec = _spec(folder, name)
+    if spec["kvstore"]["driver"] == "file":  # through the page cache: half of the copies
+        spec["kvstore"]["file_io_mode"] = {"mode": "memmap"}
+    try:
+        part = ts.open(spec, open=True, read=True).result()[index]
+        out = np.empty(part.shape, part.dtype.numpy_dtype)
+        ts.array(out).write(part).result()
+        return out
+    except ValueError as error:
+        raise ValueError(f"{folder}: leaf {name} is damaged: {cause(error)}") from None
+
+
+def files(folder: Path) -> list[str]:
+    """Names of the files that were kept beside the arrays."""
+    return [name for name in _marker(folder)["sha256"] if name not in ("meta.json", "_METADATA")]
+
+
 def _marker(folder: Path) -> dict[str, Any]:
     if not is_complete(folder):
         raise FileNotFoundError(f"{folder}: no complete checkpoint here ({MARKER} is missing)")

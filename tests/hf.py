@@ -6,6 +6,7 @@ import transformers
 from jax import numpy as jnp
 
 from olmo_jax.config import ModelConfig
+from olmo_jax.convert import verbs
 
 ROPE = dict(
     rope_type="yarn",
@@ -104,6 +105,20 @@ def random_model(name: str, scale: float = 0.15) -> tuple[torch.nn.Module, Model
         | ours
     )
     return model.eval(), config, params_of(model, config)
+
+
+def exported_logits(src: str, dst: str, tokens: np.ndarray) -> np.ndarray:
+    """What transformers computes from somebody's checkpoint after its conversion.
+
+    Args:
+      src: checkpoint of any kind.
+      dst: new folder for Hugging Face's.
+      tokens: [batch, seq].
+    """
+    verbs.to_hf(src, dst, say=lambda line: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
 
 
 def params_of(model: torch.nn.Module, config: ModelConfig) -> dict:

@@ -21,7 +21,7 @@ sharding progress data
 kernels metrics snapshot
 nn losses
 step checkpoint
-generation evals
+generation evals convert
 summary report
 start
 loop
@@ -42,6 +42,8 @@ HOMES = {
     "tokenizers": "data/tokenizer",
     "sentencepiece": "data/tokenizer",
     "ml_collections": "config",
+    "huggingface_hub": "convert/hub",
+    "yaml": "convert/legacy",
 }
 WITHOUT_JAX = "train config validate presets flops schedules records progress metrics".split() + [
     f"data.{name}" for name in ("tokens", "order", "tokenizer", "corpus")

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import stat
 import subprocess
@@ -88,6 +89,9 @@ def test_command_works(place, line, capsys):
     elif head == "make":
         run = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+    elif words[:2] == ["python", "tools/convert.py"]:
+        tool = runpy.run_path(str(ROOT / rest[0]))
+        assert tool["parser"]().parse_args(rest[1:]).work
     elif words[:2] == ["python", "tools/plot_run.py"]:
         assert subprocess.run([sys.executable, ROOT / rest[0], *rest[1:]]).returncode == 0
     elif head in ("sbatch", "gcloud") or head.startswith("tools/"):

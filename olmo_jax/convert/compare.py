@@ -1,0 +1,145 @@
+"""How two checkpoints differ: as models, as trees, number by number, and in their logits."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from olmo_jax.checkpoint import NOT_THE_FUNCTION
+from olmo_jax.config import ModelConfig, to_dict
+from olmo_jax.convert.logits import logits
+from olmo_jax.convert.weights import Index, Weights, layers_of, n_bytes, pieces
+
+LOGIT_TOLERANCE = 1e-5  # of the largest logit, for weights that are equal
+LOGIT_BYTES = 4 << 30  # larger models are not run on a few tokens after each conversion
+PIECE_BYTES = 512 << 20  # compared at once: the two layouts may lie across each other
+
+
+class Difference(NamedTuple):
+    """The largest difference between two leaves."""
+
+    name: str
+    value: float
+    at: tuple[int, ...]
+    a: float
+    b: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} in {self.name} at {list(self.at)}: {self.a:.9g} and {self.b:.9g}"
+
+
+def model_changes(one: ModelConfig, two: ModelConfig) -> list[str]:
+    """Options of the function that differ."""
+    a, b = _function(one), _function(two)
+    return [f"model.{key}: {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key]]
+
+
+def _function(model: ModelConfig) -> Mapping[str, Any]:
+    """The options that a model's function depends on, equal where the function is."""
+    values = to_dict(model) | {"layer_types": list(model.layer_kinds)}
+    yarn = [key for key in values if key.startswith("yarn_")]
+    if model.yarn_factor is None:
+        values |= dict.fromkeys(yarn)
+    else:
+        default = 0.1 * np.log(model.yarn_factor) + 1.0
+        values["yarn_attention_factor"] = float(model.yarn_attention_factor or default)
+    if "sliding" not in model.layer_types:
+        values["window"] = None
+    drop = {name.removeprefix("model.") for name in NOT_THE_FUNCTION} | {"padded_vocab_size"}
+    return {key: value for key, value in values.items() if key not in drop}
+
+
+def shape_changes(one: Weights, two: Weights) -> list[str]:
+    """Leaves that only one of them has, or in another shape; rows of padding may differ."""
+    problems = [f"only one has {name}" for name in sorted(one.leaves.keys() ^ two.leaves.keys())]
+    for name in one.leaves.keys() & two.leaves.keys():
+        a, b = one.leaves[name].shape, two.leaves[name].shape
+        if a != b and not name.endswith(("/embed", "/lm_head")):
+            problems.append(f"{name} has shape {list(a)} and {list(b)}")
+    return problems
+
+
+def differences(
+    one: Weights, two: Weights, report: Callable[[int], None] = lambda n: None
+) -> list[Difference]:
+    """The largest difference in each leaf, in float32; rows that only one has are padding."""
+    found = []
+    for name, leaf in one.leaves.items():
+        worst = Difference(name, -1.0, (), 0.0, 0.0)
+        ends = [min(n) for n in zip(leaf.shape, two.leaves[name].shape, strict=True)]
+        for layer in layers_of(one, name):
+            for index in pieces(one, name, layer, PIECE_BYTES):
+                inner = [part.indices(n)[:2] for part, n in zip(index, ends, strict=True)]
+                if all(start < stop for start, stop in inner):
+                    here = _difference(one, two, name, tuple(slice(*part) for part in inner))
+                    worst = max(worst, here, key=lambda d: d.value)
+            report(n_bytes(leaf) // len(layers_of(one, name)))
+        found.append(worst)
+    return found
+
+
+def _difference(one: Weights, two: Weights, name: str, index: Index) -> Difference:
+    a = one.read(name, index).astype(np.float32, copy=False)
+    b = two.read(name, index).astype(np.float32, copy=False)
+    if np.array_equal(a.view(np.int32), b.view(np.int32)):
+        first = (0,) * a.ndim
+        return Difference(name, 0.0, first, float(a[first]), float(b[first]))
+    apart = np.abs(a - b)
+    apart[np.isnan(apart)] = np.inf
+    inner = np.unravel_index(np.argmax(apart), apart.shape)
+    at = tuple(int(part.start or 0) + int(i) for part, i in zip(index, inner, strict=True))
+    return Difference(name, float(apart[inner]), at, float(a[inner]), float(b[inner]))
+
+
+def tokens_for(model: ModelConfig) -> np.ndarray:
+    """A few tokens from all over the vocabulary, `[1, 8]`."""
+    return np.array([[(7919 * i + 1) % model.vocab_size for i in range(8)]])
+
+
+def dtype_of(name: str, leaf: jax.ShapeDtypeStruct, dtype: str) -> np.dtype:
+    """The dtype of a leaf in a copy whose parameters have `dtype`."""
+    return jnp.dtype(dtype) if name.startswith("params/") else leaf.dtype
+
+
+def check_copy(source: Weights, copy: Weights, dtype: str) -> str:
+    """Compare what was written with its source: names, shapes, dtypes, logits on a few tokens.
+
+    The numbers themselves are compared by their checksums, by the one who wrote them.
+
+    Args:
+      source: that was copied.
+      copy: read from the disk.
+      dtype: that the parameters of the copy are to have.
+    Returns: what was found, for people.
+    Raises:
+      ValueError: if anything differs.
+    """
+    problems = shape_changes(source, copy) + model_changes(source.model, copy.model)
+    for name in source.leaves.keys() & copy.leaves.keys():
+        found, need = copy.leaves[name].dtype, dtype_of(name, source.leaves[name], dtype)
+        problems += [f"{name} is {found}, need {need}"] if found != need else []
+    if problems:
+        raise ValueError("the copy differs from its source: " + "; ".join(problems))
+    line = f"checked: names, shapes, dtypes and all numbers of {len(copy.leaves)} arrays"
+    if sum(n_bytes(leaf) for leaf in copy.leaves.values()) > LOGIT_BYTES:
+        return line
+    tokens = tokens_for(source.model)
+    x, y = logits(source, tokens, as_dtype=dtype), logits(copy, tokens)
+    apart, largest = float(np.abs(x - y).max()), float(np.abs(x).max())
+    if not apart <= LOGIT_TOLERANCE * largest:
+        raise ValueError(f"the copy differs from its source: the logits by {apart:.3g}")
+    return f"{line}; logits on {tokens.size} tokens differ by {apart:.1g} (largest {largest:.3g})"
+
+
+def crc(values: np.ndarray, before: int = 0) -> int:
+    """The checksum of an array's bytes, behind others."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, before)
+
+
+def refuse_other_crc(name: str, written: int, found: int) -> None:
+    """Raise a ValueError if an array that was read back is not what was written."""
+    if written != found:
+        raise ValueError(f"the copy differs from its source: {name} is not what was written")

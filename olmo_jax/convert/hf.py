@@ -1,0 +1,311 @@
+"""Hugging Face folders: `config.json` with safetensors (or torch's `.bin`), in and out."""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import compare, folders, hf_config, names, resume, safetensors, torch_files
+from olmo_jax.convert.folders import Folder
+from olmo_jax.convert.names import Row
+from olmo_jax.convert.stacked import Stacked
+from olmo_jax.convert.weights import Index, Weights, ahead, pieces
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+# Copied byte for byte: tokenizer, chat template, options of generation.
+CARRIED = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json"
+    " merges.txt tokenizer.model chat_template.jinja chat_template.json generation_config.json"
+).split()
+# Index and single file, the better format first.
+FORMATS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+# Tables that old versions of transformers saved; they follow from the config.
+DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+TIED_ROWS = 4096  # compared at once
+
+
+class Tensor(NamedTuple):
+    """A tensor in one of the files; `load` gives some of its rows."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    load: Callable[[slice], np.ndarray]
+
+
+# --- in -------------------------------------------------------------------------------------------
+
+
+def recognises(src: str) -> bool:
+    """Whether there is a folder as `save_pretrained` writes it."""
+    folder = folders.open(src)
+    if not folder.has(CONFIG):
+        return False
+    config = _json(folder, CONFIG)
+    return "model_type" in config or "architectures" in config
+
+
+def read(src: str, *, optimizer: bool = False) -> Stacked:
+    """The folder at a path or an address.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if config, index and tensors do not fit together, or `optimizer` is asked for.
+    """
+    folder = folders.open(src)
+    config = _json(folder, CONFIG)
+    model = hf_config.read(config, f"{src.rstrip('/')}/{CONFIG}")
+    architecture = f"{hf_config.family(config, CONFIG)}ForCausalLM"
+    if optimizer:
+        raise ValueError(f"{src}: a Hugging Face folder has no optimizer state; leave --optimizer")
+    store = Store(folder, is_tied=model.tie_embeddings)
+    weights = Stacked(model)
+    rows = names.rows(model, "Hugging Face")
+    weights.add("params/", store, rows, lambda key: key, store.shapes)
+    n_files = len({tensor.file for tensor in store.tensors.values()})
+    many = "s" * (n_files != 1)
+    weights.line = (
+        f"Hugging Face {architecture}, {len(store.tensors)} tensors in {n_files} file{many}"
+    )
+    weights.files = {name: folder.read(name).tobytes() for name in CARRIED if folder.has(name)}
+    weights.meta = {
+        "token_ids": hf_config.token_ids(config),
+        "dtype": resume.dtype(weights.leaves),
+    }
+    return weights
+
+
+class Store:
+    """The tensors of a folder by key, as `Stacked` reads them."""
+
+    def __init__(self, folder: Folder, *, is_tied: bool):
+        """Read the index and the headers.
+
+        Args:
+          folder: that they are in.
+          is_tied: there is one table for both ends.
+        """
+        self.where = folder.name.rstrip("/")
+        found = _tensors(folder)
+        self.tensors = {key: t for key, t in found.items() if not DERIVED.fullmatch(key)}
+        if is_tied:
+            self._tie()
+        self.shapes = {key: (t.shape, t.dtype) for key, t in self.tensors.items()}
+
+    def read(self, key: str, index: Index) -> np.ndarray:
+        """A part of a tensor, without a copy where the file is on this machine."""
+        return self.tensors[key].load(index[0])[(slice(None), *index[1:])]
+
+    def _tie(self) -> None:
+        """Either table may be the one; of two, the second must say the same."""
+        head = self.tensors.pop(HEAD, None)
+        if head is None:
+            return
+        embed = self.tensors.setdefault(EMBED, head)
+        same = head.shape == embed.shape and all(
+            np.array_equal(head.load(part), embed.load(part))
+            for part in (slice(i, i + TIED_ROWS) for i in range(0, head.shape[0], TIED_ROWS))
+        )
+        if not same:
+            raise ValueError(
+                f"{self.where}: tie_word_embeddings=true, but {HEAD} and {EMBED} differ"
+            )
+
+
+def _json(folder: Folder, file: str) -> dict[str, Any]:
+    where = f"{folder.name.rstrip('/')}/{file}"
+    try:
+        value = json.loads(folders.text(folder, file))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no JSON object")
+    return value
+
+
+def _tensors(folder: Folder) -> dict[str, Tensor]:
+    """All tensors by key, from the one file or the shards that the index names."""
+    where = folder.name.rstrip("/")
+    for index, single in FORMATS:
+        if folder.has(index):
+            return _of_shards(folder, where, index)
+        if folder.has(single):
+            return _of_file(folder, single)
+    need = " or ".join(single for _, single in FORMATS)
+    raise FileNotFoundError(f"{where}: no weights beside {CONFIG}; need {need}, or their shards")
+
+
+def _of_shards(folder: Folder, where: str, index: str) -> dict[str, Tensor]:
+    weight_map = _json(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{where}/{index} has no weight_map")
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if not folder.has(file):
+            raise FileNotFoundError(f"{where}: {file}, which {index} names, is missing")
+        found |= _of_file(folder, file)
+    for key, file in weight_map.items():
+        if key not in found or found[key].file != file:
+            raise ValueError(f"{where}/{index} lists {key} in {file}, which is not there")
+    for key in found.keys() - weight_map.keys():
+        raise ValueError(f"{where}: {key} in {found[key].file} is not listed in {index}")
+    return found
+
+
+def _of_file(folder: Folder, file: str) -> dict[str, Tensor]:
+    if file.endswith(".safetensors"):
+        return {
+            key: Tensor(file, e.dtype, e.shape, functools.partial(safetensors.load, folder, e))
+            for key, e in safetensors.entries(folder, file).items()
+        }
+    archive = torch_files.Archive(folder, file)
+    if not isinstance(archive.tree, dict):
+        raise ValueError(f"{archive.where} holds no tensors by name")
+    return {
+        key: Tensor(file, t.dtype, t.shape, functools.partial(archive.read, t))
+        for key, t in archive.tree.items()
+        if isinstance(t, torch_files.Tensor)
+    }
+
+
+# --- out ------------------------------------------------------------------------------------------
+
+
+class Planned(NamedTuple):
+    """A tensor to write."""
+
+    row: Row
+    layer: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def write(
+    weights: Weights,
+    folder: pathlib.Path,
+    dtype: str | None,
+    max_shard_bytes: int,
+    report: Callable[[int], None] = lambda n_bytes: None,
+) -> dict[str, int]:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+      weights: what to write.
+      folder: is there, empty.
+      dtype: of the tensors; None: as they are stored, or were where they came from.
+      max_shard_bytes: of a file; a tensor above that has one of its own.
+      report: told how many bytes were written, again and again.
+    Returns: the checksum of each tensor by key.
+    Raises:
+      ValueError: if Hugging Face has no such model.
+    """
+    model = weights.model
+    as_dtype = jnp.dtype(dtype or weights.meta.get("dtype") or weights.leaves["params/embed"].dtype)
+    config = hf_config.write(model, weights.meta.get("token_ids", {}), as_dtype.name)
+    plan = _plan(model, as_dtype)
+    shards = _shards(plan, max_shard_bytes)
+    lengths = names.sizes(model) | {"v": model.vocab_size}
+    written: dict[str, int] = {}
+
+    made = ahead(functools.partial(_torch_tensor, weights, p, lengths) for p in plan.values())
+
+    def make(key: str) -> Iterator[np.ndarray]:
+        tensor = next(made)  # in the order of the plan
+        written[key] = compare.crc(tensor)
+        yield tensor
+        report(plan[key].n_bytes)
+
+    for file, keys in shards.items():
+        tensors = {key: (plan[key].dtype, plan[key].shape) for key in keys}
+        safetensors.write(folder / file, tensors, make)
+    if len(shards) > 1:
+        total = {
+            "total_size": sum(planned.n_bytes for planned in plan.values()),
+            "total_parameters": sum(int(np.prod(planned.shape)) for planned in plan.values()),
+        }
+        weight_map = {key: file for file, keys in shards.items() for key in keys}
+        _write_json(folder / FORMATS[0][0], {"metadata": total, "weight_map": weight_map})
+    _write_json(folder / CONFIG, config)
+    for name, data in weights.files.items():
+        (folder / name).write_bytes(data)
+    if GENERATION not in weights.files:
+        ids = {key: config[key] for key in hf_config.TOKEN_IDS if config[key] is not None}
+        _write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+    return written
+
+
+def check(folder: pathlib.Path, written: Mapping[str, int]) -> None:
+    """Read the tensors of a folder and compare their checksums.
+
+    Raises:
+      ValueError: if one is not what was written.
+    """
+    tensors = _tensors(folders.open(str(folder)))
+    if tensors.keys() != written.keys():
+        raise ValueError(f"{folder}: not the tensors that were written")
+    for key, need in written.items():
+        compare.refuse_other_crc(key, need, compare.crc(tensors[key].load(slice(None))))
+
+
+def _plan(model: ModelConfig, dtype: np.dtype) -> dict[str, Planned]:
+    """Every tensor by key: table, layer after layer, norm and head."""
+    lengths = names.sizes(model) | {"v": model.vocab_size}
+    rows = names.rows(model, "Hugging Face")
+    layered = [row for row in rows if row.is_layered]
+    order = [(row, 0) for row in rows if row.ours == "embed"]
+    order += [(row, layer) for layer in range(model.n_layers) for row in layered]
+    order += [(row, 0) for row in rows if not row.is_layered and row.ours != "embed"]
+    return {
+        row.key_of(layer): Planned(row, layer, dtype, names.shape(row.torch_axes, lengths))
+        for row, layer in order
+    }
+
+
+def _shards(plan: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for key, planned in plan.items():
+        if groups[-1] and size + planned.n_bytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(key)
+        size += planned.n_bytes
+    if len(groups) == 1:
+        return {FORMATS[0][1]: groups[0]}
+    return {
+        f"model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)
+    }
+
+
+def _torch_tensor(weights: Weights, planned: Planned, lengths: Mapping[str, int]) -> np.ndarray:
+    """One tensor in PyTorch's layout, put together from pieces of ours."""
+    row = planned.row
+    out = np.empty(planned.shape, planned.dtype)
+    ours = names.view(out, row.torch_axes, row.axes, lengths)
+    name, skip = f"params/{row.ours}", int(row.is_layered)
+    for index in pieces(weights, name, planned.layer if row.is_layered else None):
+        ends = zip(index[skip:], ours.shape, strict=True)
+        inner = tuple(slice(*part.indices(n)) for part, n in ends)
+        if all(part.start < part.stop for part in inner):  # else it is padding
+            values = weights.view(name, (*index[:skip], *inner))
+            names.assign(ours[inner], values[(0,) * skip])
+    return out
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

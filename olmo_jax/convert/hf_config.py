@@ -1,0 +1,329 @@
+"""Hugging Face's `config.json` as our ModelConfig, and back.
+
+Whatever is read has a place here or is refused by name: a field that is passed over is how a
+converted model becomes gibberish. Whatever is written is explicit, since defaults differ between
+models and between versions of transformers.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert.stacked import shortest
+
+Fields = dict[str, Any]
+
+# What the architectures say without a field in config.json. transformers: models/olmo*/.
+FAMILIES: dict[str, Fields] = {
+    "Olmo": {
+        "norm": "nonparametric",
+        "norm_position": "before",
+        "norm_eps": 1e-5,
+        "qk_norm": "none",
+    },
+    "Olmo2": {"norm": "rms", "norm_position": "after", "qk_norm": "full", "clip_qkv": None},
+    "Olmo3": {"norm": "rms", "norm_position": "after", "qk_norm": "full", "clip_qkv": None},
+}
+NOT_YET = ("Olmoe", "FlexOlmo", "OlmoHybrid")  # known, but not in our model
+
+# Theirs -> ours, and in which families.
+RENAMED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "max_position_embeddings": "max_seq_len",
+}
+OWN = {
+    "Olmo": {"clip_qkv": "clip_qkv"},
+    "Olmo2": {"rms_norm_eps": "norm_eps"},
+    "Olmo3": {"rms_norm_eps": "norm_eps", "sliding_window": "window"},
+}
+KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+# The only values that OLMo models have.
+FIXED: Fields = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+}
+TOKEN_IDS: Fields = {"bos_token_id": None, "eos_token_id": 50_279, "pad_token_id": 1}
+# What the weights and the function do not depend on: book-keeping, and options of generation that
+# older versions of transformers kept here.
+FREE = frozenset(
+    """
+    architectures model_type dtype torch_dtype transformers_version _name_or_path name_or_path
+    use_cache output_attentions output_hidden_states return_dict is_decoder torchscript
+    use_bfloat16 tf_legacy_loss pruned_heads id2label label2id num_labels problem_type
+    finetuning_task prefix task_specific_params tokenizer_class sep_token_id
+    decoder_start_token_id cross_attention_hidden_size _attn_implementation
+    _attn_implementation_autoset attn_implementation max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens
+    """.split()
+)
+ROPE_KEYS = frozenset(
+    "rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast"
+    " beta_slow mscale mscale_all_dim truncate partial_rotary_factor".split()
+)
+THETA_OF_OLD_OLMO3 = 500_000.0  # sliding layers have it in transformers 5, whatever rope_theta says
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def family(config: Mapping[str, Any], where: str) -> str:
+    """The family of a config: Olmo, Olmo2 or Olmo3.
+
+    Raises:
+      ValueError: if it is another architecture, or two fields name two.
+    """
+    known = [*FAMILIES, *NOT_YET]
+    model_types = {"FlexOlmo": "flex_olmo", "OlmoHybrid": "olmo_hybrid"}
+    by_type = {model_types.get(name, name.lower()): name for name in known}
+    architectures = config.get("architectures") or []
+    found = {by_type.get(config.get("model_type", ""), config.get("model_type"))} - {None}
+    found |= {str(name).removesuffix("ForCausalLM") for name in architectures}
+    if len(found) != 1 or not found <= set(known):
+        named = f"architectures={architectures}, model_type={config.get('model_type')!r}"
+        need = ", ".join(f"{name}ForCausalLM" for name in FAMILIES)
+        raise ValueError(f"{where}: {named} is none of {need}")
+    (name,) = found
+    if name in NOT_YET:
+        raise ValueError(f"{where}: {name}ForCausalLM is known, but this version has no such model")
+    return str(name)
+
+
+def read(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+      config: its content.
+      where: the file, for errors.
+    Raises:
+      ValueError: with every field that is missing, unknown, or at odds with another.
+    """
+    name = family(config, where)
+    rest = {key: value for key, value in config.items() if key not in FREE | TOKEN_IDS.keys()}
+    problems: list[str] = []
+    fields = dict(FAMILIES[name])
+    for key, ours in (RENAMED | OWN[name]).items():
+        value = rest.pop(key, None)
+        if value is not None:
+            fields[ours] = value
+        elif key != "clip_qkv":
+            problems.append(f"{key} is missing")
+    fields["tie_embeddings"] = rest.pop("tie_word_embeddings", False)
+    fields["init_std"] = rest.pop("initializer_range", ModelConfig.init_std)
+    fields["n_kv_heads"] = rest.pop("num_key_value_heads", None) or fields.get("n_heads")
+    head_dim = rest.pop("head_dim", None)
+    if not problems:
+        _add_layers(fields, rest.pop("layer_types", None), name, problems)
+        fields["head_dim"] = head_dim or fields["d_model"] // fields["n_heads"]
+        fields |= _read_rope(rest, fields, name, problems)
+    for key, need in FIXED.items():
+        if (value := rest.pop(key, need)) not in (need, None):
+            problems.append(f"{key}={value!r}, but OLMo models have {need!r}")
+    problems += [
+        f"{key}={value!r} is no field of {name}ForCausalLM that is known here"
+        for key, value in rest.items()
+        if value is not None
+    ]
+    if problems:
+        raise ValueError(f"{where}: " + "; ".join(problems))
+    return ModelConfig(**fields)
+
+
+def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> None:
+    n_layers = fields["n_layers"]
+    if types is None and name == "Olmo3":  # as transformers fills it in
+        types = [
+            "full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(n_layers)
+        ]
+    if types is None:
+        return
+    unknown = sorted({str(kind) for kind in types} - KINDS.keys())
+    if name != "Olmo3" and set(types) != {"full_attention"}:
+        problems.append(f"layer_types={types} is no field of {name}ForCausalLM")
+    elif unknown:
+        problems.append(f"layer_types has {', '.join(unknown)}; known: {', '.join(KINDS)}")
+    elif len(types) != n_layers:
+        problems.append(f"layer_types has {len(types)} entries for {n_layers} layers")
+    elif name == "Olmo3":
+        fields["layer_types"] = shortest([KINDS[kind] for kind in types])
+
+
+def _read_rope(rest: Fields, fields: Fields, name: str, problems: list[str]) -> Fields:
+    """The rotary embedding, in the form of transformers 5 (`rope_parameters`) or the older one."""
+    new, old = rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
+    theta = rest.pop("rope_theta", None)
+    nested = bool(new) and any(isinstance(value, Mapping) for value in new.values())
+    if nested and name != "Olmo3":
+        problems.append(f"rope_parameters={new}: {name}ForCausalLM has one set for all layers")
+        return {}
+    full, sliding = dict(new or {}), dict(new or {})
+    if nested:
+        full, sliding = (dict(new.get(kind) or {}) for kind in KINDS)
+        if unknown := new.keys() - KINDS.keys():
+            problems.append(f"rope_parameters has {', '.join(sorted(unknown))}")
+    elif new and name == "Olmo3" and not _harmless(new):
+        # transformers reads a flat one as no YaRN and its own theta, and says nothing.
+        problems.append(
+            f"rope_parameters={new}: Olmo3ForCausalLM needs one set under full_attention and one"
+            " under sliding_attention"
+        )
+        return {}
+    for key, value in (old or {}).items():
+        if full.get(key, value) != value:
+            problems.append(f"rope_scaling has {key}={value}, rope_parameters {full[key]}")
+        full[key] = value
+    thetas = {t for t in (theta, full.get("rope_theta"), sliding.get("rope_theta")) if t}
+    has_sliding = "sliding" in fields.get("layer_types", ())
+    if not thetas:
+        problems.append("rope_theta is missing")
+    elif len(thetas) > 1:
+        found = ", ".join(str(t) for t in sorted(thetas))
+        problems.append(f"rope_theta is at once {found}; one for all layers is known here")
+    elif has_sliding and not nested and thetas != {THETA_OF_OLD_OLMO3}:
+        problems.append(
+            f"rope_theta={thetas.pop()} goes to full layers only in transformers 5, to all in older"
+            " ones: write rope_parameters with full_attention and sliding_attention"
+        )
+    if has_sliding and nested and _type(sliding) != "default":
+        problems.append(f"rope_parameters: sliding_attention is {sliding}, need rope_type default")
+    yarn = _read_yarn(full, fields["max_seq_len"], problems)
+    return yarn | {"rope_theta": float(max(thetas, default=0.0))}
+
+
+def _harmless(flat: Mapping[str, Any]) -> bool:
+    theta = flat.get("rope_theta", THETA_OF_OLD_OLMO3)
+    return _type(flat) == "default" and theta == THETA_OF_OLD_OLMO3
+
+
+def _type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _read_yarn(rope: Mapping[str, Any], max_seq_len: int, problems: list[str]) -> Fields:
+    unknown = {key for key in rope.keys() - ROPE_KEYS if rope[key] is not None}
+    if unknown:
+        problems.append(f"rotary embedding: unknown {', '.join(sorted(unknown))}")
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']}, need 1.0")
+    if _type(rope) == "default":
+        return {"yarn_factor": None}
+    if _type(rope) != "yarn":
+        problems.append(f"rope_type={_type(rope)!r}; known: default, yarn")
+        return {}
+    if not rope.get("factor"):
+        problems.append("YaRN has no factor")
+        return {}
+    if rope.get("truncate") is False:
+        problems.append("YaRN with truncate=False is not known here")
+    if not rope.get("attention_factor") and (rope.get("mscale") or rope.get("mscale_all_dim")):
+        problems.append("YaRN with mscale is not known here: write its attention_factor")
+    return {
+        "yarn_factor": float(rope["factor"]),
+        "yarn_original_len": rope.get("original_max_position_embeddings") or max_seq_len,
+        "yarn_beta_fast": float(rope.get("beta_fast") or 32),
+        "yarn_beta_slow": float(rope.get("beta_slow") or 1),
+        "yarn_attention_factor": rope.get("attention_factor"),
+    }
+
+
+def token_ids(config: Mapping[str, Any]) -> Fields:
+    """The special tokens of a config.json; what it leaves out is what transformers fills in."""
+    return {key: config.get(key, default) for key, default in TOKEN_IDS.items()}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def family_of(model: ModelConfig) -> str:
+    """The architecture that computes what a model of ours does.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    slides = "sliding" in model.layer_types or model.window is not None
+    name = "Olmo" if model.norm == "nonparametric" else "Olmo3" if slides else "Olmo2"
+    clashes = [
+        f"{key}={getattr(model, key)!r} (need {need!r})"
+        for key, need in FAMILIES[name].items()
+        if getattr(model, key) != need
+    ]
+    if slides and name != "Olmo3":
+        clashes.append("layer_types with sliding layers (need full ones)")
+    if clashes:
+        raise ValueError(
+            f"no Hugging Face model is like this one: {name} with {', '.join(clashes)}"
+        )
+    return name
+
+
+def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
+    """The config.json of a model, which transformers 4.57 and 5 read as the same.
+
+    Args:
+      model: rows of padding are left out, they never score.
+      ids: of special tokens, as `token_ids` gives them.
+      dtype: of the weights in the files.
+    Raises:
+      ValueError: if Hugging Face has no such model.
+    """
+    name = family_of(model)
+    rope = _write_rope(model)
+    fields: Fields = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        **{key: getattr(model, ours) for key, ours in (RENAMED | OWN[name]).items()},
+        "num_key_value_heads": model.n_kv_heads,
+        "tie_word_embeddings": model.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "use_cache": True,
+        # The older form, in which the released models are written, and that of transformers 5.
+        "rope_theta": model.rope_theta,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}
+        if model.yarn_factor is not None
+        else None,
+        "rope_parameters": rope,
+        **TOKEN_IDS,
+        **{key: value for key, value in ids.items() if key in TOKEN_IDS},
+        "dtype": dtype,
+    }
+    if model.head_dim * model.n_heads != model.d_model:
+        fields["head_dim"] = model.head_dim
+    if name == "Olmo3":
+        theirs = {ours: kind for kind, ours in KINDS.items()}
+        fields["layer_types"] = [theirs[kind] for kind in model.layer_kinds]
+        plain = {"rope_type": "default", "rope_theta": model.rope_theta}
+        fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": plain}
+    return fields
+
+
+def _write_rope(model: ModelConfig) -> Fields:
+    if model.yarn_factor is None:
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": model.rope_theta,
+        "factor": model.yarn_factor,
+        "original_max_position_embeddings": model.yarn_original_len,
+        "beta_fast": model.yarn_beta_fast,
+        "beta_slow": model.yarn_beta_slow,
+        "attention_factor": model.yarn_attention_factor or 0.1 * math.log(model.yarn_factor) + 1.0,
+    }

@@ -1,0 +1,274 @@
+"""Checkpoints of OLMo's first trainer: `config.yaml` with `model.pt` or `model.safetensors`.
+
+Unsharded ones, as released for OLMo 1, 0424, 0724 and OLMo 2 up to 13B; the optimizer is in
+`optim.pt`, the trainer in `train.pt`. Sources: OLMo olmo/config.py, model.py, checkpoint.py,
+safetensors_util.py.
+"""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import folders, names, resume, safetensors
+from olmo_jax.convert.fields import Fields
+from olmo_jax.convert.folders import Folder
+from olmo_jax.convert.stacked import Shapes, Stacked
+from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
+from olmo_jax.convert.weights import Index
+
+CONFIG = "config.yaml"
+FSDP = "_fsdp_wrapped_module."  # left in names by old versions
+TRAINERS = ("train.pt", "other.pt")  # newer, older
+
+
+def recognises(src: str) -> bool:
+    """Whether this is a folder of OLMo's first trainer."""
+    return folders.open(src).has(CONFIG)
+
+
+def read(src: str, *, optimizer: bool = False) -> Stacked:
+    """The checkpoint in a folder.
+
+    Args:
+      src: path or `https://` address of a step's folder.
+      optimizer: whether the moments, the step and the place in the data are wanted.
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if one is damaged, does not fit the config, or has what olmo_jax has not.
+    """
+    folder = folders.open(src)
+    where = f"{folder.name.rstrip('/')}/{CONFIG}"
+    try:
+        config = yaml.safe_load(folders.text(folder, CONFIG))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is damaged: {' '.join(str(error).split())}") from None
+    model = read_config(config, where)
+    kinds = ("model.pt", "model.safetensors")
+    file = next((file for file in kinds if folder.has(file)), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder.name}: need {' or '.join(kinds)}, found neither")
+    state = _File(folder, file)
+    store = _Store(state, state.tree)
+    weights = Stacked(model)
+    rows = names.rows(model, "OLMo")
+    weights.add("params/", store, rows, lambda key: key, store.shapes)
+    if optimizer:
+        _add_optimizer(weights, folder, rows, config, where)
+        _add_trainer(weights, folder, config)
+    ids = config["model"]
+    token_ids = {key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    weights.meta |= {"token_ids": token_ids, "dtype": resume.dtype(weights.leaves)}
+    weights.line = f"OLMo (config.yaml), {len(store.shapes)} tensors in {file}"
+    if optimizer:
+        weights.line += f", with the optimizer after {weights.meta['step']:,} steps"
+    return weights
+
+
+# --- config.yaml ----------------------------------------------------------------------------------
+
+
+def read_config(config: Any, where: str) -> ModelConfig:
+    """The model that a config.yaml builds.
+
+    Args:
+      config: its content.
+      where: its name, for errors.
+    Raises:
+      ValueError: with the first option that olmo_jax has not, or does not know.
+    """
+    c = Fields(Fields(config, where).need("model"), f"{where}: model")
+    d_model, n_heads = int(c.take("d_model", 768)), int(c.take("n_heads", 12))
+    n_kv_heads = c.take("n_kv_heads")
+    if c.take("multi_query_attention", False):
+        n_kv_heads = n_kv_heads or 1
+    c.expect("activation_type", "swiglu", default="swiglu")
+    c.expect("block_type", "sequential", default="sequential")
+    c.expect("block_group_size", 1, default=1)
+    c.expect("alibi", False, default=False)
+    c.expect("rope", True, default=False)
+    c.expect("scale_logits", False, default=False)
+    c.expect("embedding_layer_norm", False, default=False)
+    for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
+        c.expect(name, 0.0, default=0.1)
+    norm = _norm(c)
+    width = c.take("mlp_hidden_size") or c.take("mlp_ratio", 4) * d_model
+    c.ignore("mlp_ratio")
+    vocab_size = c.take("vocab_size", 50_257)
+    model = ModelConfig(
+        **norm,
+        vocab_size=int(c.take("embedding_size") or vocab_size),
+        d_model=d_model,
+        n_layers=int(c.take("n_layers", 12)),
+        n_heads=n_heads,
+        n_kv_heads=int(n_kv_heads or n_heads),
+        head_dim=d_model // n_heads,
+        d_ff=int(width) // 2,  # theirs counts gate and up together
+        max_seq_len=int(c.take("max_sequence_length", 1024)),
+        clip_qkv=_float(c.take("clip_qkv")),
+        tie_embeddings=c.take("weight_tying", True),
+        rope_theta=float(c.take("rope_theta", 10_000)),
+        init="mitchell" if c.take("init_fn", "normal") == "mitchell" else "normal",
+        init_std=float(c.take("init_std", 0.02)),
+        embed_init_std=_float(c.take("emb_init_std")),
+    )
+    c.ignore(
+        "alibi_bias_max", "rope_full_precision", "flash_attention", "init_device",
+        "init_cutoff_factor", "precision", "eos_token_id", "pad_token_id", "scale_emb_init",
+    )  # fmt: skip
+    c.done()
+    return model
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _norm(c: Fields) -> dict[str, Any]:
+    """The options of the norms: RMSNorm with weights, or LayerNorm without."""
+    kind = c.expect("layer_norm_type", "rms", "default", "low_precision", "amd_compatible",
+                    default="default")  # fmt: skip
+    is_affine, has_qk_norm = c.take("layer_norm_with_affine", True), c.take("attention_layer_norm")
+    has_bias = c.take("include_bias", True)
+    has_norm_bias = c.take("bias_for_layer_norm", has_bias)
+    if has_bias:
+        raise ValueError(f"{c.where}.include_bias is True; olmo_jax has no biases")
+    if is_affine != (kind == "rms") or (is_affine and has_norm_bias):
+        raise ValueError(
+            f"{c.where}: layer_norm_type {kind!r} with layer_norm_with_affine {is_affine} and"
+            f" bias_for_layer_norm {has_norm_bias}; olmo_jax has RMSNorm with weights and LayerNorm"
+            " without"
+        )
+    is_qk_affine = c.take("attention_layer_norm_with_affine", True)
+    if has_qk_norm and not (is_qk_affine and kind == "rms"):
+        raise ValueError(f"{c.where}.attention_layer_norm: olmo_jax has only RMSNorm with weights")
+    return {
+        "norm": "rms" if is_affine else "nonparametric",
+        "norm_position": "after" if c.take("norm_after", False) else "before",
+        "norm_eps": float(c.take("layer_norm_eps", 1e-5)),
+        "qk_norm": "full" if has_qk_norm else "none",
+    }
+
+
+# --- optimizer and trainer ------------------------------------------------------------------------
+
+
+def _add_optimizer(
+    weights: Stacked, folder: Folder, rows: list[names.Row], config: Any, where: str
+) -> None:
+    """Moments and Adam's step of `optim.pt`."""
+    name = (config.get("optimizer") or {}).get("name", "lionw")
+    if name != "adamw":
+        raise ValueError(f"{where}: the optimizer is {name}; of OLMo's, olmo_jax has only adamw")
+    archive = _File(folder, "optim.pt")
+    try:
+        by_name = _by_name(archive.tree, archive.where)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{archive.where} is no state of an optimizer: {error!r}") from None
+    for ours, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+        tensors = {key: state[theirs] for key, state in by_name.items() if theirs in state}
+        store = _Store(archive, tensors)
+        weights.add(f"opt_state/{ours}/", store, rows, lambda key: key, store.shapes, np.float32)
+    steps = {key: _number(archive, state.get("step")) for key, state in by_name.items()}
+    weights.add_value("opt_state/count", resume.count(steps, archive.where))
+
+
+def _optim(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's options in our words; what is not said is OLMo's default, not ours."""
+    beta1, beta2 = options.get("betas") or (0.9, 0.95)
+    floats = {
+        "lr": options.get("learning_rate", 1e-4),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": options.get("eps", 1e-5),
+        "weight_decay": options.get("weight_decay", 0.01),
+    }
+    # YAML's 1e-5, without a point, is a string to PyYAML.
+    return {"name": "adamw"} | {name: float(value) for name, value in floats.items()}
+
+
+def _by_name(state: Any, where: str) -> dict[str, Mapping[str, Any]]:
+    """The state of each parameter by its name, which PyTorch itself has as a number."""
+    groups = state["param_groups"]
+    name_of: dict[Any, str] = {}
+    for group in groups:
+        keys = group["params"]
+        known = group.get("param_names", keys)
+        if len(known) != len(keys) or not all(isinstance(name, str) for name in known):
+            raise ValueError(f"{where}: param_groups say no names of their params")
+        name_of |= dict(zip(keys, (name.replace(FSDP, "") for name in known), strict=True))
+    return {name_of[key]: value for key, value in state["state"].items()}
+
+
+def _number(archive: "_File", value: Any) -> float:
+    """A step, which is a tensor or, in old versions, a number."""
+    return float(archive.read(value).item() if isinstance(value, Tensor) else value or 0)
+
+
+def _add_trainer(weights: Stacked, folder: Folder, config: Any) -> None:
+    """Finished steps and the place in the data."""
+    file = next((file for file in TRAINERS if folder.has(file)), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder.name}: {TRAINERS[0]}, which has the step, is missing")
+    archive = Archive(folder, file, lenient=True)
+    state = archive.tree if isinstance(archive.tree, Mapping) else {}
+    step = state.get("global_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{archive.where}: there is no global_step in it")
+    weights.add_value("step", np.asarray(step, np.int32))
+    seq_len, optim = weights.model.max_seq_len, _optim(config["optimizer"])
+    known = resume.config(weights.model, seq_len, "legacy", optim)
+    weights.meta |= {"step": step, "config": known}
+    total = state.get("global_train_examples_seen")  # as older versions say, of one epoch
+    rows = state.get("global_train_examples_seen_this_epoch", total)
+    tokens = state.get("global_train_tokens_seen")
+    if rows is not None and tokens is not None:
+        weights.meta["position"] = {"epoch": state.get("epoch") or 0, "row": rows, "tokens": tokens}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+class _File:
+    """`model.pt`, `optim.pt`, or `model.safetensors` as OLMo writes it."""
+
+    def __init__(self, folder: Folder, file: str):
+        self.where = f"{folder.name.rstrip('/')}/{file}"
+        if file.endswith(".pt"):
+            archive = Archive(folder, file)
+            self.tree, self.read = archive.tree, archive.read
+            return
+        entries = safetensors.entries(folder, file)
+        self.read = lambda entry, rows=slice(None): safetensors.load(folder, entry, rows)
+        self.tree: Any = {self._key(name): entry for name, entry in entries.items()}
+
+    def _key(self, name: str) -> str:
+        """The key that OLMo hides in base64 of a pickle: ((key,), whether the value is pickled)."""
+        if "." in name:  # as everybody else writes it
+            return name
+        try:
+            pickled = base64.urlsafe_b64decode(name)
+        except ValueError:
+            raise ValueError(f"{self.where}: {name} is no name of a parameter") from None
+        path, _ = unpickle(pickled, f"{self.where}: {name}")
+        return ".".join(map(str, path))
+
+
+class _Store:
+    """Tensors of a file by key, as `Stacked` reads them."""
+
+    def __init__(self, file: _File, tensors: Mapping[str, Any]):
+        self.where = file.where
+        self._file = file
+        try:
+            self._tensors = {key.replace(FSDP, ""): tensor for key, tensor in tensors.items()}
+            self.shapes: Shapes = {k: (tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
+        except AttributeError:
+            raise ValueError(f"{file.where} holds more than tensors by name") from None
+
+    def read(self, key: str, index: Index) -> np.ndarray:
+        """A part of a tensor: rows are read, the rest is cut off here."""
+        return self._file.read(self._tensors[key], index[0])[(slice(None), *index[1:])]

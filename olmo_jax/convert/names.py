@@ -1,0 +1,161 @@
+"""The one table of parameters: our path and layout, and what others call and lay out the same.
+
+PyTorch stores a linear weight as [outputs, inputs] with heads merged; ours are [inputs…, outputs…].
+Axes: v vocabulary rows, d d_model, n heads, k kv heads, h head_dim, f d_ff; brackets merge axes.
+Sources: transformers `models/olmo*/modeling_*.py`; OLMo-core `nn/hf/convert.py`; OLMo `model.py`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from olmo_jax.config import ModelConfig
+
+# `att_proj[1]`: the second of the parts stacked along the first axis of one PyTorch tensor. OLMo's
+# ff_proj holds up before gate. Every key ends in `.weight`.
+TABLE = """
+ours                our axes  PyTorch's  Hugging Face                OLMo-core          OLMo
+embed               v d       v d        model.embed_tokens          embeddings         transformer.wte
+layers/attn/wq      d n h     (n h) d    self_attn.q_proj            attention.w_q      att_proj[0]
+layers/attn/wk      d k h     (k h) d    self_attn.k_proj            attention.w_k      att_proj[1]
+layers/attn/wv      d k h     (k h) d    self_attn.v_proj            attention.w_v      att_proj[2]
+layers/attn/wo      n h d     d (n h)    self_attn.o_proj            attention.w_out    attn_out
+layers/attn/q_norm  n h       (n h)      self_attn.q_norm            attention.q_norm   q_norm
+layers/attn/k_norm  k h       (k h)      self_attn.k_norm            attention.k_norm   k_norm
+layers/attn_norm    d         d          post_attention_layernorm    attention_norm     attn_norm
+layers/mlp/w_gate   d f       f d        mlp.gate_proj               feed_forward.w1    ff_proj[1]
+layers/mlp/w_up     d f       f d        mlp.up_proj                 feed_forward.w3    ff_proj[0]
+layers/mlp/w_down   f d       d f        mlp.down_proj               feed_forward.w2    ff_out
+layers/mlp_norm     d         d          post_feedforward_layernorm  feed_forward_norm  ff_norm
+final_norm          d         d          model.norm                  lm_head.norm       transformer.ln_f
+lm_head             d v       v d        lm_head                     lm_head.w_out      transformer.ff_out
+"""  # noqa: E501
+BLOCK = 192  # rows and columns that are transposed at once
+LAYERS = {
+    "Hugging Face": "model.layers.{layer}.",
+    "OLMo-core": "blocks.{layer}.",
+    "OLMo": "transformer.blocks.{layer}.",
+}
+
+
+class Row(NamedTuple):
+    """A parameter in our tree and in PyTorch's."""
+
+    ours: str  # path below `params/`
+    axes: str  # ours, of one layer
+    torch_axes: str
+    key: str  # PyTorch's, with {layer}
+    part: int | None  # which of several parameters stacked in that tensor; None: it is alone there
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether there is one for each layer: ours are stacked, theirs are not."""
+        return self.ours.startswith("layers/")
+
+    def key_of(self, layer: int) -> str:
+        """PyTorch's key in a layer."""
+        return self.key.format(layer=layer)
+
+
+def rows(model: ModelConfig, names: str) -> list[Row]:
+    """The parameters of a model, in the order of the table.
+
+    Args:
+      model: which of them there are.
+      names: whose keys, "Hugging Face", "OLMo-core" or "OLMo".
+    """
+    header, *lines = (re.split(r"\s{2,}", line) for line in TABLE.strip().splitlines())
+    column = header.index(names)
+    table = []
+    for line in lines:
+        ours, axes, torch_axes, key = line[0], line[1], line[2], line[column]
+        match = re.fullmatch(r"(.*)\[(\d)\]", key)
+        key, part = (match[1], int(match[2])) if match else (key, None)
+        prefix = LAYERS[names] if ours.startswith("layers/") else ""
+        table.append(Row(ours, axes, torch_axes, f"{prefix}{key}.weight", part))
+    return [row for row in table if _has(model, row.ours)]
+
+
+def _has(model: ModelConfig, ours: str) -> bool:
+    if ours in ("layers/attn/q_norm", "layers/attn/k_norm"):
+        return model.qk_norm == "full"
+    if ours in ("layers/attn_norm", "layers/mlp_norm", "final_norm"):
+        return model.norm == "rms"
+    return ours != "lm_head" or not model.tie_embeddings
+
+
+# --- layout ---------------------------------------------------------------------------------------
+
+
+def sizes(model: ModelConfig) -> dict[str, int]:
+    """The length of each axis of the table."""
+    return {
+        "v": model.vocab_rows,
+        "d": model.d_model,
+        "n": model.n_heads,
+        "k": model.n_kv_heads,
+        "h": model.head_dim,
+        "f": model.d_ff,
+    }
+
+
+def shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of an array with these axes: `(n h) d` -> `[n·h, d]`."""
+    return tuple(int(np.prod([lengths[axis] for axis in group.split()])) for group in _groups(axes))
+
+
+def view(array: np.ndarray, old: str, new: str, lengths: Mapping[str, int]) -> np.ndarray:
+    """An array with other axes: `(n h) d` -> `d n h`.
+
+    Nothing is copied, unless axes are merged that do not lie side by side.
+
+    Args:
+      array: with the axes `old`.
+      old, new: as in the table.
+      lengths: of the single axes.
+    Raises:
+      ValueError: if the array does not have the shape that `old` says.
+    """
+    if array.shape != shape(old, lengths):
+        raise ValueError(f"has shape {array.shape}, need {shape(old, lengths)}")
+    have, want = re.findall(r"\w", old), re.findall(r"\w", new)
+    split = array.reshape([lengths[axis] for axis in have])
+    return split.transpose([have.index(axis) for axis in want]).reshape(shape(new, lengths))
+
+
+def assign(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`; transposed in blocks, which is several times as fast.
+
+    Each block is read as it lies in memory, narrowed if it has to be, turned while it is in the
+    cache, and written as the result lies in memory.
+    """
+    if out.ndim < 2 or (out.flags.c_contiguous and values.flags.c_contiguous):
+        out[...] = values
+    elif out.ndim > 2:
+        axis = int(np.argmin(out.shape))
+        for i in range(out.shape[axis]):
+            at = (slice(None),) * axis + (i,)
+            assign(out[at], values[at])
+    else:
+        order = "F" if out.strides[0] < out.strides[1] else "C"
+        for i in range(0, out.shape[0], BLOCK):
+            for j in range(0, out.shape[1], BLOCK):
+                block = slice(i, i + BLOCK), slice(j, j + BLOCK)
+                narrow = out.dtype if out.itemsize < values.itemsize else values.dtype
+                piece = values[block].astype(narrow, order="K")
+                out[block] = np.array(piece, order=order)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array itself if it lies in C order in memory, else a copy that does."""
+    if array.flags.c_contiguous and array.flags.aligned:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    assign(out, array)
+    return out
+
+
+def _groups(axes: str) -> list[str]:
+    return [bracketed or single for bracketed, single in re.findall(r"\(([\w ]+)\)|(\w)", axes)]

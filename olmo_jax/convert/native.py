@@ -1,0 +1,68 @@
+"""olmo_jax's own checkpoints, as `train` and `tools/convert.py` write them."""
+
+import re
+
+import numpy as np
+
+from olmo_jax import checkpoint, storage
+from olmo_jax.config import ModelConfig, from_dict
+from olmo_jax.convert.weights import Index, whole
+
+
+def recognises(src: str) -> bool:
+    """Whether this is a checkpoint, a run's folder, or what was to become one."""
+    if re.match(r"https?://", src):
+        return False
+    folder = storage.path(src)
+    if storage.is_complete(folder) or (folder / "checkpoints").exists():
+        return True
+    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    return any(re.fullmatch(r"step\d+|params\..+", name) for name in names)
+
+
+def read(src: str, *, optimizer: bool = False) -> "Native":
+    """The checkpoint at a path, or the newest one of a run.
+
+    Raises:
+      ValueError: if it is incomplete or damaged, or has no optimizer state when that is asked for.
+    """
+    return Native(checkpoint.find(src, "SRC"), optimizer)
+
+
+class Native:
+    """`Weights` of a checkpoint of ours."""
+
+    torch_layout = False
+
+    def __init__(self, folder: storage.Path, optimizer: bool = False):
+        """Read what it says about itself.
+
+        Args:
+          folder: a complete checkpoint.
+          optimizer: take more than the parameters.
+        """
+        self._folder, meta = folder, storage.read_meta(folder)
+        self.model = from_dict(meta["model"], ModelConfig, f"{folder}/meta.json: model")
+        stored = storage.tree_of(folder)
+        if optimizer and not any(name.startswith("opt_state/") for name in stored):
+            raise ValueError(f"{folder} has no optimizer state; leave --optimizer")
+        self.leaves = {
+            name: leaf for name, leaf in stored.items() if optimizer or name.startswith("params/")
+        }
+        self.files = {name: storage.read(folder, name) for name in storage.files(folder)}
+        eos = meta.get("config", {}).get("data", {}).get("eos_id")
+        ids = {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
+        self.meta = {"token_ids": meta.get("token_ids", ids)}
+        self.meta |= {"dtype": meta["dtype"]} if "dtype" in meta else {}
+        if optimizer:
+            keep = ("step", "position", "config", "fingerprint")
+            self.meta |= {key: meta[key] for key in keep if key in meta}
+        step = f" after step {meta['step']:,}" if "step" in meta else ""
+        self.line = f"olmo_jax checkpoint{step}, {len(self.leaves)} arrays ({folder.name})"
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A leaf or a part of it."""
+        index = whole(self.leaves[name].shape, index)
+        return storage.read_part(self._folder, name, index)
+
+    view = read

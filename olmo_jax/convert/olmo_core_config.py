@@ -1,0 +1,274 @@
+"""OLMo-core's `config.json` as our ModelConfig, and what it says of a run.
+
+Whatever is read has a place here or is refused by name. Sources: OLMo-core
+nn/transformer/config.py, nn/attention/__init__.py, nn/rope.py, nn/layer_norm.py.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert.fields import Fields
+from olmo_jax.convert.stacked import shortest
+
+OPTIMIZERS = {"SkipStepAdamWConfig": "skip_step_adamw", "AdamWConfig": "adamw"}
+NOT_THE_MODEL = ("float8_config", "ac_config", "dp_config", "tp_config", "compile")  # OLMo-core 1
+
+
+def read(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
+    """The model that a config.json of OLMo-core builds, and whether its q, k and v are fused.
+
+    Args:
+      config: its content.
+      where: its name, for errors.
+    Raises:
+      ValueError: with the first option that olmo_jax has not, or does not know.
+    """
+    top = Fields(Fields(config, where).need("model"), f"{where}: model")
+    top.expect("name", "default", default="default")
+    top.expect("embed_scale", 1.0, default=1.0)
+    top.expect("embedding_norm", None, default=None)
+    n_layers = int(top.need("n_layers"))
+    d_model = int(top.need("d_model"))
+    layers = [
+        _block(Fields(block, f"{where}: model.block"), i, n_layers, d_model)
+        for i, block in enumerate(_blocks(top, n_layers))
+    ]
+    common = layers[0].common
+    for i, layer in enumerate(layers):
+        if layer.common != common:
+            differing = [key for key, value in layer.common.items() if common.get(key) != value]
+            raise ValueError(
+                f"{where}: model.block_overrides: layer {i} differs from the first in"
+                f" {', '.join(differing)}; layers of olmo_jax differ in their window only"
+            )
+    head = Fields(top.need("lm_head"), f"{where}: model.lm_head")
+    head.expect("name", "default", default="default")
+    head.expect("bias", False, default=True)
+    norm = _norm(Fields(head.need("layer_norm"), f"{head.where}.layer_norm"))
+    if norm != (common["norm"], common["norm_eps"]):
+        raise ValueError(f"{head.where}.layer_norm is {norm}, but the blocks' is another")
+    head.ignore("dtype", "loss_implementation")
+    head.done()
+    fields = dict(common)
+    is_fused = fields.pop("fused")
+    model = ModelConfig(
+        **fields,
+        **_kinds(layers, where),
+        vocab_size=int(top.need("vocab_size")),
+        d_model=d_model,
+        n_layers=n_layers,
+        tie_embeddings=bool(top.take("tie_word_embeddings", False)),
+        init_std=float(top.take("init_std", 0.02)),
+        embed_init_std=top.take("embedding_init_std"),
+        max_seq_len=_longest(config, layers),
+    )
+    top.ignore("dtype", "init_method", "init_seed", "freeze_params", *NOT_THE_MODEL)
+    top.done()
+    return model, is_fused
+
+
+class _Layer:
+    """One block: what it has in common with the others, and what may be its own."""
+
+    def __init__(self, common: dict[str, Any], window: int | None, yarn: tuple | None):
+        self.common, self.window, self.yarn = common, window, yarn
+
+
+def _blocks(top: Fields, n_layers: int) -> list[Any]:
+    """The config of each block: one for all, with overrides, or a pattern of named ones."""
+    block, overrides = top.need("block"), top.take("block_overrides", {})
+    pattern = top.take("block_pattern")
+    if pattern:
+        return [block[pattern[i % len(pattern)]] for i in range(n_layers)]
+    numbers = {int(i): override for i, override in overrides.items()}
+    return [numbers.get(i, block) for i in range(n_layers)]
+
+
+def _block(block: Fields, i: int, n_layers: int, d_model: int) -> _Layer:
+    name = block.expect("name", "reordered_norm", "default", default="default")
+    attention = block.group("sequence_mixer") or block.group("attention")
+    if attention is None:
+        raise ValueError(f"{block.where}.attention is missing")
+    mlp = Fields(block.need("feed_forward"), f"{block.where}.feed_forward")
+    norm, eps = _norm(Fields(block.need("layer_norm"), f"{block.where}.layer_norm"))
+    block.expect("dropout", 0.0, default=0.0)
+    block.expect("attention_residual_alpha", 1.0, default=1.0)
+    block.expect("feed_forward_residual_alpha", 1.0, default=1.0)
+    block.done()
+
+    mlp.expect("name", "default", default="default")
+    mlp.expect("bias", False, default=True)
+    mlp.expect("activation", "silu", default="silu")
+    d_ff = int(mlp.need("hidden_size"))
+    mlp.ignore("dtype")
+    mlp.done()
+
+    layer = _attention(attention, i, n_layers, d_model, (norm, eps))
+    layer.common |= {
+        "norm": norm,
+        "norm_eps": eps,
+        "norm_position": "after" if name == "reordered_norm" else "before",
+        "d_ff": d_ff,
+    }
+    return layer
+
+
+def _attention(
+    attention: Fields, i: int, n_layers: int, d_model: int, norm: tuple[str, float]
+) -> _Layer:
+    if attention.name_of_class not in ("", "AttentionConfig"):
+        raise ValueError(f"{attention.where} is a {attention.name_of_class}; olmo_jax has none")
+    name = attention.expect("name", "default", "fused", "fused_v2", default="default")
+    n_heads = int(attention.take("n_heads", 16))
+    n_kv_heads = int(attention.take("n_kv_heads", n_heads))
+    clip = attention.take("clip_qkv")
+    qk_norm = attention.group("qk_norm")
+    if qk_norm is not None and _norm(qk_norm) != norm:
+        raise ValueError(f"{qk_norm.where} is not like layer_norm; olmo_jax has one for all")
+    attention.expect("bias", False, default=True)
+    attention.expect("use_head_qk_norm", False, default=False)
+    attention.expect("dropout", 0.0, default=0.0)
+    for option in ("attention_sinks", "scalable_softmax", "qk_norm_per_head_gains"):
+        attention.expect(option, False, default=False)
+    attention.expect("type", "attention", default="attention")
+    rope = Fields(attention.need("rope"), f"{attention.where}.rope")
+    window = _window(attention.group("sliding_window"), i, n_layers)
+    common = {
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "head_dim": int(attention.take("head_dim", d_model // n_heads)),
+        "clip_qkv": clip,
+        "qk_norm": "none" if qk_norm is None else "full",
+        "fused": name != "default",
+        "rope_theta": float(rope.take("theta", 500_000)),
+    }
+    yarn = _yarn(rope.group("scaling"), common["rope_theta"], common["head_dim"])
+    rope.expect("name", "default", "fused", default="default")
+    rope.expect("no_global_rope", False, default=False)
+    rope.expect("partial_rotary_factor", 1.0, default=1.0)
+    rope.ignore("full_precision")  # of bfloat16 activations
+    rope.done()
+    attention.ignore("use_flash", "backend", "dtype", "use_recompute_qkv_prep")
+    attention.done()
+    return _Layer(common, window, yarn)
+
+
+def _norm(norm: Fields) -> tuple[str, float]:
+    """The kind of a norm in our words, and its epsilon."""
+    kind = norm.expect("name", "rms", "fused_rms", "cute_rms", "default", default="default")
+    is_affine = norm.take("elementwise_affine", True)
+    if is_affine:
+        norm.expect("bias", False, default=True)
+    if is_affine != (kind != "default"):
+        has = "with" if is_affine else "without"
+        raise ValueError(
+            f"{norm.where}: a norm {kind!r} {has} weights; olmo_jax has RMSNorm with, and LayerNorm"
+            " without"
+        )
+    eps = float(norm.take("eps", 1e-5))
+    norm.ignore("full_precision", "dtype", "bias")
+    norm.done()
+    return "rms" if is_affine else "nonparametric", eps
+
+
+def _window(window: Fields | None, i: int, n_layers: int) -> int | None:
+    """Positions that a layer sees, its own included; None: all."""
+    if window is None:
+        return None
+    pattern = window.need("pattern")
+    first = window.take("force_full_attention_on_first_layer", True)
+    last = window.take("force_full_attention_on_last_layer", True)
+    window.done()
+    if (first and i == 0) or (last and i == n_layers - 1):
+        return None
+    size = int(pattern[(i - bool(first)) % len(pattern)])
+    return None if size == -1 else size
+
+
+def _yarn(scaling: Fields | None, theta: float, head_dim: int) -> tuple | None:
+    """Factor, original length and betas of YaRN; None: none."""
+    if scaling is None:
+        return None
+    if scaling.name_of_class != "YaRNRoPEScalingConfig":
+        raise ValueError(f"{scaling.where} is {scaling.name_of_class!r}; olmo_jax has only YaRN")
+    factor, length = float(scaling.take("factor", 8.0)), int(scaling.take("old_context_len", 8192))
+    fast, slow = float(scaling.take("beta_fast", 32)), float(scaling.take("beta_slow", 1))
+    scaling.done()
+    # OLMo-core cuts the ramp at half of the dimensions, transformers and olmo_jax do not.
+    end = head_dim * math.log(length / (slow * 2 * math.pi)) / (2 * math.log(theta))
+    if math.ceil(end) > head_dim // 2 - 1:
+        raise ValueError(
+            f"{scaling.where}: the ramp ends at dimension {math.ceil(end)} of {head_dim // 2},"
+            " where OLMo-core's formula departs from YaRN's"
+        )
+    return factor, length, fast, slow
+
+
+def _kinds(layers: list[_Layer], where: str) -> dict[str, Any]:
+    """Windows and YaRN as options of the whole model."""
+    windows = sorted({layer.window for layer in layers if layer.window is not None})
+    if len(windows) > 1:
+        raise ValueError(f"{where}: sliding windows of {windows}; olmo_jax has one size")
+    scaled = {layer.yarn for layer in layers if layer.window is None}
+    if len(scaled) > 1 or any(layer.yarn for layer in layers if layer.window is not None):
+        raise ValueError(
+            f"{where}: rope.scaling: olmo_jax scales all full layers alike, and no sliding ones"
+        )
+    kinds = ["full" if layer.window is None else "sliding" for layer in layers]
+    fields: dict[str, Any] = {
+        "layer_types": shortest(kinds),
+        "window": windows[0] if windows else None,
+    }
+    if yarn := next(iter(scaled), None):
+        keys = ("yarn_factor", "yarn_original_len", "yarn_beta_fast", "yarn_beta_slow")
+        fields |= dict(zip(keys, yarn, strict=True))
+    return fields
+
+
+def _longest(config: Mapping[str, Any], layers: list[_Layer]) -> int:
+    """Tokens of the longest sequence that the model is meant for, from the parts about training."""
+    lengths = [
+        find(config, "train_module", "max_sequence_length"),
+        find(config, "dataset", "sequence_length"),
+        find(config, "dataset", "effective_sequence_length"),
+        *(round(layer.yarn[0] * layer.yarn[1]) for layer in layers if layer.yarn),
+    ]
+    return max((int(n) for n in lengths if n is not None), default=ModelConfig.max_seq_len)
+
+
+def find(config: Any, *path: str) -> Any:
+    """The value under nested keys; None where one of them is missing."""
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def token_ids(config: Mapping[str, Any]) -> dict[str, int | None]:
+    """The special tokens of the data's tokenizer, by Hugging Face's names."""
+    tokenizer = find(config, "dataset", "tokenizer") or find(config, "tokenizer") or {}
+    return {key: tokenizer.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def optim(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The optimizer's options in our words; None for those that are not said.
+
+    Raises:
+      ValueError: if olmo_jax has no such optimizer.
+    """
+    options = find(config, "train_module", "optim") or find(config, "optim") or {}
+    name = str(options.get("_CLASS_", "AdamWConfig")).rpartition(".")[2]
+    if name not in OPTIMIZERS:
+        raise ValueError(f"{where}: the optimizer is {name}; olmo_jax has AdamW and SkipStepAdamW")
+    beta1, beta2 = options.get("betas") or (None, None)
+    return {
+        "name": OPTIMIZERS[name],
+        "lr": options.get("lr"),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": options.get("eps"),
+        "weight_decay": options.get("weight_decay"),
+        "skip_window": options.get("rolling_interval_length") or 128,
+        "skip_sigma": options.get("sigma_factor"),
+    }

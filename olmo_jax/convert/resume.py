@@ -1,0 +1,63 @@
+"""What Ai2's optimizers keep beside the moments, in the form that ours has it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from olmo_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_dict
+from olmo_jax.convert.weights import Leaves
+
+
+def dtype(leaves: Leaves) -> str:
+    """The dtype of a checkpoint's parameters; of several the widest."""
+    found = [leaf.dtype for name, leaf in leaves.items() if name.startswith("params/")]
+    return functools.reduce(jnp.promote_types, found).name
+
+
+def config(model: ModelConfig, seq_len: int, order: str, optim: Mapping[str, Any]) -> dict:
+    """What is known of a run of theirs, as the config that our checkpoints keep.
+
+    Args:
+      model: the model.
+      seq_len: tokens per row of its data.
+      order: of the data, "core" or "legacy".
+      optim: options of `OptimConfig`; those that are None stay at their defaults.
+    """
+    data = DataConfig(seq_len=seq_len, order=order)  # type: ignore[arg-type]
+    options = {key: value for key, value in optim.items() if value is not None}
+    return to_dict(Config(model=model, data=data, optim=OptimConfig(**options)))
+
+
+def count(steps: Mapping[str, float], where: str) -> np.ndarray:
+    """Adam's number of taken steps, int32, from the one that PyTorch keeps for each parameter.
+
+    It is 0 throughout where OLMo-core trained with `step_increment_bugfix=False`; our
+    `optim.freeze_adam_step` goes on like that.
+
+    Args:
+      steps: by parameter.
+      where: they are from, for errors.
+    Raises:
+      ValueError: if there is none, or they differ.
+    """
+    values = set(steps.values())
+    if len(values) != 1:
+        found = ", ".join(f"{key} is {value:g}" for key, value in list(steps.items())[:2])
+        raise ValueError(f"{where}: need one number of steps of all parameters; {found or 'none'}")
+    return np.asarray(values.pop(), np.int32)
+
+
+def fresh_history(window: int) -> dict[str, np.ndarray]:
+    """The history of skip_step_adamw before its first step.
+
+    Args:
+      window: steps that it compares with.
+    """
+    return {
+        "loss": np.zeros([window], np.float32),
+        "grad_norm": np.zeros([window], np.float32),
+        "filled": np.zeros([], np.int32),
+    }

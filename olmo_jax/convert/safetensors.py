@@ -1,0 +1,135 @@
+"""Files of the safetensors format: eight bytes with the length of a JSON header, it, the tensors.
+
+Source: the format's description in github.com/huggingface/safetensors. Their reader allocates what
+it reads; this one takes any stretch of a tensor from a `Folder`, so also from behind https.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from olmo_jax.convert.folders import Folder
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+LARGEST_HEADER = 100_000_000  # as in Hugging Face's reader
+
+
+class Entry(NamedTuple):
+    """Where a tensor is."""
+
+    file: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # of its bytes in the file
+
+
+def entries(folder: Folder, file: str) -> dict[str, Entry]:
+    """The tensors of a file by name, after a look whether all of them are there.
+
+    Raises:
+      ValueError: if the file is truncated, or no safetensors file.
+    """
+    where, size = f"{folder.name.rstrip('/')}/{file}", folder.size(file)
+    if size < 8:
+        raise ValueError(f"{where} is truncated: {size} bytes are no safetensors file")
+    length = int.from_bytes(folder.read(file, 0, 8).tobytes(), "little")
+    if length > LARGEST_HEADER:
+        raise ValueError(f"{where} is no safetensors file: a header of {length:,} bytes")
+    if 8 + length > size:
+        raise ValueError(f"{where} is truncated: {size:,} bytes of at least {8 + length:,}")
+    try:
+        header = json.loads(folder.read(file, 8, 8 + length).tobytes())
+        header.pop("__metadata__", None)
+        found = {key: _entry(file, 8 + length, key, value) for key, value in header.items()}
+        ends = [8 + length + value["data_offsets"][1] for value in header.values()]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where} is damaged: its header cannot be read: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    end = max(ends, default=8 + length)
+    if end > size:
+        raise ValueError(f"{where} is truncated: {size:,} bytes of {end:,}")
+    if end < size:
+        raise ValueError(f"{where} is damaged: {size - end:,} bytes behind the last tensor")
+    return found
+
+
+def _entry(file: str, base: int, key: str, value: Mapping) -> Entry:
+    if value["dtype"] not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"{key} is {value['dtype']}; weights are one of {known}")
+    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+    start, stop = value["data_offsets"]
+    if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
+        raise ValueError(f"the header is damaged: {key} {list(shape)} in {stop - start:,} bytes")
+    return Entry(file, dtype, shape, base + start)
+
+
+def load(folder: Folder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
+    """A tensor, or some rows of it, without a copy where the folder is on this machine."""
+    if not entry.shape:
+        rows = slice(0, 1)
+    first, last, _ = rows.indices(entry.shape[0] if entry.shape else 1)
+    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    data = folder.read(entry.file, entry.start + first * row, entry.start + last * row)
+    shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+    if entry.start % entry.dtype.itemsize:  # written without alignment
+        data = data.copy()
+    return data.view(entry.dtype).reshape(shape)
+
+
+def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
+    """The beginning of a file that holds these tensors, in this order."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for key, (dtype, shape) in tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        fields[key] = {"dtype": names[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write(
+    path: pathlib.Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    make: Callable[[str], Iterable[np.ndarray]],
+) -> None:
+    """Write a file, tensor by tensor, and see that it is on disk.
+
+    Args:
+      path: of the new file.
+      tensors: dtype and shape of each by name.
+      make: the values of a tensor, in pieces along its first dimension.
+    Raises:
+      FileExistsError: if there is a file already.
+    """
+    with open(path, "xb", buffering=0) as file:
+        _write_all(file.fileno(), header(tensors))
+        for key, (dtype, shape) in tensors.items():
+            written = 0
+            for piece in make(key):
+                assert piece.dtype == dtype, f"{key}: {piece.dtype}, not {dtype}"
+                _write_all(file.fileno(), np.ascontiguousarray(piece).view(np.uint8).data.cast("B"))
+                written += piece.size
+            assert written == math.prod(shape), f"{key}: {written} values of {shape}"
+        os.fsync(file.fileno())
+
+
+def _write_all(number: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(number, view[: 1 << 30]) :]

@@ -1,0 +1,200 @@
+"""Tensors as PyTorch has them, one for each layer and heads merged, served in our layout."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import names
+from olmo_jax.convert.names import Row
+from olmo_jax.convert.weights import Index, Leaves, whole
+
+SHOWN = 3  # problems of one kind in an error
+COMPARED_ROWS = 4096  # at once
+
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # and dtypes, by key
+
+
+class Store(Protocol):
+    """Tensors by key."""
+
+    where: str  # for errors
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape and dtype of each tensor."""
+        ...
+
+    def read(self, key: str, index: Index) -> np.ndarray:
+        """A part of a tensor, a slice of step 1 for each dimension; reads no more than that."""
+        ...
+
+
+class _Tree(NamedTuple):
+    """Tensors that mirror the parameters: these themselves, or a moment of each."""
+
+    store: Store
+    rows: list[Row]
+    key_of: Callable[[str], str]  # the store's key of a parameter's
+
+
+class Stacked:
+    """`Weights` over stores of PyTorch tensors."""
+
+    torch_layout = True
+
+    def __init__(self, model: ModelConfig):
+        self.model = model
+        self.line = ""
+        self.leaves: Leaves = {}
+        self.files: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {}
+        self._lengths = names.sizes(model)
+        self._trees: dict[str, tuple[_Tree, Row]] = {}
+        self._values: dict[str, np.ndarray] = {}
+
+    def add(
+        self,
+        prefix: str,
+        store: Store,
+        rows: list[Row],
+        key_of: Callable[[str], str],
+        own: Iterable[str],
+        dtype: Any = None,
+    ) -> None:
+        """Add leaves that mirror the parameters.
+
+        Args:
+          prefix: of our names: `params/`, `opt_state/mu/`, …
+          store: that has them.
+          rows: the table.
+          key_of: the store's key of a parameter, from the parameter's key.
+          own: keys of the store that must all be used.
+          dtype: to convert them to; None: as they are stored.
+        Raises:
+          ValueError: with what is missing, left over, or of another shape.
+        """
+        tree = _Tree(store, rows, key_of)
+        self._check(tree, own)
+        for row in rows:
+            name = prefix + row.ours
+            shape = names.shape(row.axes, self._lengths)
+            layers = (self.model.n_layers,) if row.is_layered else ()
+            _, stored = store.shapes[key_of(row.key_of(0))]
+            self.leaves[name] = jax.ShapeDtypeStruct((*layers, *shape), dtype or stored)
+            self._trees[name] = tree, row
+
+    def add_value(self, name: str, value: np.ndarray) -> None:
+        """Add a leaf that is known already."""
+        self.leaves[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        self._values[name] = value
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A leaf or a part of it, see `Weights`."""
+        return names.contiguous(self.view(name, index))
+
+    def view(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The same as the source has it in memory, see `Weights`."""
+        shape = self.leaves[name].shape
+        index = whole(shape, index)
+        if name in self._values:
+            return np.require(self._values[name][index], requirements="C")
+        ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        tree, row = self._trees[name]
+        dtype = self.leaves[name].dtype
+        if not row.is_layered:
+            return self._read(tree, row, 0, ranges).astype(dtype, copy=False)
+        layers = range(*ranges[0])
+        if len(layers) == 1:
+            return self._read(tree, row, layers[0], ranges[1:])[None].astype(dtype, copy=False)
+        out = np.empty([stop - start for start, stop in ranges], dtype)
+        for i, layer in enumerate(layers):
+            out[i] = self._read(tree, row, layer, ranges[1:])
+        return out
+
+    def _read(self, tree: _Tree, row: Row, layer: int, ranges: list[tuple[int, int]]) -> np.ndarray:
+        """A part of one tensor, with our axes: whole rows are read, and narrowed here."""
+        wanted = dict(zip(row.axes.split(), ranges, strict=True))
+        got, index, inner = dict(self._lengths), [], set()
+        for group in _groups(row.torch_axes):
+            first, *rest = group.split()
+            size = math.prod(self._lengths[axis] for axis in rest)
+            start, stop = wanted[first]
+            index.append((start * size, stop * size))
+            got[first] = stop - start
+            inner |= set(rest)
+        before = [r for r in _stacked(tree, row) if (r.part or 0) < (row.part or 0)]
+        offset = sum(self._first_axis(r) for r in before)
+        index[0] = (index[0][0] + offset, index[0][1] + offset)
+        key = tree.key_of(row.key_of(layer))
+        array = tree.store.read(key, tuple(slice(*part) for part in index))
+        ours = names.view(array, row.torch_axes, row.axes, got)
+        narrow = [slice(*wanted[a]) if a in inner else slice(None) for a in row.axes.split()]
+        return ours[tuple(narrow)]
+
+    def _first_axis(self, row: Row) -> int:
+        return names.shape(row.torch_axes, self._lengths)[0]
+
+    def _check(self, tree: _Tree, own: Iterable[str]) -> None:
+        """Names, shapes and dtypes of a tree, before anything is read."""
+        missing, wrong, used = [], [], set()
+        for row in tree.rows:
+            shape = list(names.shape(row.torch_axes, self._lengths))
+            if row.part is not None:
+                shape[0] = sum(self._first_axis(r) for r in _stacked(tree, row))
+            dtypes = {}
+            for layer in range(self.model.n_layers if row.is_layered else 1):
+                key = tree.key_of(row.key_of(layer))
+                used.add(key)
+                if key not in tree.store.shapes:
+                    missing.append(key)
+                    continue
+                found, dtype = tree.store.shapes[key]
+                if list(found) != shape:
+                    wrong.append(f"{key} has shape {list(found)}, need {shape}")
+                dtypes.setdefault(dtype, key)
+            if len(dtypes) > 1:
+                wrong.append("; ".join(f"{key} is {dtype}" for dtype, key in dtypes.items()))
+        extra = [key for key in own if key not in used]
+        problems = [
+            f"{what} {', '.join(keys[:SHOWN])}" + _more(keys)
+            for what, keys in (("missing", missing), ("left over", extra))
+            if keys
+        ]
+        problems += ["; ".join(dict.fromkeys(wrong[:SHOWN])) + _more(wrong)] if wrong else []
+        if problems:
+            raise ValueError(f"{tree.store.where} does not fit its config: {'; '.join(problems)}")
+
+
+def is_same(store: Store, one: str, other: str) -> bool:
+    """Whether two tensors of a store are equal, read some rows at a time."""
+    (shape, dtype), (n_rows, *rest) = store.shapes[one], store.shapes[one][0]
+    if store.shapes[other] != (shape, dtype):
+        return False
+    whole_rows = (slice(None),) * len(rest)
+    parts = [(slice(at, at + COMPARED_ROWS), *whole_rows) for at in range(0, n_rows, COMPARED_ROWS)]
+    return all(np.array_equal(store.read(one, part), store.read(other, part)) for part in parts)
+
+
+def shortest(kinds: list[str]) -> tuple[str, ...]:
+    """The shortest list that gives `kinds` when it is repeated."""
+    n = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
+    return tuple(kinds[:n])
+
+
+def _groups(axes: str) -> list[str]:
+    """`(n h) d` -> `n h`, `d`."""
+    return [merged or single for merged, single in re.findall(r"\(([\w ]+)\)|(\w)", axes)]
+
+
+def _stacked(tree: _Tree, row: Row) -> list[Row]:
+    """The rows that share this row's tensor; none if it is alone there."""
+    return [r for r in tree.rows if r.key == row.key] if row.part is not None else []
+
+
+def _more(found: list[str]) -> str:
+    return f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""

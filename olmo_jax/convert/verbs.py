@@ -1,0 +1,326 @@
+"""What is done with checkpoints of any kind: convert, compare, average.
+
+A result appears under its name when it is complete and was compared with its source; until then it
+is a sibling `NAME.partial`, which an error removes.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import olmo_jax
+from olmo_jax import storage
+from olmo_jax.config import to_dict
+from olmo_jax.convert import compare, hf, names, native, weights
+from olmo_jax.convert.logits import logits
+from olmo_jax.convert.weights import Index, Weights, ahead, layers_of, n_bytes, pieces
+from olmo_jax.progress import Bar
+
+Say = Callable[[str], None]
+Checksums = dict[tuple[str, int | None], int]  # of each layer of each leaf
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+def to_jax(
+    src: str,
+    dst: str,
+    *,
+    optimizer: bool = False,
+    dtype: str = "float32",
+    padded_vocab_size: int | None = None,
+    revision: str | None = None,
+    say: Say = print,
+) -> None:
+    """Write a checkpoint of any kind as one of ours, which `train` and `olmo_jax.load` take.
+
+    Args:
+      src: see `weights.open`.
+      dst: the new checkpoint, local or `gs://`.
+      optimizer: take Adam's moments and the step along.
+      dtype: of the parameters; training needs float32, in which bfloat16 loses nothing.
+      padded_vocab_size: rows that the tables are to have, for a mesh that splits them.
+      revision: of a Hub id.
+      say: told what is found and done, line by line.
+    Raises:
+      FileExistsError: if there is something at `dst`.
+      FileNotFoundError, ValueError, OSError: if the source is not whole, or is not copied exactly.
+    """
+    _refuse_existing(dst)
+    source = weights.open(src, optimizer=optimizer, revision=revision)
+    if padded_vocab_size is not None:
+        source = weights.Padded(source, padded_vocab_size)
+    say(f"{src}: {source.line}")
+    with _result(dst) as partial:
+        written = _write_native(source, storage.path(str(partial)), dtype)
+        same = native.Native(storage.path(str(partial)), optimizer)
+        _check_native(same, written)
+        say(compare.check_copy(source, same, dtype))
+    say(f"wrote {dst}")
+
+
+def to_hf(
+    src: str,
+    dst: str,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    revision: str | None = None,
+    say: Say = print,
+) -> None:
+    """Write a checkpoint of any kind as a folder for `AutoModelForCausalLM.from_pretrained`.
+
+    Args:
+      src: see `weights.open`.
+      dst: the new folder.
+      dtype: float32 or bfloat16; None: as it was where the parameters come from.
+      max_shard_bytes: of each file.
+      revision: of a Hub id.
+      say: told what is found and done, line by line.
+    Raises:
+      FileExistsError: if there is something at `dst`.
+      FileNotFoundError, ValueError, OSError: if the source is not whole, has no counterpart, or is
+        not copied exactly.
+    """
+    _refuse_existing(dst)
+    source = weights.open(src, revision=revision)
+    say(f"{src}: {source.line}")
+    with _result(dst) as partial:
+        partial.mkdir()
+        total = sum(n_bytes(leaf) for leaf in source.leaves.values())
+        with _bar("writing", total) as report:
+            written = hf.write(source, partial, dtype, max_shard_bytes, report)
+        hf.check(partial, written)
+        same = hf.read(str(partial))
+        say(compare.check_copy(source, same, same.leaves["params/embed"].dtype.name))
+    say(f"wrote {dst}")
+
+
+def average(sources: Sequence[str], dst: str, *, say: Say = print) -> None:
+    """Write the mean of the parameters of several checkpoints, taken in float32, as one of ours.
+
+    Raises:
+      FileExistsError: if there is something at `dst`.
+      ValueError: if the models are not the same.
+    """
+    _refuse_existing(dst)
+    if len(sources) < 2:
+        raise ValueError("average: need at least two checkpoints before OUT")
+    opened = [weights.open(src) for src in sources]
+    for src, source in zip(sources, opened, strict=True):
+        say(f"{src}: {source.line}")
+        _refuse_other_model(sources[0], opened[0], src, source)
+    with _result(dst) as partial:
+        mean = Mean(opened)
+        written = _write_native(mean, storage.path(str(partial)), "float32")
+        same = native.Native(storage.path(str(partial)))
+        _check_native(same, written)
+        say(compare.check_copy(mean, same, "float32"))
+    say(f"wrote {dst}")
+
+
+class Mean:
+    """`Weights` that are the mean of others, taken in float32."""
+
+    def __init__(self, sources: Sequence[Weights]):
+        self._sources = sources
+        first = sources[0]
+        self.line = f"mean of {len(sources)} checkpoints"
+        self.model, self.files = first.model, first.files
+        self.meta = {"token_ids": first.meta.get("token_ids", {})}  # no dtype: a mean is float32
+        self.torch_layout = first.torch_layout
+        self.leaves = {
+            name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype("float32"))
+            for name, leaf in first.leaves.items()
+        }
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The mean of a leaf or of a part of it."""
+        total = self._sources[0].read(name, index).astype(np.float32)
+        for source in self._sources[1:]:
+            total += source.read(name, index)
+        total /= len(self._sources)
+        return total
+
+    view = read
+
+
+def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksums:
+    """Write a checkpoint of ours, one layer of one leaf after the other."""
+    written: Checksums = {}
+    leaves = {
+        name: jax.ShapeDtypeStruct(leaf.shape, compare.dtype_of(name, leaf, dtype))
+        for name, leaf in source.leaves.items()
+    }
+    writer = storage.Writer(folder, leaves)
+    with _bar("writing", sum(n_bytes(leaf) for leaf in source.leaves.values())) as report:
+        parts = [(name, layer) for name in source.leaves for layer in layers_of(source, name)]
+        made = ahead(
+            functools.partial(_assembled, source, *part, leaves[part[0]]) for part in parts
+        )
+        for (name, layer), values in zip(parts, made, strict=True):
+            written[name, layer] = _write_layer(writer, name, layer, values)
+            report(n_bytes(source.leaves[name]) // len(layers_of(source, name)))
+        writer.wait()
+    config = {"model": to_dict(source.model)}
+    meta = {
+        "model": to_dict(source.model),
+        "config": config,
+        "position": {},
+        "metrics_position": None,
+        "fingerprint": None,
+        "source": source.line,
+        "versions": {"olmo_jax": olmo_jax.__version__, "jax": jax.__version__},
+    }
+    meta |= source.meta | {"config": source.meta.get("config", {}) | config}
+    with tempfile.TemporaryDirectory() as name:
+        for file, data in source.files.items():
+            (pathlib.Path(name) / file).write_bytes(data)
+        paths = {file: f"{name}/{file}" for file in source.files}
+        writer.commit(meta, files=paths)
+    return written
+
+
+def _check_native(copy: Weights, written: Checksums) -> None:
+    """Read what was written."""
+    where = [(*part, index) for part in written for index in pieces(copy, *part)]
+    found = dict.fromkeys(written, 0)
+    read = ahead(functools.partial(copy.read, name, index) for name, _, index in where)
+    for (name, layer, _), values in zip(where, read, strict=True):
+        found[name, layer] = compare.crc(values, found[name, layer])
+    for (name, layer), need in written.items():
+        compare.refuse_other_crc(name, need, found[name, layer])
+
+
+def _assembled(
+    source: Weights, name: str, layer: int | None, leaf: jax.ShapeDtypeStruct
+) -> np.ndarray:
+    """A leaf or a layer of it in its new dtype, from pieces of the source."""
+    out = np.empty(leaf.shape if layer is None else (1, *leaf.shape[1:]), leaf.dtype)
+    for index in pieces(source, name, layer):
+        inner = index if layer is None else (slice(None), *index[1:])
+        names.assign(out[(*inner, ...)], source.view(name, index))  # a scalar stays an array
+    return out
+
+
+def _write_layer(writer: storage.Writer, name: str, layer: int | None, values: np.ndarray) -> int:
+    """Write a leaf or a layer of it, chunk by chunk; returns its checksum."""
+    first = () if layer is None else (layer,)
+    skip, checksum = len(first), 0
+    if values.ndim == skip:
+        writer.write(name, first, values)
+        return compare.crc(values)
+    chunk = storage.chunk_shape(name, jax.ShapeDtypeStruct(values.shape, values.dtype))[skip]
+    for start in range(0, values.shape[skip], chunk):
+        block = values[(slice(None),) * skip + (slice(start, start + chunk),)]
+        writer.write(name, (*first, start, *(0,) * (values.ndim - skip - 1)), block)
+        checksum = compare.crc(block, checksum)
+    return checksum
+
+
+# --- compare --------------------------------------------------------------------------------------
+
+
+def check(a: str, b: str, *, atol: float = 0.0, say: Say = print) -> bool:
+    """Compare two checkpoints of any kind, leaf by leaf, and their logits on a few tokens.
+
+    Args:
+      a, b: see `weights.open`.
+      atol: largest difference between parameters that counts as none.
+      say: told the differences, line by line.
+    Returns: whether they are the same model.
+    Raises:
+      ValueError: if a source is not whole, or they have different parameters.
+    """
+    one, two = weights.open(a), weights.open(b)
+    say(f"{a}: {one.line}")
+    say(f"{b}: {two.line}")
+    options = compare.model_changes(one.model, two.model)
+    for line in options:
+        say(line)
+    shapes = compare.shape_changes(one, two)
+    if shapes:
+        raise ValueError(f"{a} and {b} cannot be compared: " + "; ".join(shapes))
+    with _bar("comparing", sum(n_bytes(leaf) for leaf in one.leaves.values())) as report:
+        found = compare.differences(one, two, report)
+    worst = max(found, key=lambda d: d.value)
+    n_equal = sum(d.value == 0 for d in found)
+    say(f"parameters: {n_equal} of {len(found)} are equal; largest difference {worst}")
+    tokens = np.asarray(compare.tokens_for(one.model))
+    x, y = logits(one, tokens), logits(two, tokens)
+    position = np.unravel_index(np.argmax(np.abs(x - y)), x.shape)
+    at = ", ".join(map(str, position[1:]))
+    say(f"logits: largest difference {np.abs(x - y).max():.3g} at [{at}], of {np.abs(x).max():.3g}")
+    return not options and not worst.value > atol
+
+
+def _refuse_other_model(a: str, one: Weights, b: str, two: Weights) -> None:
+    problems = compare.model_changes(one.model, two.model) + compare.shape_changes(one, two)
+    if one.model.vocab_rows != two.model.vocab_rows:
+        problems.append(f"rows of the vocabulary: {one.model.vocab_rows}, {two.model.vocab_rows}")
+    if problems:
+        raise ValueError(f"{a} and {b} are different models: " + "; ".join(problems))
+
+
+# --- results that are there whole or not at all ---------------------------------------------------
+
+
+def _refuse_existing(dst: str) -> None:
+    path = storage.path(dst)
+    if path.exists():
+        raise FileExistsError(f"{dst} is there already and is not overwritten")
+
+
+@contextlib.contextmanager
+def _result(dst: str) -> Iterator[Any]:
+    """A place to write; it becomes `dst` at the end, or is removed.
+
+    A checkpoint on `gs://` has no sibling: there only its last file makes it one.
+    """
+    if "://" in dst:
+        folder = storage.path(dst)
+        try:
+            yield folder
+        except BaseException:
+            storage.remove(folder)
+            raise
+        return
+    final = pathlib.Path(os.path.abspath(os.path.expanduser(dst)))
+    partial = final.with_name(f"{final.name}.partial")
+    if partial.exists():
+        raise FileExistsError(
+            f"{partial} is there, from a conversion that was killed or still runs; delete it first"
+        )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.rename(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _bar(words: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in megabytes; what it gives is told the bytes that are done."""
+    bar, done = Bar(), 0
+
+    def report(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        bar.draw(min(done, total) >> 20, total >> 20, f"MB {words}")
+
+    try:
+        yield report
+    finally:
+        bar.clear()

@@ -1,0 +1,454 @@
+"""Hugging Face folders in and out, with transformers as the judge."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+import transformers
+import web
+from hf import FAMILIES, random_model
+from safetensors.numpy import load_file, save_file
+
+import olmo_jax
+from olmo_jax import sharding, storage
+from olmo_jax.config import MeshConfig
+from olmo_jax.convert import hf, native, verbs, weights
+from olmo_jax.convert.logits import logits
+
+TOKENS = np.random.default_rng(0).integers(2, 97, (2, 29))
+TOKENIZER = {
+    "tokenizer.json": b'{"version": "1.0"}\n\n',
+    "tokenizer_config.json": b'{ "bos_token" : null }',
+    "chat_template.jinja": "{{ 'ü' }}".encode(),
+    "generation_config.json": b'{"eos_token_id": [2, 3], "temperature": 0.6}',
+}
+
+
+def save(tmp_path: pathlib.Path, name: str, dtype=torch.float32, **options) -> pathlib.Path:
+    """A folder as `save_pretrained` writes it; bf16 values are exact in both dtypes."""
+    model, _, _ = random_model(name)
+    folder = tmp_path / "theirs"
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def theirs(folder: pathlib.Path, dtype=torch.float32) -> np.ndarray:
+    """The logits of a folder, by transformers."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)).logits.float().numpy()
+
+
+def tensors(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every stored tensor with dtype and shape, by the safetensors package."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for key, value in load_file(file).items():
+            assert key not in found
+            found[key] = (str(value.dtype), value.shape, value.tobytes())
+    return found
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+def convert(folder: pathlib.Path, tmp_path: pathlib.Path, **options) -> pathlib.Path:
+    """There and back: to a checkpoint of ours, and from there to a new folder."""
+    verbs.to_jax(str(folder), str(tmp_path / "ours"), say=quiet)
+    verbs.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"), say=quiet, **options)
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, name):
+    folder = save(tmp_path, name)
+    back = convert(folder, tmp_path)
+    want = theirs(folder)
+    model, params = olmo_jax.load(str(folder))
+    ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+    assert np.abs(ours - want).max() < 2e-5
+    streamed = logits(weights.open(str(folder)), TOKENS)
+    assert np.abs(streamed - want).max() < 2e-5
+    assert tensors(back) == tensors(folder)
+    assert np.array_equal(theirs(back), want)
+    before, after = (
+        transformers.AutoConfig.from_pretrained(path).to_dict() for path in (folder, back)
+    )
+    for fields in (before, after):
+        del fields["_name_or_path"]
+    assert after.pop("transformers_version") == before.pop("transformers_version")
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["olmo1 tied", "olmo2 grouped", "olmo3 yarn grouped"])
+def test_bf16_is_bitwise_equal_after_the_way_back(tmp_path, name):
+    folder = save(tmp_path, name, torch.bfloat16)
+    back = convert(folder, tmp_path)
+    assert {dtype for dtype, *_ in tensors(folder).values()} == {"bfloat16"}
+    assert tensors(back) == tensors(folder)
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    assert np.array_equal(theirs(back, torch.bfloat16), theirs(folder, torch.bfloat16))
+
+
+def test_bf16_may_stay_bf16_on_disk(tmp_path):
+    folder = save(tmp_path, "olmo2", torch.bfloat16)
+    verbs.to_jax(str(folder), str(tmp_path / "ours"), dtype="bfloat16", say=quiet)
+    assert {leaf.dtype.name for leaf in native.read(str(tmp_path / "ours")).leaves.values()} == {
+        "bfloat16"
+    }
+    verbs.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"), say=quiet)
+    assert tensors(tmp_path / "back") == tensors(folder)
+
+
+def test_fp32_is_rounded_to_bf16_as_torch_rounds(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    verbs.to_hf(str(folder), str(tmp_path / "bf16"), dtype="bfloat16", say=quiet)
+    rounded = random_model("olmo2")[0].to(torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "torch")
+    assert tensors(tmp_path / "bf16") == tensors(tmp_path / "torch")
+
+
+@pytest.mark.parametrize("options", [dict(max_shard_size="20KB"), dict()])
+def test_shards_in_any_number_are_read(tmp_path, options):
+    folder = save(tmp_path, "olmo3", **options)
+    assert len(list(folder.glob("*.safetensors"))) == (1 if not options else 30)
+    found = weights.open(str(folder))
+    assert found.line.startswith("Hugging Face Olmo3ForCausalLM, 47 tensors in ")
+    assert np.abs(logits(found, TOKENS) - theirs(folder)).max() < 2e-5
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_bin_files_are_read_as_safetensors_are(tmp_path, shards):
+    folder = save(tmp_path, "olmo2 grouped", torch.bfloat16)
+    state = random_model("olmo2 grouped")[0].to(torch.bfloat16).state_dict()
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(folder / "config.json", old)
+    names = [f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" for i in range(shards)]
+    names = names if shards > 1 else ["pytorch_model.bin"]
+    parts = [dict(list(state.items())[i::shards]) for i in range(shards)]
+    for file, part in zip(names, parts, strict=True):
+        torch.save(part, old / file)
+    if shards > 1:
+        weight_map = {k: f for f, part in zip(names, parts, strict=True) for k in part}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (old / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert verbs.check(str(folder), str(old), say=quiet)
+
+
+def test_files_beside_the_weights_are_carried_byte_for_byte(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    for name, data in TOKENIZER.items():
+        (folder / name).write_bytes(data)
+    back = convert(folder, tmp_path)
+    assert {name: (back / name).read_bytes() for name in TOKENIZER} == TOKENIZER
+
+
+@pytest.mark.parametrize("ids", [dict(eos_token_id=[5, 2], bos_token_id=7, pad_token_id=None), {}])
+def test_special_tokens_are_as_the_source_had_them(tmp_path, ids):
+    folder = save(tmp_path, "olmo2")
+    config = json.loads((folder / "config.json").read_text())
+    if ids:
+        config |= ids
+    else:  # what the file leaves out is what transformers fills in
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    back = convert(folder, tmp_path)
+    want, found = (transformers.AutoConfig.from_pretrained(path) for path in (folder, back))
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        assert getattr(found, key) == getattr(want, key)
+    generation = transformers.GenerationConfig.from_pretrained(back)
+    assert generation.eos_token_id == want.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["olmo2", "olmo1 tied"])
+def test_rows_of_padding_are_added_on_request_and_not_exported(tmp_path, name):
+    folder = save(tmp_path, name)
+    verbs.to_jax(str(folder), str(tmp_path / "ours"), padded_vocab_size=128, say=quiet)
+    ours = native.read(str(tmp_path / "ours"))
+    assert (ours.model.vocab_size, ours.model.padded_vocab_size) == (97, 128)
+    assert ours.leaves["params/embed"].shape == (128, 64)
+    model, params = olmo_jax.load(str(tmp_path / "ours"))
+    found = np.asarray(model.apply({"params": params}, TOKENS))
+    assert np.abs(found - theirs(folder)).max() < 2e-5
+    assert verbs.check(str(folder), str(tmp_path / "ours"), say=quiet)
+    assert verbs.check(str(tmp_path / "ours"), str(folder), say=quiet)
+    verbs.to_hf(str(tmp_path / "ours"), str(tmp_path / "back"), say=quiet)
+    assert tensors(tmp_path / "back") == tensors(folder)
+    with pytest.raises(ValueError, match="padded_vocab_size=96 is below the 97 rows"):
+        verbs.to_jax(str(folder), str(tmp_path / "new"), padded_vocab_size=96, say=quiet)
+
+
+def test_load_spreads_any_source_over_a_mesh(tmp_path):
+    folder = save(tmp_path, "olmo3 yarn grouped", max_shard_size="40KB")
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+    model, params = olmo_jax.load(str(folder), mesh=mesh)
+    assert params["layers"]["attn"]["wq"].sharding.num_devices == 8
+    assert params["layers"]["attn"]["wq"].addressable_shards[0].data.shape == (4, 16, 2, 16)
+    assert params["lm_head"].shape == (64, 98)  # 97 tokens on two devices
+    with jax.set_mesh(mesh):
+        ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+    assert np.abs(ours - theirs(folder)).max() < 2e-5
+
+
+def test_a_folder_behind_https_is_read_as_one_here(tmp_path):
+    folder = save(tmp_path, "olmo1 tied", max_shard_size="40KB")
+    with web.serving(tmp_path) as server:
+        verbs.to_jax(f"{server.url}/theirs", str(tmp_path / "ours"), say=quiet)
+        assert weights.open(f"{server.url}/theirs").files.keys() == {"generation_config.json"}
+    assert verbs.check(str(folder), str(tmp_path / "ours"), say=quiet)
+
+
+def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path):
+    folder = save(tmp_path, "olmo2 grouped", max_shard_size="40KB")
+    verbs.to_jax(str(folder), str(tmp_path / "ours"), say=quiet)
+    rng = np.random.default_rng(1)
+    for source in (weights.open(str(folder)), weights.open(str(tmp_path / "ours"))):
+        for name, leaf in source.leaves.items():
+            everything = source.read(name)
+            assert everything.shape == leaf.shape
+            for _ in range(3):
+                starts = [int(rng.integers(0, n)) for n in leaf.shape]
+                index = tuple(
+                    slice(a, int(rng.integers(a + 1, n + 1)))
+                    for a, n in zip(starts, leaf.shape, strict=True)
+                )
+                part = source.read(name, index)
+                assert part.flags.c_contiguous
+                assert np.array_equal(part, everything[index])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("olmo1 clipped", dict(clip_qkv=None)),
+        ("olmo3", dict(window=4)),  # the current token not counted
+        ("olmo3", dict(window=6)),  # counted in addition
+        ("olmo3", dict(layer_types=("full", "sliding", "sliding", "sliding"))),
+        ("olmo3 yarn grouped", dict(yarn_factor=None)),
+        ("olmo3 yarn grouped", dict(layer_types=("full",))),
+        ("olmo2", dict(rope_theta=10_000.0)),
+        ("olmo2", dict(norm_eps=1e-3)),
+        ("olmo2", {"gate": "up", "up": "gate"}),
+    ],
+)
+def test_each_trap_would_be_seen(tmp_path, name, wrong):
+    folder = save(tmp_path, name)
+    source, want = weights.open(str(folder)), theirs(folder)
+    assert np.abs(logits(source, TOKENS) - want).max() < 2e-5
+    if "gate" in wrong:
+        read = source.read
+
+        def swapped(name, index=None):
+            head, _, last = name.rpartition("w_")
+            return read(f"{head}w_{wrong.get(last, last)}" if head else name, index)
+
+        source.read = swapped
+    else:
+        source.model = dataclasses.replace(source.model, **wrong)
+    assert np.abs(logits(source, TOKENS) - want).max() > 1e-2
+
+
+def test_plain_orbax_restores_a_converted_checkpoint(tmp_path):
+    verbs.to_jax(str(save(tmp_path, "olmo3")), str(tmp_path / "ours"), say=quiet)
+    _, _, params = random_model("olmo3")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        back = checkpointer.restore(tmp_path / "ours")
+    want = storage.names({"params": params})
+    assert storage.names(back).keys() == want.keys()
+    for name, value in storage.names(back).items():
+        assert np.array_equal(value, want[name])
+
+
+def test_transformers_4_reads_the_exported_config_as_the_same(tmp_path):
+    """Its classes take rope_theta and rope_scaling, those of 5 rope_parameters: both are there."""
+    folder = save(tmp_path, "olmo3 yarn grouped")
+    config = json.loads((convert(folder, tmp_path) / "config.json").read_text())
+    yarn = config["rope_parameters"]["full_attention"]
+    assert config["rope_scaling"] == {k: v for k, v in yarn.items() if k != "rope_theta"}
+    assert config["rope_theta"] == yarn["rope_theta"] == 500_000.0
+    assert config["rope_parameters"]["sliding_attention"] == {
+        "rope_type": "default",
+        "rope_theta": 500_000.0,
+    }
+
+
+# --- what is wrong is said ------------------------------------------------------------------------
+
+
+def refused(folder: pathlib.Path, tmp_path: pathlib.Path, message: str) -> None:
+    """All ways in refuse the folder with one line, and leave nothing behind."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ways = (
+        lambda: verbs.to_jax(str(folder), str(tmp_path / "new"), say=quiet),
+        lambda: verbs.to_hf(str(folder), str(tmp_path / "new"), say=quiet),
+        lambda: verbs.check(str(folder), str(folder), say=quiet),
+        lambda: olmo_jax.load(str(folder)),
+    )
+    for way in ways:
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            way()
+        assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def edit(folder: pathlib.Path, change) -> None:
+    """Change the one safetensors file of a folder."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    state = {key: np.ascontiguousarray(value) for key, value in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = save(tmp_path, "olmo2", max_shard_size="40KB")
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    refused(folder, tmp_path, f"{lost.name}, which model.safetensors.index.json names, is missing")
+
+
+@pytest.mark.parametrize("keep", [3, 200, -1])
+def test_a_truncated_file_is_named(tmp_path, keep):
+    file = save(tmp_path, "olmo2") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(file.parent, tmp_path, r"model\.safetensors is truncated")
+
+
+def test_a_tensor_that_no_shard_has_is_named(tmp_path):
+    folder = save(tmp_path, "olmo2", max_shard_size="40KB")
+    index = folder / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["model.extra.weight"] = value["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(value))
+    refused(folder, tmp_path, r"lists model\.extra\.weight in .*which is not there")
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
+    folder = save(tmp_path, "olmo2")
+
+    def change(state):
+        state["model.norm.weight"] = state["model.norm.weight"][:-1]
+        state["model.layers.2.mlp.bias"] = state.pop("model.layers.2.mlp.up_proj.weight")
+
+    edit(folder, change)
+    refused(folder, tmp_path, r"missing model\.layers\.2\.mlp\.up_proj\.weight")
+    refused(folder, tmp_path, r"left over model\.layers\.2\.mlp\.bias")
+    refused(folder, tmp_path, r"model\.norm\.weight has shape \[63\], need \[64\]")
+
+
+def test_a_dtype_that_is_no_weight_is_refused(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    edit(folder, lambda state: state.update({"model.norm.weight": np.zeros(64, np.int8)}))
+    refused(folder, tmp_path, r"model\.norm\.weight is I8; weights are one of")
+
+
+def test_old_tables_of_frequencies_are_no_weights(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(folder, lambda state: state.update({name: np.ones(8, np.float32)}))
+    assert np.array_equal(theirs_params(folder), theirs_params(save(tmp_path / "b", "olmo2")))
+
+
+def theirs_params(folder: pathlib.Path) -> np.ndarray:
+    return logits(weights.open(str(folder)), TOKENS)
+
+
+def test_olmo_2_presented_as_olmo_1_is_refused(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    config = json.loads((folder / "config.json").read_text())
+    del config["rms_norm_eps"]
+    config |= {"architectures": ["OlmoForCausalLM"], "model_type": "olmo"}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, tmp_path, r"left over .*layernorm|left over .*norm")
+
+
+def test_no_weights_at_all_is_said(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    (folder / "model.safetensors").unlink()
+    refused(folder, tmp_path, "no weights beside config.json")
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    there = tmp_path / "there"
+    there.mkdir()
+    for verb in (verbs.to_jax, verbs.to_hf):
+        with pytest.raises(FileExistsError, match="is there already and is not overwritten"):
+            verb(str(folder), str(there), say=quiet)
+    assert not list(there.iterdir())
+
+
+# --- tied tables: transformers#38870 and its like -------------------------------------------------
+
+
+def test_a_tied_model_of_which_only_the_head_is_stored_is_read(tmp_path):
+    folder = save(tmp_path, "olmo1 tied")
+    want = theirs(folder)
+
+    def rename(state):
+        state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+
+    edit(folder, rename)
+    model, params = olmo_jax.load(str(folder))
+    assert np.abs(np.asarray(model.apply({"params": params}, TOKENS)) - want).max() < 2e-5
+    back = convert(folder, tmp_path)
+    assert np.array_equal(theirs(back), want)
+    assert verbs.check(str(folder), str(back), say=quiet)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_tables_stored_twice_must_be_the_same(tmp_path, same):
+    folder = save(tmp_path, "olmo1 tied")
+
+    def add(state):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].copy()
+        state["lm_head.weight"][96, 63] += 0 if same else 1e-3
+
+    edit(folder, add)
+    if same:
+        assert tensors(convert(folder, tmp_path)).keys() == tensors(folder).keys() - {
+            "lm_head.weight"
+        }
+    else:
+        message = "lm_head.weight and model.embed_tokens.weight differ"
+        refused(folder, tmp_path, re.escape(message))
+
+
+@pytest.mark.parametrize("name", ["olmo1 untied", "olmo2"])
+def test_an_untied_head_that_is_missing_is_never_made_up(tmp_path, name):
+    folder = save(tmp_path, name)
+    edit(folder, lambda state: state.pop("lm_head.weight"))
+    refused(folder, tmp_path, r"missing lm_head\.weight")
+
+
+def test_a_tied_model_in_small_shards_has_an_index_that_says_the_truth(tmp_path):
+    """pytorch/torchtitan#3764: an index with the tied head, a shard with nothing in it."""
+    folder = save(tmp_path, "olmo1 tied")
+    back = convert(folder, tmp_path, max_shard_bytes=10_000)
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    stored = {}
+    for file in back.glob("*.safetensors"):
+        found = load_file(file)
+        assert found, file
+        stored |= dict.fromkeys(found, file.name)
+    assert index["weight_map"] == stored
+    assert "lm_head.weight" not in stored
+    n_bytes = sum(len(data) for *_, data in tensors(back).values())
+    assert index["metadata"]["total_size"] == n_bytes
+    model = random_model("olmo1 tied")[0]
+    assert n_bytes == 4 * sum(p.numel() for p in model.parameters())
+    assert np.array_equal(theirs(back), theirs(folder))
+    assert hf.recognises(str(back))

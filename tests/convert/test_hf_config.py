@@ -1,0 +1,235 @@
+"""config.json: every field is read, fixed, harmless or refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hf import COMMON, ROPE
+
+from olmo_jax import presets
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import hf_config
+from olmo_jax.nn import rope
+
+
+def saved(name: str, **options) -> dict:
+    """What transformers writes for a config."""
+    config = getattr(transformers, f"{name}Config")(**COMMON | options)
+    config.architectures = [f"{name}ForCausalLM"]
+    return json.loads(config.to_json_string())
+
+
+def old(name: str = "Olmo3", **options) -> dict:
+    """A config.json as the released models have it."""
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        "rope_theta": 500_000.0,
+        "max_position_embeddings": 65536,
+        "rms_norm_eps": 1e-6,
+        **COMMON,
+        **(dict(sliding_window=5) if name == "Olmo3" else {}),
+        **options,
+    }
+
+
+def inverse_frequencies(config: dict, kind: str) -> tuple[np.ndarray, float]:
+    """Those of transformers' own rotary module."""
+    theirs = transformers.AutoConfig.for_model(**config)
+    module = transformers.models.olmo3.modeling_olmo3.Olmo3RotaryEmbedding(theirs)
+    found = getattr(module, f"{kind}_attention_inv_freq")
+    return found.numpy(), getattr(module, f"{kind}_attention_attention_scaling")
+
+
+def test_a_released_config_is_the_preset():
+    config = {
+        "architectures": ["Olmo3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": "bfloat16",
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8,
+        "max_position_embeddings": 65536,
+        "model_type": "olmo3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        "rope_theta": 500000,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.57.0",
+        "use_cache": False,
+        "vocab_size": 100278,
+    }
+    want = ModelConfig(
+        **presets.MODELS["olmo3_7B_hf"]
+        | {"padded_vocab_size": None, "yarn_attention_factor": 1.2079441541679836}
+    )
+    assert hf_config.read(config, "config.json") == want
+    assert hf_config.token_ids(config) == {
+        "bos_token_id": None,
+        "eos_token_id": 100257,
+        "pad_token_id": 100277,
+    }
+
+
+@pytest.mark.parametrize("name", presets.MODELS)
+def test_every_preset_is_the_same_after_the_way_out_and_in(name):
+    model = ModelConfig(**presets.MODELS[name])
+    config = hf_config.write(model, {}, "bfloat16")
+    back = hf_config.read(json.loads(json.dumps(config)), "config.json")
+    same = dict(
+        init="normal",  # how training began is not said there
+        padded_vocab_size=None,
+        yarn_attention_factor=1.2079441541679836 if model.yarn_factor else None,
+    )
+    assert vars(back) == vars(model) | same
+
+
+def test_eps_and_theta_are_read_and_never_taken_from_defaults():
+    """Olmo2's defaults in transformers are 1e-5 and 10,000; the released models have others."""
+    model = hf_config.read(old("Olmo2"), "config.json")
+    assert (model.norm_eps, model.rope_theta) == (1e-6, 500_000.0)
+    for key in ("rms_norm_eps", "rope_theta", "hidden_size", "max_position_embeddings"):
+        config = old("Olmo2")
+        del config[key]
+        with pytest.raises(ValueError, match=f"{key} is missing"):
+            hf_config.read(config, "config.json")
+
+
+@pytest.mark.parametrize("form", ["old", "new", "exported"])
+def test_yarn_is_on_full_layers_only_and_is_not_lost(form):
+    config = old(rope_scaling=ROPE)
+    if form == "new":
+        config = saved("Olmo3", **{k: v for k, v in config.items() if k not in COMMON})
+    model = hf_config.read(config, "config.json")
+    assert (model.yarn_factor, model.yarn_attention_factor) == (8.0, ROPE["attention_factor"])
+    if form == "exported":
+        config = hf_config.write(model, {"pad_token_id": 1, "eos_token_id": 2}, "float32")
+    for kind in ("full", "sliding"):
+        inverse, factor = rope.frequencies(model, kind)
+        want, want_factor = inverse_frequencies(config, kind)
+        assert np.allclose(inverse, want, rtol=1e-6)
+        assert factor == pytest.approx(want_factor, abs=1e-12)
+    assert not np.allclose(
+        rope.frequencies(model, "full")[0], rope.frequencies(model, "sliding")[0]
+    )
+
+
+def test_another_theta_reaches_all_layers_of_the_exported_config():
+    """In the old form transformers 5 gives sliding layers 500,000, whatever rope_theta says."""
+    model = ModelConfig(**presets.MODELS["olmo3_190M"] | {"rope_theta": 70_000.0})
+    config = hf_config.write(model, {}, "float32")
+    for kind in ("full", "sliding"):
+        assert np.allclose(inverse_frequencies(config, kind)[0], rope.frequencies(model, kind)[0])
+    assert hf_config.read(config, "config.json").rope_theta == 70_000.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rope_theta=10_000.0), "rope_theta=10000.0 goes to full layers only"),
+        (dict(rope_parameters=ROPE | {"rope_theta": 5e5}), "needs one set under full_attention"),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_type='linear'; known"),
+        (dict(rope_scaling=ROPE | {"llama_factor": 3}), "rotary embedding: unknown llama_factor"),
+        (dict(rope_scaling=ROPE | {"truncate": False}), "truncate=False"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "YaRN has no factor"),
+        (dict(rope_theta=None), "rope_theta is missing"),
+        (
+            dict(
+                rope_parameters={
+                    "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            ),
+            "rope_theta is at once 10000.0, 500000.0",
+        ),
+        (
+            dict(
+                rope_parameters={
+                    "full_attention": ROPE | {"rope_theta": 5e5},
+                    "sliding_attention": ROPE | {"rope_theta": 5e5},
+                }
+            ),
+            "sliding_attention is .* need rope_type default",
+        ),
+        (dict(layer_types=["full_attention"] * 3), "layer_types has 3 entries for 4 layers"),
+        (dict(layer_types=["full_attention"] * 3 + ["linear"]), "layer_types has linear"),
+        (dict(hidden_act="gelu"), "hidden_act='gelu', but OLMo models have 'silu'"),
+        (dict(attention_bias=True), "attention_bias=True, but OLMo models have False"),
+        (dict(attention_dropout=0.1), "attention_dropout=0.1"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+        (dict(clip_qkv=8.0), "clip_qkv=8.0 is no field of Olmo3ForCausalLM"),
+        (dict(quantization_config={"bits": 4}), "quantization_config=.* is no field"),
+        (dict(logit_scale=2.0), "logit_scale=2.0 is no field"),
+        (dict(sliding_window=None), "sliding_window is missing"),
+        (dict(architectures=["Olmo2ForCausalLM"]), "is none of OlmoForCausalLM"),
+        (dict(architectures=["LlamaForCausalLM"], model_type="llama"), "Llama.* is none of"),
+    ],
+)
+def test_what_would_change_the_function_unseen_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=f"^config.json: .*{message}"):
+        hf_config.read(old() | change, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("Olmoe", "olmoe"), ("FlexOlmo", "flex_olmo"), ("OlmoHybrid", "olmo_hybrid")],
+)
+def test_known_families_that_are_not_here_yet_are_named(architecture, model_type):
+    config = {"architectures": [f"{architecture}ForCausalLM"], "model_type": model_type}
+    with pytest.raises(ValueError, match=f"{architecture}ForCausalLM is known, but this version"):
+        hf_config.read(config, "config.json")
+
+
+def test_an_old_theta_is_no_question_where_all_layers_are_full():
+    config = old(rope_theta=10_000.0, layer_types=["full_attention"] * 4)
+    assert hf_config.read(config, "config.json").rope_theta == 10_000.0
+
+
+def test_depths_that_are_no_multiple_of_four_slide_as_in_transformers():
+    config = old(num_hidden_layers=6)
+    theirs = transformers.Olmo3Config(**{k: v for k, v in config.items() if k != "architectures"})
+    model = hf_config.read(config, "config.json")
+    assert [f"{kind}_attention" for kind in model.layer_kinds] == theirs.layer_types
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(norm_position="before"), "norm_position='before'"),
+        (dict(qk_norm="none"), "qk_norm='none'"),
+        (dict(clip_qkv=8.0), "clip_qkv=8.0"),
+        (dict(norm="nonparametric"), "norm_position='after'"),
+    ],
+)
+def test_a_model_that_hugging_face_has_not_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=f"no Hugging Face model is like this one.*{message}"):
+        hf_config.write(ModelConfig(**change), {}, "float32")
+
+
+def test_head_dim_is_written_where_it_does_not_follow():
+    model = ModelConfig(d_model=64, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=48, n_layers=4)
+    config = hf_config.write(model, {"pad_token_id": 1}, "float32")
+    assert config["head_dim"] == 32
+    assert hf_config.read(config, "config.json") == model
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config | {"vocab_size": 97})
+    )
+    assert theirs.model.layers[0].self_attn.q_proj.weight.shape == torch.Size([128, 64])

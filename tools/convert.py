@@ -1,0 +1,142 @@
+"""Convert, compare and average checkpoints.
+
+  python tools/convert.py to_jax SRC DST     any checkpoint as one that train and load take
+  python tools/convert.py to_hf SRC DST      any checkpoint as a Hugging Face folder
+  python tools/convert.py check A B          the largest difference of two, and where it is
+  python tools/convert.py average A B … OUT  the mean of several
+
+SRC, A and B are folders of Hugging Face, OLMo, OLMo-core or olmo_jax (a checkpoint or a run), here
+or under https://, or ids on the Hugging Face Hub such as allenai/OLMo-2-1124-7B.
+Exit codes: 0 done (check: equal), 1 failed (check: they differ), 2 wrong command line.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import signal
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    # Conversion needs the host only; an accelerator that is busy or small must not matter.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
+    try:
+        return args.work(args)
+    except (ValueError, OSError, ImportError) as error:
+        from olmo_jax import storage
+
+        print(f"error: {storage.cause(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    top = argparse.ArgumentParser(
+        prog="convert.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    to_jax = verbs.add_parser("to_jax", help="write a checkpoint of olmo_jax", allow_abbrev=False)
+    to_jax.set_defaults(work=_to_jax)
+    to_jax.add_argument("src", metavar="SRC")
+    to_jax.add_argument("dst", metavar="DST", help="the new checkpoint; must not exist")
+    to_jax.add_argument("--optimizer", action="store_true", help="Adam's moments and step too")
+    to_jax.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="train needs float32"
+    )
+    to_jax.add_argument(
+        "--padded_vocab_size", type=int, help="rows of the tables, as model.padded_vocab_size"
+    )
+    to_jax.add_argument("--revision", help="branch, tag or commit of a Hub id")
+
+    to_hf = verbs.add_parser("to_hf", help="write a Hugging Face folder", allow_abbrev=False)
+    to_hf.set_defaults(work=_to_hf)
+    to_hf.add_argument("src", metavar="SRC")
+    to_hf.add_argument("dst", metavar="DST", help="the new folder; must not exist")
+    to_hf.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: as the parameters came"
+    )
+    to_hf.add_argument("--max_shard_size", type=n_bytes, default="5GB", help="of each file")
+    to_hf.add_argument("--revision", help="branch, tag or commit of a Hub id")
+
+    check = verbs.add_parser("check", help="compare two checkpoints", allow_abbrev=False)
+    check.set_defaults(work=_check)
+    check.add_argument("a", metavar="A")
+    check.add_argument("b", metavar="B")
+    check.add_argument("--atol", type=float, default=0.0, help="largest difference that is none")
+
+    average = verbs.add_parser("average", help="the mean of checkpoints", allow_abbrev=False)
+    average.set_defaults(work=_average)
+    average.add_argument("sources", nargs="+", metavar="A")
+    average.add_argument("out", metavar="OUT", help="the new checkpoint; must not exist")
+    return top
+
+
+def n_bytes(text: str) -> int:
+    """The bytes of a size such as 5GB or 500MiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.upper())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MiB")
+    return size
+
+
+def _to_jax(args: argparse.Namespace) -> int:
+    from olmo_jax.convert import verbs  # JAX takes a second; a wrong command line answers at once
+
+    verbs.to_jax(
+        args.src,
+        args.dst,
+        optimizer=args.optimizer,
+        dtype=args.dtype,
+        padded_vocab_size=args.padded_vocab_size,
+        revision=args.revision,
+    )
+    return 0
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from olmo_jax.convert import verbs
+
+    verbs.to_hf(
+        args.src,
+        args.dst,
+        dtype=args.dtype,
+        max_shard_bytes=args.max_shard_size,
+        revision=args.revision,
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from olmo_jax.convert import verbs
+
+    return 0 if verbs.check(args.a, args.b, atol=args.atol) else 1
+
+
+def _average(args: argparse.Namespace) -> int:
+    from olmo_jax.convert import verbs
+
+    verbs.average(args.sources, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    if "GLIBC_TUNABLES" not in os.environ:  # small pages would cost a third of the time
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)
+    sys.exit(main(sys.argv[1:]))
