@@ -186,6 +186,7 @@ class Planned(NamedTuple):
 
     row: Row
     layer: int
+    expert: int
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -271,8 +272,9 @@ def _plan(model: ModelConfig, dtype: np.dtype) -> dict[str, Planned]:
     order += [(row, layer) for layer in range(model.n_layers) for row in layered]
     order += [(row, 0) for row in rows if not row.is_layered and row.ours != "embed"]
     return {
-        row.key_of(layer): Planned(row, layer, dtype, names.shape(row.torch_axes, lengths))
+        row.key_of(layer, e): Planned(row, layer, e, dtype, names.shape(row.torch_axes, lengths))
         for row, layer in order
+        for e in range(model.n_experts if row.is_per_expert else 1)
     }
 
 
@@ -296,9 +298,15 @@ def _torch_tensor(weights: Weights, planned: Planned, lengths: Mapping[str, int]
     """One tensor in PyTorch's layout, put together from pieces of ours."""
     row = planned.row
     out = np.empty(planned.shape, planned.dtype)
-    ours = names.view(out, row.torch_axes, row.axes, lengths)
+    ours = names.view(out, row.torch_axes, row.inner_axes, lengths)
     name, skip = f"params/{row.ours}", int(row.is_layered)
-    for index in pieces(weights, name, planned.layer if row.is_layered else None):
+    parts = pieces(weights, name, planned.layer if row.is_layered else None)
+    if row.is_per_expert:  # small enough for one piece
+        layer, expert = planned.layer, planned.expert
+        skip = 2
+        rest = (slice(None),) * ours.ndim
+        parts = [(slice(layer, layer + 1), slice(expert, expert + 1), *rest)]
+    for index in parts:
         ends = zip(index[skip:], ours.shape, strict=True)
         inner = tuple(slice(*part.indices(n)) for part, n in ends)
         if all(part.start < part.stop for part in inner):  # else it is padding

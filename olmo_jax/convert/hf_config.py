@@ -24,8 +24,12 @@ FAMILIES: dict[str, Fields] = {
     },
     "Olmo2": {"norm": "rms", "norm_position": "after", "qk_norm": "full", "clip_qkv": None},
     "Olmo3": {"norm": "rms", "norm_position": "after", "qk_norm": "full", "clip_qkv": None},
+    # It clips after the QK-norm and we before, as OLMoE's trainer: no released model clips.
+    "Olmoe": {"norm": "rms", "norm_position": "before", "qk_norm": "full", "clip_qkv": None},
+    "FlexOlmo": {"norm": "rms", "norm_position": "after", "qk_norm": "full", "clip_qkv": None},
 }
-NOT_YET = ("Olmoe", "FlexOlmo", "OlmoHybrid")  # known, but not in our model
+NOT_YET = ("OlmoHybrid",)  # known, but not in our model
+MODEL_TYPES = {"FlexOlmo": "flex_olmo", "OlmoHybrid": "olmo_hybrid"}  # others: in small letters
 
 # Theirs -> ours, and in which families.
 RENAMED = {
@@ -36,7 +40,16 @@ RENAMED = {
     "num_attention_heads": "n_heads",
     "max_position_embeddings": "max_seq_len",
 }
+_EXPERTS = {
+    "rms_norm_eps": "norm_eps",
+    "num_experts": "n_experts",
+    "num_experts_per_tok": "n_experts_per_token",
+    "norm_topk_prob": "normalize_expert_weights",
+}
+OPTIONAL = ("clip_qkv", "norm_topk_prob")  # off where they are missing
 OWN = {
+    "Olmoe": _EXPERTS,
+    "FlexOlmo": _EXPERTS,
     "Olmo": {"clip_qkv": "clip_qkv"},
     "Olmo2": {"rms_norm_eps": "norm_eps"},
     "Olmo3": {"rms_norm_eps": "norm_eps", "sliding_window": "window"},
@@ -61,7 +74,7 @@ TOKEN_IDS: Fields = {"bos_token_id": None, "eos_token_id": 50_279, "pad_token_id
 FREE = frozenset(
     """
     architectures model_type dtype torch_dtype transformers_version _name_or_path name_or_path
-    use_cache output_attentions output_hidden_states return_dict is_decoder torchscript
+    router_aux_loss_coef output_router_logits use_cache output_attentions output_hidden_states return_dict is_decoder torchscript
     use_bfloat16 tf_legacy_loss pruned_heads id2label label2id num_labels problem_type
     finetuning_task prefix task_specific_params tokenizer_class sep_token_id
     decoder_start_token_id cross_attention_hidden_size _attn_implementation
@@ -84,14 +97,13 @@ THETA_OF_OLD_OLMO3 = 500_000.0  # sliding layers have it in transformers 5, what
 
 
 def family(config: Mapping[str, Any], where: str) -> str:
-    """The family of a config: Olmo, Olmo2 or Olmo3.
+    """The family of a config: Olmo, Olmo2, Olmo3, Olmoe or FlexOlmo.
 
     Raises:
       ValueError: if it is another architecture, or two fields name two.
     """
     known = [*FAMILIES, *NOT_YET]
-    model_types = {"FlexOlmo": "flex_olmo", "OlmoHybrid": "olmo_hybrid"}
-    by_type = {model_types.get(name, name.lower()): name for name in known}
+    by_type = {MODEL_TYPES.get(name, name.lower()): name for name in known}
     architectures = config.get("architectures") or []
     found = {by_type.get(config.get("model_type", ""), config.get("model_type"))} - {None}
     found |= {str(name).removesuffix("ForCausalLM") for name in architectures}
@@ -122,7 +134,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
         value = rest.pop(key, None)
         if value is not None:
             fields[ours] = value
-        elif key != "clip_qkv":
+        elif key not in OPTIONAL:
             problems.append(f"{key} is missing")
     fields["tie_embeddings"] = rest.pop("tie_word_embeddings", False)
     fields["init_std"] = rest.pop("initializer_range", ModelConfig.init_std)
@@ -258,6 +270,8 @@ def family_of(model: ModelConfig) -> str:
     """
     slides = "sliding" in model.layer_types or model.window is not None
     name = "Olmo" if model.norm == "nonparametric" else "Olmo3" if slides else "Olmo2"
+    if model.n_experts:
+        name = "Olmoe" if model.norm_position == "before" else "FlexOlmo"
     clashes = [
         f"{key}={getattr(model, key)!r} (need {need!r})"
         for key, need in FAMILIES[name].items()
@@ -286,7 +300,7 @@ def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
     rope = _write_rope(model)
     fields: Fields = {
         "architectures": [f"{name}ForCausalLM"],
-        "model_type": name.lower(),
+        "model_type": MODEL_TYPES.get(name, name.lower()),
         **{key: getattr(model, ours) for key, ours in (RENAMED | OWN[name]).items()},
         "num_key_value_heads": model.n_kv_heads,
         "tie_word_embeddings": model.tie_embeddings,
@@ -305,6 +319,8 @@ def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
         **{key: value for key, value in ids.items() if key in TOKEN_IDS},
         "dtype": dtype,
     }
+    if model.n_experts:
+        fields |= {"router_aux_loss_coef": 0.01, "output_router_logits": False}
     if model.head_dim * model.n_heads != model.d_model:
         fields["head_dim"] = model.head_dim
     if name == "Olmo3":

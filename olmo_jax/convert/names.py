@@ -1,7 +1,8 @@
 """The one table of parameters: our path and layout, and what others call and lay out the same.
 
 PyTorch stores a linear weight as [outputs, inputs] with heads merged; ours are [inputs…, outputs…].
-Axes: v vocabulary rows, d d_model, n heads, k kv heads, h head_dim, f d_ff; brackets merge axes.
+Axes: v vocabulary rows, d d_model, n heads, k kv heads, h head_dim, f d_ff, e experts; brackets
+merge axes.
 Sources: transformers `models/olmo*/modeling_*.py`; OLMo-core `nn/hf/convert.py`; OLMo `model.py`.
 """
 
@@ -32,6 +33,37 @@ layers/mlp_norm     d         d          post_feedforward_layernorm  feed_forwar
 final_norm          d         d          model.norm                  lm_head.norm       transformer.ln_f
 lm_head             d v       v d        lm_head                     lm_head.w_out      transformer.ff_out
 """  # noqa: E501
+# Experts: Hugging Face has a tensor for each, the others stack them; w1, v1 of OLMo are megablocks'.
+EXPERTS = {
+    "layers/moe/router": (
+        "d e",
+        {
+            "Hugging Face": ("e d", "mlp.gate.weight"),
+            "OLMo-core": ("(e d)", "feed_forward_moe.router.weight"),
+            "OLMo": ("e d", "ffn.router.layer.weight"),
+        },
+    ),
+    **{
+        f"layers/moe/{ours}": (
+            axes,
+            {
+                "Hugging Face": (torch_axes, f"mlp.experts.{{expert}}.{theirs}.weight"),
+                "OLMo-core": ("(e f) d", f"feed_forward_moe.experts.mlp.{core}"),
+                "OLMo": ("(e f) d", f"ffn.experts.mlp.{legacy}"),
+            },
+        )
+        for ours, axes, torch_axes, theirs, core, legacy in (
+            ("w_gate", "e d f", "f d", "gate_proj", "w1", "w1"),
+            ("w_up", "e d f", "f d", "up_proj", "w3", "v1"),
+            ("w_down", "e f d", "d f", "down_proj", "w2", "w2"),
+        )
+    },
+}
+# Where norms stand before the sub-layers, Hugging Face's names move.
+BEFORE = {
+    "layers/attn_norm": "input_layernorm",
+    "layers/mlp_norm": "post_attention_layernorm",
+}
 BLOCK = 192  # rows and columns that are transposed at once
 LAYERS = {
     "Hugging Face": "model.layers.{layer}.",
@@ -46,7 +78,7 @@ class Row(NamedTuple):
     ours: str  # path below `params/`
     axes: str  # ours, of one layer
     torch_axes: str
-    key: str  # PyTorch's, with {layer}
+    key: str  # PyTorch's, with {layer}, and {expert} where each has its own
     part: int | None  # which of several parameters stacked in that tensor; None: it is alone there
 
     @property
@@ -54,9 +86,19 @@ class Row(NamedTuple):
         """Whether there is one for each layer: ours are stacked, theirs are not."""
         return self.ours.startswith("layers/")
 
-    def key_of(self, layer: int) -> str:
+    @property
+    def is_per_expert(self) -> bool:
+        """Whether there is one for each expert of a layer."""
+        return "{expert}" in self.key
+
+    @property
+    def inner_axes(self) -> str:
+        """Our axes of one tensor of theirs."""
+        return self.axes.removeprefix("e ") if self.is_per_expert else self.axes
+
+    def key_of(self, layer: int, expert: int = 0) -> str:
         """PyTorch's key in a layer."""
-        return self.key.format(layer=layer)
+        return self.key.format(layer=layer, expert=expert)
 
 
 def rows(model: ModelConfig, names: str) -> list[Row]:
@@ -73,8 +115,14 @@ def rows(model: ModelConfig, names: str) -> list[Row]:
         ours, axes, torch_axes, key = line[0], line[1], line[2], line[column]
         match = re.fullmatch(r"(.*)\[(\d)\]", key)
         key, part = (match[1], int(match[2])) if match else (key, None)
+        if names == "Hugging Face" and model.norm_position == "before":
+            key = BEFORE.get(ours, key)
         prefix = LAYERS[names] if ours.startswith("layers/") else ""
         table.append(Row(ours, axes, torch_axes, f"{prefix}{key}.weight", part))
+    at = next(i for i, row in enumerate(table) if row.ours == "layers/mlp/w_gate")
+    for ours, (axes, theirs) in reversed(EXPERTS.items()):
+        torch_axes, key = theirs[names]
+        table.insert(at, Row(ours, axes, torch_axes, LAYERS[names] + key, None))
     return [row for row in table if _has(model, row.ours)]
 
 
@@ -83,6 +131,8 @@ def _has(model: ModelConfig, ours: str) -> bool:
         return model.qk_norm == "full"
     if ours in ("layers/attn_norm", "layers/mlp_norm", "final_norm"):
         return model.norm == "rms"
+    if ours.startswith(("layers/mlp/", "layers/moe/")):
+        return ours.startswith("layers/moe/") == bool(model.n_experts)
     return ours != "lm_head" or not model.tie_embeddings
 
 
@@ -98,6 +148,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
         "k": model.n_kv_heads,
         "h": model.head_dim,
         "f": model.d_ff,
+        "e": model.n_experts,
     }
 
 

@@ -117,8 +117,19 @@ class Stacked:
         return out
 
     def _read(self, tree: _Tree, row: Row, layer: int, ranges: list[tuple[int, int]]) -> np.ndarray:
+        """A part of a leaf's layer."""
+        if not row.is_per_expert:
+            return self._read_one(tree, row, row.key_of(layer), ranges)
+        experts = range(*ranges[0])
+        parts = [self._read_one(tree, row, row.key_of(layer, e), ranges[1:]) for e in experts]
+        return parts[0][None] if len(parts) == 1 else np.stack(parts)
+
+    def _read_one(
+        self, tree: _Tree, row: Row, key: str, ranges: list[tuple[int, int]]
+    ) -> np.ndarray:
         """A part of one tensor, with our axes: whole rows are read, and narrowed here."""
-        wanted = dict(zip(row.axes.split(), ranges, strict=True))
+        axes = row.inner_axes
+        wanted = dict(zip(axes.split(), ranges, strict=True))
         got, index, inner = dict(self._lengths), [], set()
         for group in _groups(row.torch_axes):
             first, *rest = group.split()
@@ -130,10 +141,9 @@ class Stacked:
         before = [r for r in _stacked(tree, row) if (r.part or 0) < (row.part or 0)]
         offset = sum(self._first_axis(r) for r in before)
         index[0] = (index[0][0] + offset, index[0][1] + offset)
-        key = tree.key_of(row.key_of(layer))
-        array = tree.store.read(key, tuple(slice(*part) for part in index))
-        ours = names.view(array, row.torch_axes, row.axes, got)
-        narrow = [slice(*wanted[a]) if a in inner else slice(None) for a in row.axes.split()]
+        array = tree.store.read(tree.key_of(key), tuple(slice(*part) for part in index))
+        ours = names.view(array, row.torch_axes, axes, got)
+        narrow = [slice(*wanted[a]) if a in inner else slice(None) for a in axes.split()]
         return ours[tuple(narrow)]
 
     def _first_axis(self, row: Row) -> int:
@@ -147,8 +157,7 @@ class Stacked:
             if row.part is not None:
                 shape[0] = sum(self._first_axis(r) for r in _stacked(tree, row))
             dtypes = {}
-            for layer in range(self.model.n_layers if row.is_layered else 1):
-                key = tree.key_of(row.key_of(layer))
+            for key in map(tree.key_of, keys_of(row, self.model)):
                 used.add(key)
                 if key not in tree.store.shapes:
                     missing.append(key)
@@ -168,6 +177,13 @@ class Stacked:
         problems += ["; ".join(dict.fromkeys(wrong[:SHOWN])) + _more(wrong)] if wrong else []
         if problems:
             raise ValueError(f"{tree.store.where} does not fit its config: {'; '.join(problems)}")
+
+
+def keys_of(row: Row, model: ModelConfig) -> list[str]:
+    """All of PyTorch's keys of a parameter."""
+    layers = range(model.n_layers if row.is_layered else 1)
+    experts = range(model.n_experts if row.is_per_expert else 1)
+    return [row.key_of(layer, expert) for layer in layers for expert in experts]
 
 
 def is_same(store: Store, one: str, other: str) -> bool:

@@ -188,13 +188,9 @@ def test_what_would_change_the_function_unseen_is_refused_by_name(change, messag
         hf_config.read(old() | change, "config.json")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "model_type"),
-    [("Olmoe", "olmoe"), ("FlexOlmo", "flex_olmo"), ("OlmoHybrid", "olmo_hybrid")],
-)
-def test_known_families_that_are_not_here_yet_are_named(architecture, model_type):
-    config = {"architectures": [f"{architecture}ForCausalLM"], "model_type": model_type}
-    with pytest.raises(ValueError, match=f"{architecture}ForCausalLM is known, but this version"):
+def test_a_known_family_that_is_not_here_yet_is_named():
+    config = {"architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid"}
+    with pytest.raises(ValueError, match="OlmoHybridForCausalLM is known, but this version"):
         hf_config.read(config, "config.json")
 
 

@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from hf import FAMILIES, random_model
 
 from olmo_jax import presets, storage
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
+from olmo_jax.convert.stacked import keys_of
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
 
@@ -26,18 +28,20 @@ def test_the_table_has_exactly_the_parameters_of_the_model(name, whose):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_names_and_layouts_are_those_of_transformers(name):
+def test_names_and_layouts_are_those_of_transformers(name, tmp_path):
     theirs, model, params = random_model(name)
-    state = {key: value.numpy() for key, value in theirs.state_dict().items()}
+    theirs.save_pretrained(tmp_path)  # experts are one tensor in memory and many in the file
+    state = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     ours, lengths = storage.names(params), names.sizes(model)
     seen = set()
     for row in names.rows(model, "Hugging Face"):
-        for layer in range(model.n_layers if row.is_layered else 1):
-            key = row.key_of(layer)
-            leaf = np.asarray(ours[row.ours][layer] if row.is_layered else ours[row.ours])
-            there = names.view(state[key], row.torch_axes, row.axes, lengths)
+        leaf = np.asarray(ours[row.ours])
+        leaves = leaf.reshape(-1, *names.shape(row.inner_axes, lengths))
+        for key, leaf in zip(keys_of(row, model), leaves, strict=True):
+            there = names.view(state[key], row.torch_axes, row.inner_axes, lengths)
             assert np.array_equal(there, leaf), key
-            assert np.array_equal(names.view(leaf, row.axes, row.torch_axes, lengths), state[key])
+            back = names.view(leaf, row.inner_axes, row.torch_axes, lengths)
+            assert np.array_equal(back, state[key])
             seen.add(key)
     assert seen == state.keys() - ({"lm_head.weight"} if model.tie_embeddings else set())
 
