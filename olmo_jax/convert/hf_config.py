@@ -74,7 +74,8 @@ TOKEN_IDS: Fields = {"bos_token_id": None, "eos_token_id": 50_279, "pad_token_id
 FREE = frozenset(
     """
     architectures model_type dtype torch_dtype transformers_version _name_or_path name_or_path
-    router_aux_loss_coef output_router_logits use_cache output_attentions output_hidden_states return_dict is_decoder torchscript
+    router_aux_loss_coef output_router_logits
+    use_cache output_attentions output_hidden_states return_dict is_decoder torchscript
     use_bfloat16 tf_legacy_loss pruned_heads id2label label2id num_labels problem_type
     finetuning_task prefix task_specific_params tokenizer_class sep_token_id
     decoder_start_token_id cross_attention_hidden_size _attn_implementation

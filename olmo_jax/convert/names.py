@@ -33,7 +33,7 @@ layers/mlp_norm     d         d          post_feedforward_layernorm  feed_forwar
 final_norm          d         d          model.norm                  lm_head.norm       transformer.ln_f
 lm_head             d v       v d        lm_head                     lm_head.w_out      transformer.ff_out
 """  # noqa: E501
-# Experts: Hugging Face has a tensor for each, the others stack them; w1, v1 of OLMo are megablocks'.
+# Experts: Hugging Face has a tensor for each, the others stack them. OLMo's are megablocks'.
 EXPERTS = {
     "layers/moe/router": (
         "d e",
