@@ -87,12 +87,17 @@ def alone():
     return run(make_config(model=EXPERTS, **LOSSES), make_batch(), n=2)
 
 
+SLOW = [dict(fsdp=8), dict(expert=8), dict(expert=2, tensor=2), dict(context=2, fsdp=2, tensor=2)]
+
+
 @pytest.mark.parametrize(
     "mesh",
-    [dict(fsdp=8), dict(expert=8), dict(data=2, fsdp=2, expert=2), dict(expert=2, tensor=2),
-     dict(context=2, fsdp=2, tensor=2)],
+    [
+        dict(data=2, fsdp=2, expert=2),
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_sharded_experts_equal_one_device(alone, mesh):
     params, metrics = run(make_config(mesh, model=EXPERTS, **LOSSES), make_batch(), n=2)
     assert metrics.keys() == alone[1].keys()
@@ -101,6 +106,7 @@ def test_sharded_experts_equal_one_device(alone, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone[0])
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up():
     one = run(make_config(model=EXPERTS, router_z_loss=0.001), make_batch())
     four = run(make_config(accumulate=4, model=EXPERTS, router_z_loss=0.001), make_batch())

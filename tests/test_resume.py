@@ -22,6 +22,8 @@ from olmo_jax import loop, processes, records, schedules, start, storage, train
 from olmo_jax.config import ScheduleConfig, load
 from olmo_jax.data import corpus
 
+pytestmark = pytest.mark.slow  # each is a run or two
+
 # The guard's history is a part of the state, held-out losses are a part of the records.
 RUN = "optim.name=skip_step_adamw eval.interval=5 eval.batch_rows=8 eval.max_rows=8".split()
 BATCH = 8 * 64  # tokens
@@ -172,7 +174,6 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, whole, option
         assert scalars(folder / "tensorboard", metric) == expected
 
 
-@pytest.mark.slow
 def test_a_run_killed_within_a_save_goes_on_from_the_one_before(tmp_path, whole, options):  # P13
     folder, keep = tmp_path / "run", ["checkpoint.interval=5", "checkpoint.keep=1"]
     arguments = runs.flags(*options, *keep, f"dir={folder}")
@@ -504,7 +505,6 @@ def test_the_own_folder_wins_over_the_load_path(half, whole, options):  # P23
 # --- prepared data --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_prepared_data_follow_what_they_are_made_of(tmp_path, compiled, monkeypatch):  # P24
     library = tmp_path / "library"
     library.mkdir()

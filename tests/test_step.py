@@ -75,6 +75,7 @@ MESHES = [
     (dict(fsdp=2, context=2, tensor=2), 4),
     (dict(data=2, fsdp=2, expert=2), 1),
 ]
+FAST = 3  # of them, for `make check`
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,11 @@ def whole():
     return run(make_config(model=MODEL, z_loss=1e-3), make_batch(documents=True), n=2)
 
 
-@pytest.mark.parametrize(("mesh", "accumulate"), MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"),
+    [*MESHES[:FAST], *(pytest.param(*m, marks=pytest.mark.slow) for m in MESHES[FAST:])],
+    ids=str,
+)
 def test_sharded_and_accumulated_steps_equal_one_device(whole, mesh, accumulate):
     config = make_config(mesh, accumulate, model=MODEL, z_loss=1e-3)
     params, metrics = run(config, make_batch(documents=True), n=2)
@@ -124,7 +129,7 @@ def uneven():
     [(1, 16, 1e-3), (1, 16, None), (2, None, 1e-3), (4, 16, 1e-3), (4, None, None)],
 )
 def test_reported_losses_do_not_depend_on_how_they_are_computed(uneven, accumulate, chunk, z_loss):
-    # Known fault: CE that held the z-loss, and a z-loss divided by the number of micro-batches.
+    # Known fault (P36): CE that held the z-loss, and a z-loss divided by the number of micro-batches.
     batch, reference = uneven
     _, metrics = run(make_config(None, accumulate, chunk, z_loss=z_loss), batch)
     np.testing.assert_allclose(metrics["train/CE loss"], reference["train/CE loss"], rtol=1e-6)
