@@ -129,7 +129,7 @@ def test_weight_gradients_are_accumulated_in_fp32():
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("yarn", [None, 8.0])
 def test_rotary_tables_are_right_at_far_positions_whatever_the_compute_dtype(theta, yarn):
-    # Known fault (P04): inverse frequencies rounded to bf16 are off by 0.26 already at position 255.
+    # Known fault (P04): inverse frequencies in bf16 are off by 0.26 already at position 255.
     config = ModelConfig(head_dim=128, rope_theta=theta, yarn_factor=yarn)
     positions = np.array([255, 4095, 8191, 65535])
     inverse, factor = rope.frequencies(config, "full")
