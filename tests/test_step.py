@@ -129,7 +129,7 @@ def uneven():
     [(1, 16, 1e-3), (1, 16, None), (2, None, 1e-3), (4, 16, 1e-3), (4, None, None)],
 )
 def test_reported_losses_do_not_depend_on_how_they_are_computed(uneven, accumulate, chunk, z_loss):
-    # Known fault (P36): CE with the z-loss in it, and z-loss divided by the number of micro-batches.
+    # Known fault (P36): CE that held the z-loss, and a z-loss divided by the micro-batches.
     batch, reference = uneven
     _, metrics = run(make_config(None, accumulate, chunk, z_loss=z_loss), batch)
     np.testing.assert_allclose(metrics["train/CE loss"], reference["train/CE loss"], rtol=1e-6)
