@@ -46,6 +46,8 @@ _EXPERTS = {
     "num_experts_per_tok": "n_experts_per_token",
     "norm_topk_prob": "normalize_expert_weights",
 }
+NUMBERS = {"norm_eps": float, "clip_qkv": float, "normalize_expert_weights": bool}  # others: int
+BUILT_ON_OTHERS = ("layer_types", "rope_parameters", "rope_scaling", "rope_theta")
 OPTIONAL = ("clip_qkv", "norm_topk_prob")  # off where they are missing
 OWN = {
     "Olmoe": _EXPERTS,
@@ -134,14 +136,19 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     for key, ours in (RENAMED | OWN[name]).items():
         value = rest.pop(key, None)
         if value is not None:
-            fields[ours] = value
+            fields[ours] = _number(key, value, NUMBERS.get(ours, int), problems)
         elif key not in OPTIONAL:
             problems.append(f"{key} is missing")
+    if not problems and fields.get("n_experts_per_token", 0) > fields.get("n_experts", 0):
+        chosen, there = fields["n_experts_per_token"], fields["n_experts"]
+        problems.append(f"num_experts_per_tok={chosen} is above num_experts={there}")
     fields["tie_embeddings"] = rest.pop("tie_word_embeddings", False)
     fields["init_std"] = rest.pop("initializer_range", ModelConfig.init_std)
     fields["n_kv_heads"] = rest.pop("num_key_value_heads", None) or fields.get("n_heads")
     head_dim = rest.pop("head_dim", None)
-    if not problems:
+    if problems:  # what builds on those fields cannot be read
+        rest = {key: value for key, value in rest.items() if key not in BUILT_ON_OTHERS}
+    else:
         _add_layers(fields, rest.pop("layer_types", None), name, problems)
         fields["head_dim"] = head_dim or fields["d_model"] // fields["n_heads"]
         fields |= _read_rope(rest, fields, name, problems)
@@ -156,6 +163,21 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
     return ModelConfig(**fields)
+
+
+def _number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
+    """A number, or a switch, of a config.json, after a look at it."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = {
+        bool: isinstance(value, bool),
+        float: is_number and value > 0,
+        int: is_number and value > 0 and float(value).is_integer(),
+    }
+    words = {bool: "true or false", float: "a positive number", int: "a positive whole number"}
+    if not right[kind]:
+        problems.append(f"{key}={value!r}: need {words[kind]}")
+        return value
+    return kind(value)
 
 
 def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> None:

@@ -188,6 +188,28 @@ def test_what_would_change_the_function_unseen_is_refused_by_name(change, messag
         hf_config.read(old() | change, "config.json")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_experts_per_tok=9), "num_experts_per_tok=9 is above num_experts=5$"),
+        (dict(num_experts_per_tok=0), "num_experts_per_tok=0: need a positive whole number$"),
+        (dict(num_experts_per_tok=True), "num_experts_per_tok=True: need a positive whole number$"),
+        (dict(num_experts="5"), "num_experts='5': need a positive whole number$"),
+        (dict(num_experts=-1), "num_experts=-1: need a positive whole number$"),
+        (dict(num_experts=None), "^config.json: num_experts is missing$"),
+        (dict(norm_topk_prob="yes"), "norm_topk_prob='yes': need true or false$"),
+        (dict(rms_norm_eps=0), "rms_norm_eps=0: need a positive number$"),
+        (dict(clip_qkv=8.0), "clip_qkv=8.0 is no field of OlmoeForCausalLM that is known here$"),
+    ],
+)
+def test_wrong_fields_of_experts_are_named_alone(change, message):
+    theirs = transformers.OlmoeConfig(num_experts=5, num_experts_per_tok=3).to_dict()
+    config = theirs | {"architectures": ["OlmoeForCausalLM"]}
+    assert hf_config.read(config, "config.json").n_experts_per_token == 3
+    with pytest.raises(ValueError, match=message):
+        hf_config.read(config | change, "config.json")
+
+
 def test_a_known_family_that_is_not_here_yet_is_named():
     config = {"architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid"}
     with pytest.raises(ValueError, match="OlmoHybridForCausalLM is known, but this version"):
