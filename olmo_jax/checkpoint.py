@@ -368,14 +368,14 @@ def refuse_changes(
     Raises:
       ValueError: with every option that changed and is not allowed to.
     """
-    fixed = {change.key for change in changes if change.key.startswith("model.")}
+    free = NOT_THE_FUNCTION | set(allow)
     _refuse(
-        [change for change in changes if change.key in fixed - NOT_THE_FUNCTION - set(allow)],
+        [c for c in changes if c.key.startswith("model.") and c.key not in free],
         "set them as they were, or name them in config.checkpoint.allow_changes",
     )
     if "opt_state" in parts:
         _refuse(
-            [change for change in changes if change.key in OPTIMIZER_STATE],
+            [c for c in changes if c.key in OPTIMIZER_STATE],
             "set them as they were; checkpoint.load_path with checkpoint.load_optimizer=False, in a"
             " new config.dir, starts with a new optimizer state",
         )

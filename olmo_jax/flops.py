@@ -95,9 +95,10 @@ def _sizes(m: ModelConfig) -> dict[str, int]:
 
 def _active(m: ModelConfig) -> dict[str, int]:
     """Parameters that one token meets."""
-    experts = [path for path in _sizes(m) if path.startswith("layers/moe/w_")]
-    part = {path: n * m.n_experts_per_token // (m.n_experts or 1) for path, n in _sizes(m).items()}
-    return _sizes(m) | {path: part[path] for path in experts}
+    return {
+        path: n * m.n_experts_per_token // m.n_experts if path.startswith("layers/moe/w_") else n
+        for path, n in _sizes(m).items()
+    }
 
 
 def n_params(model: ModelConfig, active: bool = False) -> Counts:

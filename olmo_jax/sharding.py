@@ -88,6 +88,11 @@ def shardings(mesh: Mesh, axes: Any) -> Any:
     )
 
 
+def data_parallel_ways(mesh: Mesh) -> int:
+    """How many groups of devices see different rows."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def axis_size(*names: str) -> int:
     """Ways along these axes of the mesh in force; 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax import checkpoint, processes, records, step, storage, summary
+from olmo_jax import checkpoint, processes, records, sharding, step, storage, summary
 from olmo_jax.checkpoint import Source
 from olmo_jax.config import Config, ConfigError, to_dict
 from olmo_jax.data import corpus
@@ -85,7 +85,7 @@ def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
     t = config.train
     if t.loss_normalization != "per_rank_tokens" or t.loss_ranks is not None:
         return config
-    ranks = step.data_parallel_ways(mesh)
+    ranks = sharding.data_parallel_ways(mesh)
     say(f"train.loss_ranks: {ranks}, the data-parallel ways of this mesh; set it to keep the loss"
         " the same on another")  # fmt: skip
     return _replace(config, "train", loss_ranks=ranks)

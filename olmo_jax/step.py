@@ -12,7 +12,7 @@ from olmo_jax import losses, optim
 from olmo_jax.config import Config
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
-from olmo_jax.sharding import BATCH_AXES, shardings, spec
+from olmo_jax.sharding import data_parallel_ways, shardings, spec
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -215,14 +215,6 @@ def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
     params = state_shardings(config, mesh).params
     rows, whole = (NamedSharding(mesh, spec(a)) for a in (("batch", "seq"), ()))
     return _under(mesh, jax.jit(norms, in_shardings=(params, rows), out_shardings=whole))
-
-
-def data_parallel_ways(mesh: Mesh) -> int:
-    """How many groups of devices see different rows."""
-    ways = 1
-    for axis in BATCH_AXES:
-        ways *= mesh.shape[axis]
-    return ways
 
 
 def _under(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:

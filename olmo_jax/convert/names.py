@@ -154,7 +154,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 
 def shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of an array with these axes: `(n h) d` -> `[n·h, d]`."""
-    return tuple(int(np.prod([lengths[axis] for axis in group.split()])) for group in _groups(axes))
+    return tuple(int(np.prod([lengths[axis] for axis in group.split()])) for group in groups(axes))
 
 
 def view(array: np.ndarray, old: str, new: str, lengths: Mapping[str, int]) -> np.ndarray:
@@ -208,5 +208,6 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-def _groups(axes: str) -> list[str]:
+def groups(axes: str) -> list[str]:
+    """The axes of each dimension: `(n h) d` -> `n h`, `d`."""
     return [bracketed or single for bracketed, single in re.findall(r"\(([\w ]+)\)|(\w)", axes)]

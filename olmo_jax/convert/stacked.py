@@ -1,7 +1,6 @@
 """Tensors as PyTorch has them, one for each layer and heads merged, served in our layout."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -131,7 +130,7 @@ class Stacked:
         axes = row.inner_axes
         wanted = dict(zip(axes.split(), ranges, strict=True))
         got, index, inner = dict(self._lengths), [], set()
-        for group in _groups(row.torch_axes):
+        for group in names.groups(row.torch_axes):
             first, *rest = group.split()
             size = math.prod(self._lengths[axis] for axis in rest)
             start, stop = wanted[first]
@@ -200,11 +199,6 @@ def shortest(kinds: list[str]) -> tuple[str, ...]:
     """The shortest list that gives `kinds` when it is repeated."""
     n = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
     return tuple(kinds[:n])
-
-
-def _groups(axes: str) -> list[str]:
-    """`(n h) d` -> `n h`, `d`."""
-    return [merged or single for merged, single in re.findall(r"\(([\w ]+)\)|(\w)", axes)]
 
 
 def _stacked(tree: _Tree, row: Row) -> list[Row]:

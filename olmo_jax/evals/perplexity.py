@@ -101,7 +101,7 @@ def evaluate(
     rows = np.arange(n_rows)
     if max_rows is not None and max_rows < n_rows:
         rows = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
-    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    ways = sharding.data_parallel_ways(mesh)
     batch_rows = -(-batch_rows // ways) * ways
 
     nats, n_tokens, n_bytes = 0.0, 0, 0
