@@ -223,11 +223,14 @@ def write(
     lengths = names.sizes(model) | {"v": model.vocab_size}
     written: dict[str, int] = {}
 
-    made = ahead(functools.partial(_torch_tensor, weights, p, lengths) for p in plan.values())
+    def planned(p: Planned) -> tuple[np.ndarray, int]:
+        tensor = _torch_tensor(weights, p, lengths)
+        return tensor, compare.crc(tensor)
+
+    made = ahead(functools.partial(planned, p) for p in plan.values())
 
     def make(key: str) -> Iterator[np.ndarray]:
-        tensor = next(made)  # in the order of the plan
-        written[key] = compare.crc(tensor)
+        tensor, written[key] = next(made)  # in the order of the plan
         yield tensor
         report(plan[key].n_bytes)
 
@@ -259,8 +262,13 @@ def check(folder: pathlib.Path, written: Mapping[str, int]) -> None:
     tensors = _tensors(folders.open(str(folder)))
     if tensors.keys() != written.keys():
         raise ValueError(f"{folder}: not the tensors that were written")
-    for key, need in written.items():
-        compare.refuse_other_crc(key, need, compare.crc(tensors[key].load(slice(None))))
+
+    def found(key: str) -> int:
+        return compare.crc(tensors[key].load(slice(None)))
+
+    read = ahead(functools.partial(found, key) for key in written)
+    for (key, need), crc in zip(written.items(), read, strict=True):
+        compare.refuse_other_crc(key, need, crc)
 
 
 def _plan(model: ModelConfig, dtype: np.dtype) -> dict[str, Planned]:
