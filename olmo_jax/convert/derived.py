@@ -115,7 +115,8 @@ class Upcycled:
             n_experts_per_token=n_experts_per_token,
             normalize_expert_weights=True,
         )
-        self.line = f"{source.line}; each MLP as {n_experts} experts, routers of seed {seed}, std {router_std}"
+        routers = f"routers of seed {seed} and std {router_std}"
+        self.line = f"{source.line}; each MLP as {n_experts} experts, {routers}"
         self.files, self.meta, self.torch_layout = source.files, source.meta, source.torch_layout
         self._source, self._router_std, self._seed = source, router_std, seed
         self.leaves: Leaves = {}
