@@ -6,6 +6,7 @@ a device, and each collective of the program as [operation, shape, devices of a 
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -55,15 +56,25 @@ def collectives(hlo: str) -> list[tuple[str, str, int]]:
     found = []
     pattern = (
         rf" = (.*?) ({COLLECTIVES})(?:-start)?\(.*?"
-        r"(?:replica_groups|source_target_pairs)=(\{\{[\d,]*\}|\{\}|\[\d+,\d+\])"
+        r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\] \{.*?\}|\{\{.*?\}|\{\}|\[[\d,]*\])"
     )
     for line in hlo.splitlines():
         if match := re.search(pattern, line):
             shape, operation, groups = match.groups()
-            numbers = re.findall(r"\d+", groups)  # {{0,1},…}, {} for all, or [groups,devices]<=[…]
-            size = int(numbers[-1]) if groups[0] == "[" else len(numbers)
-            found.append((operation, re.sub(r"\{.*?\}", "", shape), size))
+            found.append((operation, re.sub(r"\{.*?\}", "", shape), group_size(groups)))
     return found
+
+
+def group_size(groups: str) -> int:
+    """Devices of a group, in the four ways in which XLA writes it; 0 for all devices."""
+    if groups.startswith("mesh"):  # mesh['a'=4,'b'=2] {'a'}
+        axes, used = groups.split("] ")
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", used))
+    numbers = [int(n) for n in re.findall(r"\d+", groups)]
+    if groups.startswith("["):  # [groups,devices]<=[…]
+        return numbers[-1]
+    return len(numbers)  # {{0,1},…} or {}
 
 
 def main(topology: str, path: str, *options: str) -> None:
