@@ -95,6 +95,9 @@ class ComputeConfig:
     attention: Literal["auto", "blocked", "reference"] = "auto"
     loss_chunk: int | None = 1024  # tokens whose logits are held at once; None: all
     accumulate: int = 1  # micro-batches per step
+    # Rows that the experts of a device can take over mesh.expert, in terms of the balanced load;
+    # what needs more ends the run. None: so many that no routing can need more.
+    expert_buffer: float | None = None
     deterministic: bool = False  # GPU: bit-exact resume, at some speed
     compilation_cache: str | None = "~/.cache/olmo_jax/xla"  # None: compile anew in each process
 

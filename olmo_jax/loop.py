@@ -262,7 +262,8 @@ class Run:
         """Read a finished step's metrics and write them down.
 
         Raises:
-          ValueError: after `train.max_nonfinite_steps` steps in a row without a finite loss.
+          ValueError: after `train.max_nonfinite_steps` steps in a row without a finite loss, or
+            after a step whose tokens did not find room on their experts' devices.
         """
         if pending is None:
             return
@@ -279,14 +280,26 @@ class Run:
         norm = values.get("optim/total grad norm", 0.0)
         self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
         if self.nonfinite >= self.config.train.max_nonfinite_steps:
-            with contextlib.suppress(OSError):
-                self.checkpointer.finish()
-            newest = self.checkpointer.latest()
             raise ValueError(
                 f"step {at}: loss {loss}, grad norm {norm}; not finite for {self.nonfinite} steps"
                 " in a row (config.train.max_nonfinite_steps). None of them changed the"
-                f" parameters; {'no checkpoint' if newest is None else f'step {newest}'} is saved"
+                f" parameters; {self.saved()}"
             )
+        needed, limit = values.get("train/expert buffer", 0.0), self.config.compute.expert_buffer
+        if limit is not None and needed > np.float32(limit):
+            raise ValueError(
+                f"step {at}: the experts of one device are to take {needed:.3f} times the balanced"
+                f" load; config.compute.expert_buffer={limit} needs to be"
+                f" {math.ceil(100 * needed) / 100} or more. The step did not change the parameters;"
+                f" {self.saved()}"
+            )
+
+    def saved(self) -> str:
+        """Which step the next run starts from, in words for an error."""
+        with contextlib.suppress(OSError):
+            self.checkpointer.finish()
+        newest = self.checkpointer.latest()
+        return f"{'no checkpoint' if newest is None else f'step {newest}'} is saved"
 
     def save(self, state: TrainState, at: int, position: Position, kind: str) -> None:
         """Save the state after step `at`."""

@@ -62,7 +62,8 @@ def router(
 
     Returns:
       The loss, and its parts: `balance` and `router z` (without their coefficients, means over the
-      micro-batches of a step), and `routed`, the tokens per layer and expert.
+      micro-batches of a step), `routed`, the tokens per layer and expert, and `buffer`, the largest
+      of the layers, where it is limited.
     """
     # OLMo: the products n · p there are of one device's tokens, here of the whole micro-batch's.
     m, t, share = config.model, config.train, 1.0 / config.compute.accumulate
@@ -74,6 +75,8 @@ def router(
         balance = m.n_experts / k * jnp.mean(jnp.sum(tokens * probability, axis=1))
     z = routed["z"].mean() / (m.n_experts_per_token if t.router_loss_form == "olmoe" else 1)
     parts = {"balance": share * balance, "router z": share * z, "routed": routed["tokens"]}
+    if "buffer" in routed:
+        parts["buffer"] = routed["buffer"].max()
     loss = (t.load_balancing_loss or 0.0) * parts["balance"]
     return loss + (t.router_z_loss or 0.0) * parts["router z"], parts
 

@@ -95,9 +95,10 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
         weights = batch["loss_weights"]
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
         grads, parts = _gradients(config, model, state.params, batch | {"loss_weights": scaled})
+        is_whole = _is_whole(config, parts)
         params, opt_state, metrics = optim.update(
             config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
-            parts["ce"], weights.sum() > 0,
+            parts["ce"], (weights.sum() > 0) & is_whole,
         )  # fmt: skip
         metrics |= {
             "train/CE loss": parts["ce"],
@@ -109,7 +110,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
             metrics["train/Z loss unscaled"] = parts["z"]
         if "routed" in parts:
             metrics |= _router_metrics(config, parts)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + is_whole, params, opt_state), metrics
 
     rows = NamedSharding(mesh, spec(("batch", "seq")))
     return _under(mesh, jax.jit(
@@ -139,7 +140,10 @@ def _gradients(
         return grad_fn(params, batch)
 
     def add(total: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None
+        grads, parts = jax.tree.map(jnp.add, total, new := grad_fn(params, micro))
+        if "buffer" in parts:
+            parts["buffer"] = jnp.maximum(total[1]["buffer"], new[1]["buffer"])
+        return (grads, parts), None
 
     # Strided, so that each device splits its own rows: contiguous parts would move rows around.
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
@@ -152,11 +156,18 @@ def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:
     return model.apply({"params": params}, batch["tokens"], *optional, output=output)
 
 
+def _is_whole(config: Config, parts: dict[str, jax.Array]) -> Any:
+    """Whether every token reached its experts: if not, the step is void, and `loop` ends the run."""
+    return "buffer" not in parts or parts["buffer"] <= config.compute.expert_buffer
+
+
 def _router_metrics(config: Config, parts: Metrics) -> Metrics:
     """What the routers of a step did, by OLMo-core's names."""
     t, tokens = config.train, parts["routed"]  # [n_layers, n_experts]
     imbalance = tokens.max(1) / tokens.mean(1)
     metrics = {f"train/block {i:02}/load imbalance": imbalance[i] for i in range(len(imbalance))}
+    if "buffer" in parts:
+        metrics["train/expert buffer"] = parts["buffer"]
     for name, key, weight in (
         ("load balancing loss", "balance", t.load_balancing_loss),
         ("router Z loss", "router z", t.router_z_loss),
@@ -178,7 +189,8 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics
 
     `batch` holds global arrays with `loss_weights` 1 for tokens that are scored, else 0.
     """
-    model = build_model(config)
+    compute = dataclasses.replace(config.compute, expert_buffer=None)  # nothing would stop it
+    model = build_model(dataclasses.replace(config, compute=compute))
 
     def evaluate(params: Any, batch: Batch) -> Metrics:
         hidden, _ = _apply(model, params, batch, "hidden")

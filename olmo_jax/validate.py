@@ -193,6 +193,11 @@ def _schedule_end(c: Config) -> int | None:
 
 def _training(c: Config) -> list[str]:
     problems, k = [], c.checkpoint
+    if c.compute.expert_buffer is not None and c.compute.expert_buffer < 1:
+        problems.append(
+            f"config.compute.expert_buffer={c.compute.expert_buffer}: below 1 there is no room even"
+            " for a balanced load"
+        )
     problems += [
         f"config.train.{name}: only a model with model.n_experts has it"
         for name in ("load_balancing_loss", "router_z_loss")
