@@ -268,11 +268,15 @@ class Run:
         if pending is None:
             return
         at, device_metrics, lr, tokens, batch_tokens, wait = pending
-        values = {name: float(v) for name, v in jax.device_get(device_metrics).items()}
+        values = jax.device_get(device_metrics)
+        load = values.pop("train/expert load", None)  # [n_layers, n_experts]
+        values = {name: float(v) for name, v in values.items()}
         if values.get("train/masked labels (%)") == 1.0:  # no token, so no loss either: not 0
             values.pop("train/CE loss")
         if at % self.config.log.interval == 0:
             values |= _device_memory()
+            if load is not None:
+                self.log.table(at, "train/expert load", load)
         self.log.step(
             at, values, lr=lr, tokens=tokens, batch_tokens=batch_tokens, data_wait_s=float(wait)
         )

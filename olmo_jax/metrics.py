@@ -144,6 +144,13 @@ class Writer:
                         words.append(f"{key} {values[stem + key]:.4g}")
                 self._print(*words)
 
+    def table(self, step: int, name: str, values: np.ndarray) -> None:
+        """Record `values [rows, columns]` of a step, in metrics.jsonl only."""
+        if self._on:
+            with records.writing(self._jsonl.path):
+                rows = np.round(np.asarray(values, float), 4).tolist()
+                self._jsonl.log(step, self._tokens, {name: rows})
+
     @contextlib.contextmanager
     def pause(self, step: int, name: str | None = None) -> Iterator[None]:
         """Keep what is done inside (an evaluation, a checkpoint) out of the next step's time.

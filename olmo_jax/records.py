@@ -13,10 +13,10 @@ from typing import Any
 NAME = "metrics.jsonl"
 
 
-def read(run_dir: Any) -> dict[int, dict[str, float]]:
+def read(run_dir: Any) -> dict[int, dict[str, Any]]:
     """The records of a run: by ascending step, metrics by name, with `tokens` and `time`.
 
-    A value that was written twice counts as last written. Null is read as NaN.
+    Tables are lists of rows. A value that was written twice counts as last written. Null is NaN.
 
     Args:
       run_dir: a folder, as a string or as a path object (needed for a URL).
@@ -27,7 +27,7 @@ def read(run_dir: Any) -> dict[int, dict[str, float]]:
     path = (pathlib.Path(run_dir) if isinstance(run_dir, str) else run_dir) / NAME
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; need the folder of a run, which has it")
-    steps: dict[int, dict[str, float]] = {}
+    steps: dict[int, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines():
         record = _parse(line)
         if record is not None:
@@ -76,10 +76,11 @@ class Jsonl:
             with self.path.open("rb") as f:
                 replace(self.path, filter(keep, f))
 
-    def log(self, step: int, tokens: int, values: dict[str, float]) -> None:
+    def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Append a record, which survives the process, whatever ends that."""
         record = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
-        record |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        is_lost = lambda v: isinstance(v, float) and not math.isfinite(v)  # noqa: E731
+        record |= {k: None if is_lost(v) else v for k, v in values.items()}
         with self.path.open("ab", buffering=0) as f:
             f.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 

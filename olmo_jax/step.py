@@ -157,7 +157,7 @@ def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:
 
 
 def _is_whole(config: Config, parts: dict[str, jax.Array]) -> Any:
-    """Whether every token reached its experts: if not, the step is void, and `loop` ends the run."""
+    """Whether every token reached its experts; if not, the step is void and the run ends."""
     return "buffer" not in parts or parts["buffer"] <= config.compute.expert_buffer
 
 
@@ -166,6 +166,7 @@ def _router_metrics(config: Config, parts: Metrics) -> Metrics:
     t, tokens = config.train, parts["routed"]  # [n_layers, n_experts]
     imbalance = tokens.max(1) / tokens.mean(1)
     metrics = {f"train/block {i:02}/load imbalance": imbalance[i] for i in range(len(imbalance))}
+    metrics["train/expert load"] = tokens / tokens.mean(1, keepdims=True)
     if "buffer" in parts:
         metrics["train/expert buffer"] = parts["buffer"]
     for name, key, weight in (

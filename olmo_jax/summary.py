@@ -1,192 +1,19 @@
-"""What came out of a run, for people: its curves in one picture, and a page of words."""
+"""What came out of a run, for people: a page of words, and its curves."""
 
-import io
-import math
 import os
 import pathlib
 import sys
 from typing import Any
 
 import jax
-import numpy as np
 
-from olmo_jax import records, storage
+from olmo_jax import plot, storage
 from olmo_jax.config import Config
 from olmo_jax.data.tokenizer import Tokenizer
 from olmo_jax.evals.compression import compressed_bits_per_byte
 from olmo_jax.generation import sampling
 
-COLORS = ("#2f6db5", "#d9722e", "#3a9a5b", "#b5423f", "#7d5ba6", "#8a6d3b", "#c45a9a", "#5f6b76")
-HELD_OUT_MARKERS = "os^Dv"
 TEMPERATURE, N_NEW = 0.7, 96  # of the continuation; at 0 a small model repeats itself
-MAX_POINTS = 300  # per curve; of more, groups are drawn as their mean and, pale, their range
-LOSS, LR, NORM, SPEED = (
-    "train/CE loss",
-    "optim/LR (group 0)",
-    "optim/total grad norm",
-    "throughput/device/TPS",
-)
-TITLES = {
-    LOSS: "loss, nats per token",
-    LR: "learning rate",
-    NORM: "gradient norm",
-    SPEED: "tokens per second, each device",
-}
-Steps = dict[int, dict[str, float]]
-
-
-def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
-    """Draw loss (held-out too), learning rate, gradient norm and speed of runs into one picture.
-
-    A step has one value, that of the newest timeline, however often a run was resumed.
-
-    Args:
-      run_dirs: folders of runs, as strings or path objects.
-      out: the picture, a file whose ending says the format.
-      x: "tokens" or "steps".
-
-    Raises:
-      FileNotFoundError: if a folder has no records.
-      ValueError: if they hold no training step.
-    """
-    from matplotlib.figure import Figure  # half a second, which training should not pay
-
-    out = pathlib.Path(out) if isinstance(out, str) else out
-    runs = dict(zip(_names(run_dirs), map(_load, run_dirs), strict=True))
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
-    panels = dict(zip(TITLES, figure.subplots(2, 2).flat, strict=True))
-    for i, (name, steps) in enumerate(runs.items()):
-        color = COLORS[i % len(COLORS)]
-        for metric, axes in panels.items():
-            _curve(axes, *_points(steps, metric, x), color, name)
-        _held_out(panels[LOSS], steps, x, color, is_alone=len(runs) == 1)
-    for metric, axes in panels.items():
-        _finish(axes, metric, x)
-    _limit_loss(panels[LOSS], [_points(steps, LOSS, x)[1] for steps in runs.values()])
-    _legend(figure, panels[LOSS], list(runs))
-    picture = io.BytesIO()
-    figure.savefig(picture, format=out.suffix[1:] or "png", dpi=120)
-    out.write_bytes(picture.getvalue())
-
-
-def _names(run_dirs: list[Any]) -> list[str]:
-    """The folders' own names, or as much of their paths as tells them apart."""
-    paths = [os.path.abspath(os.fspath(d)).split(os.sep) for d in run_dirs]
-    for n in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-n:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("a run is named twice")
-
-
-def _load(run_dir: Any) -> Steps:
-    if "://" in os.fspath(run_dir):
-        run_dir = storage.path(run_dir)
-    steps = records.read(run_dir)
-    if not any(LOSS in values for values in steps.values()):
-        raise ValueError(f"{run_dir}/{records.NAME}: no training step yet")
-    return steps
-
-
-def _points(steps: Steps, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and values `[n]` of a metric, where it is finite."""
-    points = [
-        (values["tokens"] if x == "tokens" else step, values[metric])
-        for step, values in steps.items()
-        if math.isfinite(values.get(metric, math.nan))
-    ]
-    at, values = np.array(points, float).reshape(-1, 2).T
-    return at, values
-
-
-def _curve(axes: Any, at: np.ndarray, values: np.ndarray, color: str, name: str) -> None:
-    size = max(1, len(values) // MAX_POINTS)
-    starts = np.arange(0, len(values), size)
-    if size > 1:
-        low, high = (f.reduceat(values, starts) for f in (np.minimum, np.maximum))
-        counts = np.diff(starts, append=len(values))
-        at, values = (np.add.reduceat(y, starts) / counts for y in (at, values))
-        axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
-    axes.plot(at, values, color=color, linewidth=1.6, label=name, marker="." * (len(at) == 1))
-
-
-def _held_out(axes: Any, steps: Steps, x: str, color: str, is_alone: bool) -> None:
-    """Held-out losses: their own colours beside one run, else dashes in the run's."""
-    metrics = dict.fromkeys(
-        name
-        for values in steps.values()
-        for name in values
-        if name.startswith("eval/lm/") and name.endswith("/CE loss")
-    )
-    for i, metric in enumerate(metrics):
-        axes.plot(
-            *_points(steps, metric, x),
-            color=COLORS[(i + 1) % len(COLORS)] if is_alone else color,
-            linestyle="--",
-            linewidth=1.2,
-            marker=HELD_OUT_MARKERS[i % len(HELD_OUT_MARKERS)],
-            markersize=4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            label=f"held out: {metric.split('/')[2]}",
-        )
-
-
-def _legend(figure: Any, axes: Any, names: list[str]) -> None:
-    lines = {line.get_label(): line for line in axes.lines}
-    if len(names) == 1:
-        figure.suptitle(names[0], fontsize=14, fontweight="bold")
-        lines = {"training": lines.pop(names[0]), **lines}
-    else:
-        runs = [lines.pop(name) for name in names]
-        figure.legend(handles=runs, loc="outside upper center", ncols=4, frameon=False)
-        for label, line in lines.items():  # the colours are the runs', so grey stands for any
-            (lines[label],) = axes.plot([], [])
-            lines[label].update_from(line)
-            lines[label].set_color("0.4")
-    if lines:
-        axes.legend(lines.values(), lines.keys(), loc="upper right", frameon=False)
-
-
-def _limit_loss(axes: Any, curves: list[np.ndarray]) -> None:
-    """Give the room to the part of the curves that is worth seeing, not to the first fall."""
-    curves = [v[len(v) // 20 if len(v) >= 100 else 0 :] for v in curves if len(v)]
-    if not curves:
-        return
-    held_out = [line.get_ydata() for line in axes.lines]
-    low, high = min(v.min() for v in [*curves, *held_out] if len(v)), max(v.max() for v in curves)
-    margin = 0.05 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
-
-
-def _finish(axes: Any, metric: str, x: str) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.set_title(TITLES[metric], loc="left", fontsize=11)
-    axes.set_xlabel(x)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("0.7")
-    axes.tick_params(color="0.7")
-    values = np.concatenate([line.get_ydata() for line in axes.lines])
-    if not len(values):
-        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color="0.5")
-        return
-    if metric == LR:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    if metric in (LR, SPEED):  # a step whose wait fell into another one's time is no speed
-        axes.set_ylim(0, 1.1 * np.quantile(values, 0.98 if metric == SPEED else 1.0) or 1)
-    if metric == SPEED:
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    if metric == NORM and values.min() > 0 and values.max() > 20 * values.min():
-        axes.set_yscale("log")
-
-
-# --- the written summary --------------------------------------------------------------------------
 
 
 def is_written(run_dir: Any) -> bool:
@@ -208,7 +35,7 @@ def write(
       saved: the folder of the last checkpoint.
     """
     folder = storage.path(config.run_dir)
-    draw([folder], folder / "summary.png", x="steps")
+    plot.draw([folder], folder / "summary.png", x="steps")
     lines = [f"{config.name}: done; this command took {seconds / 60:.1f} minutes", ""]
     for path in config.eval.paths:
         lines += _held_out_lines(pathlib.Path(path), scores)

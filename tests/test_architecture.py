@@ -18,7 +18,7 @@ config presets records processes distributed storage
 schedules flops optim
 validate
 sharding progress data
-kernels metrics snapshot
+kernels metrics plot snapshot
 nn losses
 step checkpoint
 generation evals convert
@@ -36,7 +36,7 @@ HOMES = {
     "tensorstore": "storage",
     "etils": "storage",
     "grain": "data/loader",
-    "matplotlib": "summary",
+    "matplotlib": "plot",
     "tensorboardX": "metrics",
     "wandb": "metrics",
     "tokenizers": "data/tokenizer",

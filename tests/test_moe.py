@@ -10,7 +10,7 @@ import pytest
 import runs
 from test_step import PLAIN, make_batch, make_config, run
 
-from olmo_jax import losses, sharding, step
+from olmo_jax import losses, records, sharding, step
 from olmo_jax.config import ComputeConfig
 from olmo_jax.nn import moe, router
 
@@ -156,6 +156,29 @@ def test_a_run_ends_with_the_factor_that_it_needs(tmp_path):
     )
     found, advised = map(float, re.fullmatch(pattern, line).groups())
     assert found <= advised < found + 0.0105
+
+
+@pytest.mark.slow
+def test_the_load_balancing_loss_keeps_every_expert_busy(tmp_path):
+    busiest, idlest = {}, {}
+    for weight in ("0.01", "none"):
+        folder = tmp_path / weight
+        options = f"dir={folder}", f"train.load_balancing_loss={weight}", "eval.interval=none"
+        config = f"--config={runs.ROOT / 'configs/quickstart_olmoe.py'}"
+        with runs.processes(runs.start(config, *runs.flags(*options), n_devices=1)) as (run,):
+            _, errors = run.communicate()
+            assert run.returncode == 0, errors
+        found = records.read(folder)
+        assert max(found) == 200
+        imbalance = [found[200][f"train/block {i:02}/load imbalance"] for i in range(4)]
+        loads = [np.array(found[step]["train/expert load"]) for step in range(160, 201, 10)]
+        np.testing.assert_allclose(loads[-1].max(1), imbalance, atol=1e-4)
+        busiest[weight] = max(imbalance)
+        idlest[weight] = np.mean(loads, 0).min()
+    assert busiest["0.01"] < 2.0
+    assert busiest["none"] > 1.5 * busiest["0.01"]
+    assert idlest["0.01"] > 0.3  # times the mean load
+    assert idlest["none"] < 0.1
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from olmo_jax import summary
+from olmo_jax import plot
 
 TOOL = pathlib.Path(__file__).parents[1] / "tools/plot_run.py"
 
@@ -86,7 +86,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, make, args, messag
 def test_panels_show_loss_rate_norm_and_speed_over_tokens_or_steps(tmp_path, figure):
     held_out = {"step": 4, "tokens": 400, "eval/lm/valid/CE loss": 4.5}
     run = write(tmp_path / "run", [*map(record, range(1, 6)), held_out])
-    summary.draw([run], tmp_path / "x.png")
+    plot.draw([run], tmp_path / "x.png")
     loss, lr, norm, speed = figure().axes
     assert [axes.get_title(loc="left") for axes in (lr, norm)] == ["learning rate", "gradient norm"]
     tokens = [100, 200, 300, 400, 500]
@@ -97,7 +97,7 @@ def test_panels_show_loss_rate_norm_and_speed_over_tokens_or_steps(tmp_path, fig
     assert curves(lr)["run"] == (tokens, [1e-3] * 5)
     assert curves(norm)["run"] == (tokens, [2.0, 3.0, 1.0, 2.0, 3.0])
     assert curves(speed)["run"] == (tokens[1:], [1000.0] * 4)
-    summary.draw([run], tmp_path / "x.png", x="steps")
+    plot.draw([run], tmp_path / "x.png", x="steps")
     assert curves(figure().axes[1])["run"][0] == [1, 2, 3, 4, 5]
     assert figure().axes[0].get_xlabel() == "steps"
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_shows_no_zigzag(tmp_path, figure):
     # Killed after 13, resumed from 10: also where nothing has removed the dead timeline.
     dead, resumed = range(1, 14), range(11, 21)
     rows = [*map(record, dead), *(record(step, shift=1.0) for step in resumed)]
-    summary.draw([write(tmp_path / "run", rows)], tmp_path / "x.png")
+    plot.draw([write(tmp_path / "run", rows)], tmp_path / "x.png")
     at, loss = curves(figure().axes[0])["run"]
     assert at == [100 * step for step in range(1, 21)]
     assert loss == [
@@ -116,32 +116,50 @@ def test_a_resumed_run_shows_no_zigzag(tmp_path, figure):
 
 def test_runs_are_named_as_short_as_tells_them_apart(tmp_path, figure):
     runs = [write(tmp_path / name, [record(1), record(2)]) for name in ("a/x", "b/x", "c/y")]
-    summary.draw(runs, tmp_path / "x.png")
+    plot.draw(runs, tmp_path / "x.png")
     (legend,) = figure().legends
     assert [text.get_text() for text in legend.get_texts()] == ["a/x", "b/x", "c/y"]
     assert list(curves(figure().axes[0])) == ["a/x", "b/x", "c/y"]
     with pytest.raises(ValueError, match="twice"):
-        summary.draw([runs[0], runs[0]], tmp_path / "x.png")
+        plot.draw([runs[0], runs[0]], tmp_path / "x.png")
 
 
 def test_many_steps_are_drawn_as_means_over_their_range(tmp_path, figure):
-    n = 10 * summary.MAX_POINTS
+    n = 10 * plot.MAX_POINTS
     run = write(tmp_path / "run", map(record, range(1, n + 1)))
-    summary.draw([run], tmp_path / "x.png", x="steps")
+    plot.draw([run], tmp_path / "x.png", x="steps")
     norm = figure().axes[2]
     at, values = curves(norm)["run"]
     exact = [record(s)["optim/total grad norm"] for s in range(1, n + 1)]
-    assert len(at) == summary.MAX_POINTS
+    assert len(at) == plot.MAX_POINTS
     assert at == np.mean(np.arange(1, n + 1).reshape(-1, 10), 1).tolist()
     np.testing.assert_allclose(values, np.mean(np.reshape(exact, (-1, 10)), 1))
     (band,) = norm.collections
     assert band.get_datalim(norm.transData).intervaly.tolist() == [1.0, 3.0]
 
 
+def test_runs_with_experts_get_their_loads_and_the_busiest_one(tmp_path, figure):
+    def row(step, load):
+        layers = {
+            f"train/block {i:02}/load imbalance": max(of_layer) for i, of_layer in enumerate(load)
+        }
+        return record(step, **layers, **{"train/expert load": load})
+
+    rows = [row(1, [[0.0, 2.0], [1.0, 1.0]]), row(2, [[1.0, 1.0], [0.5, 1.5]])]
+    runs = [write(tmp_path / "moe", rows), write(tmp_path / "dense", [record(1), record(2)])]
+    plot.draw(runs, tmp_path / "x.png", x="steps")
+    panels = {axes.get_title(loc="left"): axes for axes in figure().axes}
+    assert len(panels) == 7  # five of curves, a map, and its bar without a title
+    assert curves(panels["busiest expert, times the mean"])["moe"] == ([1, 2], [2.0, 1.5])
+    (image,) = panels["load of each expert: moe"].images
+    np.testing.assert_allclose(image.get_array(), [[0.5, 1.5], [0.75, 1.25]])
+    assert image.norm(1.0) == 0.5  # white
+
+
 def test_a_run_that_went_wrong_is_drawn_as_far_as_it_goes(tmp_path, figure):
     rows = [record(1), record(2) | {"train/CE loss": None, "optim/total grad norm": None}]
-    summary.draw([write(tmp_path / "run", rows)], tmp_path / "x.png")
+    plot.draw([write(tmp_path / "run", rows)], tmp_path / "x.png")
     assert curves(figure().axes[0])["run"][0] == [100]
     nothing = [{"step": 1, "tokens": 1, "train/CE loss": None}]
-    summary.draw([write(tmp_path / "nothing", nothing)], tmp_path / "x.png")
+    plot.draw([write(tmp_path / "nothing", nothing)], tmp_path / "x.png")
     assert [text.get_text() for text in figure().axes[0].texts] == ["nothing recorded"]

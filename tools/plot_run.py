@@ -10,7 +10,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
 
-from olmo_jax import summary
+from olmo_jax import plot
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     out = args.out or (f"{args.runs[0]}/curves.png" if len(args.runs) == 1 else "curves.png")
     try:
-        summary.draw(args.runs, out, args.x)
+        plot.draw(args.runs, out, args.x)
     except (OSError, ValueError) as error:
         print(f"plot_run.py: {error}", file=sys.stderr)
         return 1
