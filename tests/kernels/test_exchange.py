@@ -12,8 +12,8 @@ DEVICES, EXPERTS, WIDTH = 4, 8, 3
 COUNTS = {  # rows that each device has for each expert
     "random": np.random.default_rng(0).integers(0, 6, (DEVICES, EXPERTS)),
     "all to one": np.eye(EXPERTS, dtype=int)[[3] * DEVICES] * 20,
-    "some have none": np.diag([1, 0, 7, 2, 0, 0, 5, 3])[:DEVICES] + np.eye(DEVICES, EXPERTS, dtype=int),
-}  # fmt: skip
+    "some have none": np.diag([1, 0, 7, 2, 0, 0, 5, 3])[:DEVICES],
+}
 
 
 def homes(counts):

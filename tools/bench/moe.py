@@ -3,7 +3,7 @@
 Run:   python tools/bench/moe.py [--repeats=5] [--core=0] [--tokens=1024] [--sides=ours,eager,…]
 d_model 2048, 64 experts of width 1024, 8 for each token, fp32, the same tokens and weights. Each
 side is a process of its own, pinned to the same core; only one of them works at a time, in turns,
-and keeps its gradients meanwhile: what a virtual machine gives back to its host is slow to get again.
+and keeps its gradients meanwhile: memory that a virtual machine gave back is slow to get again.
 The others are the `experts_implementation` choices of transformers; its `batched_mm` copies the
 weights for each token, 128 MB of them, and is only for a few tokens. Prints tokens per CPU-second,
 medians over the turns, the sums of outputs and gradients, and our speed in terms of the others'.
