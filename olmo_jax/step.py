@@ -162,7 +162,8 @@ def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:
 
 def _is_whole(config: Config, parts: dict[str, jax.Array]) -> Any:
     """Whether every token reached its experts; if not, the step is void and `loop` ends the run."""
-    return "buffer" not in parts or parts["buffer"] <= config.compute.expert_buffer
+    limit = config.compute.expert_buffer
+    return limit is None or "buffer" not in parts or parts["buffer"] <= limit
 
 
 def _balance(params: Any, tokens: jax.Array, gamma: jax.Array) -> Any:

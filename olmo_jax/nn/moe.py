@@ -110,7 +110,7 @@ def _travel(
         return _mlps(rows, sizes, *weights, compute.grad_dtype), {}
     buffer = _buffer(c, compute, len(rows))
     plan, needed = exchange.plan(sizes, buffer)
-    y = exchange.send(rows, plan, buffer)
+    y: Any = exchange.send(rows, plan, buffer)
     y = _mlps(y, plan.sizes, *weights, compute.grad_dtype)
     y = exchange.send_back(y, plan, len(rows))
     if compute.expert_buffer is None:
