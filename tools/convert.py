@@ -1,9 +1,10 @@
-"""Convert, compare and average checkpoints.
+"""Convert, compare, average and upcycle checkpoints.
 
   python tools/convert.py to_jax SRC DST     any checkpoint as one that train and load take
   python tools/convert.py to_hf SRC DST      any checkpoint as a Hugging Face folder
   python tools/convert.py check A B          the largest difference of two, and where it is
   python tools/convert.py average A B … OUT  the mean of several
+  python tools/convert.py upcycle SRC OUT    a mixture of experts that starts as a dense model
 
 SRC, A and B are folders of Hugging Face, OLMo, OLMo-core or olmo_jax (a checkpoint or a run), here
 or under https://, or ids on the Hugging Face Hub such as allenai/OLMo-2-1124-7B.
@@ -83,6 +84,16 @@ def parser() -> argparse.ArgumentParser:
     average.set_defaults(work=_average)
     average.add_argument("sources", nargs="+", metavar="A")
     average.add_argument("out", metavar="OUT", help="the new checkpoint; must not exist")
+
+    upcycle = verbs.add_parser("upcycle", help="experts out of an MLP", allow_abbrev=False)
+    upcycle.set_defaults(work=_upcycle)
+    upcycle.add_argument("src", metavar="SRC", help="a dense model")
+    upcycle.add_argument("out", metavar="OUT", help="the new checkpoint; must not exist")
+    upcycle.add_argument("--n_experts", type=int, required=True, help="of each layer")
+    upcycle.add_argument("--n_experts_per_token", type=int, default=8, help="that a token takes")
+    upcycle.add_argument("--router_std", type=float, default=0.02, help="of the routers' weights")
+    upcycle.add_argument("--seed", type=int, default=0, help="of the routers")
+    upcycle.add_argument("--revision", help="branch, tag or commit on the Hub")
     return top
 
 
@@ -132,6 +143,21 @@ def _average(args: argparse.Namespace) -> int:
     from olmo_jax.convert import verbs
 
     verbs.average(args.sources, args.out)
+    return 0
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from olmo_jax.convert import verbs
+
+    verbs.upcycle(
+        args.src,
+        args.out,
+        n_experts=args.n_experts,
+        n_experts_per_token=args.n_experts_per_token,
+        router_std=args.router_std,
+        seed=args.seed,
+        revision=args.revision,
+    )
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from olmo_jax.checkpoint import NOT_THE_FUNCTION
 from olmo_jax.config import ModelConfig, to_dict
 from olmo_jax.convert.logits import logits
-from olmo_jax.convert.weights import Index, Weights, layers_of, n_bytes, pieces
+from olmo_jax.convert.weights import Index, Weights, n_bytes, parts, pieces
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, for weights that are equal
 LOGIT_BYTES = 4 << 30  # larger models are not run on a few tokens after each conversion
@@ -70,13 +70,13 @@ def differences(
     for name, leaf in one.leaves.items():
         worst = Difference(name, -1.0, (), 0.0, 0.0)
         ends = [min(n) for n in zip(leaf.shape, two.leaves[name].shape, strict=True)]
-        for layer in layers_of(one, name):
-            for index in pieces(one, name, layer, PIECE_BYTES):
-                inner = [part.indices(n)[:2] for part, n in zip(index, ends, strict=True)]
+        for part in parts(name, leaf):
+            for index in pieces(one, name, part, PIECE_BYTES):
+                inner = [along.indices(n)[:2] for along, n in zip(index, ends, strict=True)]
                 if all(start < stop for start, stop in inner):
-                    here = _difference(one, two, name, tuple(slice(*part) for part in inner))
+                    here = _difference(one, two, name, tuple(slice(*pair) for pair in inner))
                     worst = max(worst, here, key=lambda d: d.value)
-            report(n_bytes(leaf) // len(layers_of(one, name)))
+            report(n_bytes(leaf) // len(parts(name, leaf)))
         found.append(worst)
     return found
 

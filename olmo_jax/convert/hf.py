@@ -1,7 +1,9 @@
 """Hugging Face folders: `config.json` with safetensors (or torch's `.bin`), in and out."""
 
 import functools
+import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,12 +12,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config import ModelConfig
 from olmo_jax.convert import compare, folders, hf_config, names, resume, safetensors, torch_files
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.names import Row
-from olmo_jax.convert.stacked import Stacked
-from olmo_jax.convert.weights import Index, Weights, ahead, pieces
+from olmo_jax.convert.stacked import Stacked, is_same
+from olmo_jax.convert.weights import Index, Weights, ahead, parts, pieces
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Copied byte for byte: tokenizer, chat template, options of generation.
@@ -31,7 +32,6 @@ FORMATS = (
 # Tables that old versions of transformers saved; they follow from the config.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-TIED_ROWS = 4096  # compared at once
 
 
 class Tensor(NamedTuple):
@@ -98,28 +98,18 @@ class Store:
         self.where = folder.name.rstrip("/")
         found = _tensors(folder)
         self.tensors = {key: t for key, t in found.items() if not DERIVED.fullmatch(key)}
-        if is_tied:
-            self._tie()
         self.shapes = {key: (t.shape, t.dtype) for key, t in self.tensors.items()}
+        if is_tied and HEAD in self.tensors:  # either table may be the one
+            if EMBED in self.tensors and not is_same(self, EMBED, HEAD):
+                raise ValueError(
+                    f"{self.where}: tie_word_embeddings=true, but {HEAD} and {EMBED} differ"
+                )
+            self.tensors.setdefault(EMBED, self.tensors.pop(HEAD))
+            self.shapes.setdefault(EMBED, self.shapes.pop(HEAD))
 
     def read(self, key: str, index: Index) -> np.ndarray:
         """A part of a tensor, without a copy where the file is on this machine."""
         return self.tensors[key].load(index[0])[(slice(None), *index[1:])]
-
-    def _tie(self) -> None:
-        """Either table may be the one; of two, the second must say the same."""
-        head = self.tensors.pop(HEAD, None)
-        if head is None:
-            return
-        embed = self.tensors.setdefault(EMBED, head)
-        same = head.shape == embed.shape and all(
-            np.array_equal(head.load(part), embed.load(part))
-            for part in (slice(i, i + TIED_ROWS) for i in range(0, head.shape[0], TIED_ROWS))
-        )
-        if not same:
-            raise ValueError(
-                f"{self.where}: tie_word_embeddings=true, but {HEAD} and {EMBED} differ"
-            )
 
 
 def _json(folder: Folder, file: str) -> dict[str, Any]:
@@ -185,15 +175,14 @@ class Planned(NamedTuple):
     """A tensor to write."""
 
     row: Row
-    layer: int
-    expert: int
+    part: Index  # of our leaf, which it is, or one expert of; see `weights.parts`
     dtype: np.dtype
     shape: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
         """Its size."""
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(
@@ -218,16 +207,20 @@ def write(
     model = weights.model
     as_dtype = jnp.dtype(dtype or weights.meta.get("dtype") or weights.leaves["params/embed"].dtype)
     config = hf_config.write(model, weights.meta.get("token_ids", {}), as_dtype.name)
-    plan = _plan(model, as_dtype)
+    plan = _plan(weights, as_dtype)
     shards = _shards(plan, max_shard_bytes)
     lengths = names.sizes(model) | {"v": model.vocab_size}
     written: dict[str, int] = {}
 
-    made = ahead(functools.partial(_torch_tensor, weights, p, lengths) for p in plan.values())
+    def make_group(group: list[Planned]) -> list[tuple[np.ndarray, int]]:
+        return [(made, compare.crc(made)) for made in _torch_tensors(weights, group, lengths)]
+
+    together = itertools.groupby(plan.values(), lambda p: (p.row, p.part))
+    made = ahead(functools.partial(make_group, list(group)) for _, group in together)
+    one_by_one = itertools.chain.from_iterable(made)
 
     def make(key: str) -> Iterator[np.ndarray]:
-        tensor = next(made)  # in the order of the plan
-        written[key] = compare.crc(tensor)
+        tensor, written[key] = next(one_by_one)  # in the order of the plan
         yield tensor
         report(plan[key].n_bytes)
 
@@ -237,7 +230,7 @@ def write(
     if len(shards) > 1:
         total = {
             "total_size": sum(planned.n_bytes for planned in plan.values()),
-            "total_parameters": sum(int(np.prod(planned.shape)) for planned in plan.values()),
+            "total_parameters": sum(math.prod(planned.shape) for planned in plan.values()),
         }
         weight_map = {key: file for file, keys in shards.items() for key in keys}
         _write_json(folder / FORMATS[0][0], {"metadata": total, "weight_map": weight_map})
@@ -259,23 +252,34 @@ def check(folder: pathlib.Path, written: Mapping[str, int]) -> None:
     tensors = _tensors(folders.open(str(folder)))
     if tensors.keys() != written.keys():
         raise ValueError(f"{folder}: not the tensors that were written")
-    for key, need in written.items():
-        compare.refuse_other_crc(key, need, compare.crc(tensors[key].load(slice(None))))
+
+    def found(key: str) -> int:
+        return compare.crc(tensors[key].load(slice(None)))
+
+    read = ahead(functools.partial(found, key) for key in written)
+    for (key, need), crc in zip(written.items(), read, strict=True):
+        compare.refuse_other_crc(key, need, crc)
 
 
-def _plan(model: ModelConfig, dtype: np.dtype) -> dict[str, Planned]:
+def _plan(weights: Weights, dtype: np.dtype) -> dict[str, Planned]:
     """Every tensor by key: table, layer after layer, norm and head."""
+    model = weights.model
     lengths = names.sizes(model) | {"v": model.vocab_size}
     rows = names.rows(model, "Hugging Face")
     layered = [row for row in rows if row.is_layered]
     order = [(row, 0) for row in rows if row.ours == "embed"]
     order += [(row, layer) for layer in range(model.n_layers) for row in layered]
     order += [(row, 0) for row in rows if not row.is_layered and row.ours != "embed"]
-    return {
-        row.key_of(layer, e): Planned(row, layer, e, dtype, names.shape(row.torch_axes, lengths))
-        for row, layer in order
-        for e in range(model.n_experts if row.is_per_expert else 1)
-    }
+    plan = {}
+    for row, layer in order:
+        shape = names.shape(row.torch_axes, lengths)
+        name = f"params/{row.ours}"
+        for part in parts(name, weights.leaves[name]):
+            if not part or part[0].start == layer:
+                experts = range(part[1].start, part[1].stop) if row.is_per_expert else [0]
+                for e in experts:
+                    plan[row.key_of(layer, e)] = Planned(row, part, dtype, shape)
+    return plan
 
 
 def _shards(plan: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
@@ -294,25 +298,23 @@ def _shards(plan: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
     }
 
 
-def _torch_tensor(weights: Weights, planned: Planned, lengths: Mapping[str, int]) -> np.ndarray:
-    """One tensor in PyTorch's layout, put together from pieces of ours."""
-    row = planned.row
-    out = np.empty(planned.shape, planned.dtype)
-    ours = names.view(out, row.torch_axes, row.inner_axes, lengths)
-    name, skip = f"params/{row.ours}", int(row.is_layered)
-    parts = pieces(weights, name, planned.layer if row.is_layered else None)
-    if row.is_per_expert:  # small enough for one piece
-        layer, expert = planned.layer, planned.expert
-        skip = 2
-        rest = (slice(None),) * ours.ndim
-        parts = [(slice(layer, layer + 1), slice(expert, expert + 1), *rest)]
-    for index in parts:
-        ends = zip(index[skip:], ours.shape, strict=True)
-        inner = tuple(slice(*part.indices(n)) for part, n in ends)
-        if all(part.start < part.stop for part in inner):  # else it is padding
-            values = weights.view(name, (*index[:skip], *inner))
-            names.assign(ours[inner], values[(0,) * skip])
-    return out
+def _torch_tensors(
+    weights: Weights, group: list[Planned], lengths: Mapping[str, int]
+) -> list[np.ndarray]:
+    """Tensors that are a part of one leaf of ours, in PyTorch's layout, from pieces of it."""
+    row, part = group[0].row, group[0].part
+    outs = [np.empty(planned.shape, planned.dtype) for planned in group]
+    ours = [names.view(out, row.torch_axes, row.inner_axes, lengths) for out in outs]
+    name, skip = f"params/{row.ours}", len(part)
+    for index in pieces(weights, name, part):
+        ends = zip(index[skip:], ours[0].shape, strict=True)
+        inner = tuple(slice(*along.indices(n)) for along, n in ends)
+        if all(along.start < along.stop for along in inner):  # else it is padding
+            values = weights.view(name, (*part, *inner))
+            one_by_one = values[0] if row.is_per_expert else [values[(0,) * skip]]
+            for own, one in zip(ours, one_by_one, strict=True):
+                names.assign(own[inner], one)
+    return outs
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints of OLMo's first trainer: `config.yaml` with `model.pt` or `model.safetensors`.
 
-Unsharded ones, as released for OLMo 1, 0424, 0724 and OLMo 2 up to 13B; the optimizer is in
+Unsharded ones, as released for OLMo 1, 0424, 0724, OLMoE and OLMo 2 up to 13B; the optimizer is in
 `optim.pt`, the trainer in `train.pt`. Sources: OLMo olmo/config.py, model.py, checkpoint.py,
 safetensors_util.py.
 """
@@ -22,6 +22,10 @@ from olmo_jax.convert.weights import Index
 
 CONFIG = "config.yaml"
 FSDP = "_fsdp_wrapped_module."  # left in names by old versions
+ROUTER_LOSSES = {
+    "load_balancing_loss": "moe_loss_weight",
+    "router_z_loss": "moe_zloss_weight",
+}
 TRAINERS = ("train.pt", "other.pt")  # newer, older
 
 
@@ -86,7 +90,7 @@ def read_config(config: Any, where: str) -> ModelConfig:
     if c.take("multi_query_attention", False):
         n_kv_heads = n_kv_heads or 1
     c.expect("activation_type", "swiglu", default="swiglu")
-    c.expect("block_type", "sequential", default="sequential")
+    is_moe = c.expect("block_type", "sequential", "moe", default="sequential") == "moe"
     c.expect("block_group_size", 1, default=1)
     c.expect("alibi", False, default=False)
     c.expect("rope", True, default=False)
@@ -94,12 +98,12 @@ def read_config(config: Any, where: str) -> ModelConfig:
     c.expect("embedding_layer_norm", False, default=False)
     for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
         c.expect(name, 0.0, default=0.1)
-    norm = _norm(c)
+    parts = _norm(c) | (_experts(c) if is_moe else {})
     width = c.take("mlp_hidden_size") or c.take("mlp_ratio", 4) * d_model
     c.ignore("mlp_ratio")
     vocab_size = c.take("vocab_size", 50_257)
     model = ModelConfig(
-        **norm,
+        **parts,
         vocab_size=int(c.take("embedding_size") or vocab_size),
         d_model=d_model,
         n_layers=int(c.take("n_layers", 12)),
@@ -121,6 +125,31 @@ def read_config(config: Any, where: str) -> ModelConfig:
     )  # fmt: skip
     c.done()
     return model
+
+
+def _experts(c: Fields) -> dict[str, Any]:
+    """The options of a mixture of experts (branch Muennighoff/MoE: olmo/config.py)."""
+    c.expect("moe_dropless", True, default=True)
+    for option in ("moe_shared_expert", "moe_interleave"):
+        c.expect(option, False, default=False)
+    c.ignore(
+        "moe_mlp_impl", "moe_log_expert_assignment", "moe_capacity_factor", "moe_lbl_in_fp32",
+        *ROUTER_LOSSES.values(),
+    )  # fmt: skip
+    return {
+        "n_experts": int(c.take("moe_num_experts", 8)),
+        "n_experts_per_token": int(c.take("moe_top_k", 2)),
+    }
+
+
+def _train(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses of the routers; none without experts."""
+    if model.get("block_type") != "moe":
+        return {}
+    weights = {name: model.get(theirs) for name, theirs in ROUTER_LOSSES.items()}
+    weights["load_balancing_loss"] = model.get("moe_loss_weight", 0.1)
+    known = {name: float(weight) for name, weight in weights.items() if weight}
+    return {"router_loss_form": "olmoe"} | known
 
 
 def _float(value: Any) -> float | None:
@@ -220,7 +249,8 @@ def _add_trainer(weights: Stacked, folder: Folder, config: Any) -> None:
         raise ValueError(f"{archive.where}: there is no global_step in it")
     weights.add_value("step", np.asarray(step, np.int32))
     seq_len, optim = weights.model.max_seq_len, _optim(config["optimizer"])
-    known = resume.config(weights.model, seq_len, "legacy", optim)
+    train = _train(config["model"])
+    known = resume.config(weights.model, seq_len, "legacy", optim, train)
     weights.meta |= {"step": step, "config": known}
     total = state.get("global_train_examples_seen")  # as older versions say, of one epoch
     rows = state.get("global_train_examples_seen_this_epoch", total)

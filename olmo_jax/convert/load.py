@@ -9,6 +9,7 @@ import numpy as np
 from olmo_jax import sharding, storage
 from olmo_jax.config import ComputeConfig, MeshConfig
 from olmo_jax.convert import weights
+from olmo_jax.convert.derived import Padded
 from olmo_jax.convert.weights import Index, Weights, whole
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Params, Transformer
@@ -40,7 +41,7 @@ def load(
     ways = mesh.shape["tensor"]
     rows = -(-source.model.vocab_rows // ways) * ways
     if rows != source.model.vocab_rows:
-        source = weights.Padded(source, rows)
+        source = Padded(source, rows)
     model = Transformer(source.model, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
     where = storage.names(sharding.shardings(mesh, transformer.logical_axes(model)))

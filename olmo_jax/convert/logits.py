@@ -68,7 +68,7 @@ def _head(weights: Weights, x: np.ndarray, read: Callable[..., np.ndarray]) -> n
         x = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
     out = np.zeros((*x.shape[:-1], c.vocab_rows), np.float32)
     name = "embed" if c.tie_embeddings else "lm_head"
-    for index in pieces(weights, f"params/{name}", None):
+    for index in pieces(weights, f"params/{name}"):
         part = read(name, index)
         if c.tie_embeddings:
             out[..., index[0]] += x[..., index[1]] @ part.T

@@ -136,6 +136,11 @@ def _has(model: ModelConfig, ours: str) -> bool:
     return ours != "lm_head" or not model.tie_embeddings
 
 
+def has_experts(name: str) -> bool:
+    """Whether a leaf of ours has an expert for each index of its second dimension."""
+    return any(name.endswith(ours) and axes[0] == "e" for ours, (axes, _) in EXPERTS.items())
+
+
 # --- layout ---------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of OLMo-core: `config.json`, `model_and_optim/` and the trainer's `train/rank0.pt`.
 
-Written by OLMo-core 1 to 3 for dense models, with and without optimizer state. Sources: OLMo-core
+Written by OLMo-core 1 to 3, with and without optimizer state. Sources: OLMo-core
 train/checkpoint.py, distributed/checkpoint/, optim/adamw.py.
 """
 
@@ -145,7 +145,9 @@ def _add_trainer(weights: Stacked, folder: Folder, config: Mapping[str, Any], wh
     read, seq_len = find(loader, "tokens_processed"), find(loader, "sequence_length")
     seq_len = seq_len or find(config, "dataset", "sequence_length") or weights.model.max_seq_len
     optim = olmo_core_config.optim(config, where) | {"freeze_adam_step": bool(step) and not count}
-    weights.meta |= {"step": step, "config": resume.config(weights.model, seq_len, "core", optim)}
+    train = olmo_core_config.train(config, weights.model, where)
+    known = resume.config(weights.model, seq_len, "core", optim, train)
+    weights.meta |= {"step": step, "config": known}
     epoch = find(loader, "epoch") or find(state, "epoch")
     tokens = find(state, "global_train_tokens_seen")
     if None not in (read, epoch, tokens):

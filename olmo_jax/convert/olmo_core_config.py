@@ -13,6 +13,9 @@ from olmo_jax.convert.fields import Fields
 from olmo_jax.convert.stacked import shortest
 
 OPTIMIZERS = {"SkipStepAdamWConfig": "skip_step_adamw", "AdamWConfig": "adamw"}
+ROUTER_LOSSES = (
+    "lb_loss_weight", "z_loss_weight", "scale_loss_by_num_layers", "lb_loss_granularity",
+)  # fmt: skip
 NOT_THE_MODEL = ("float8_config", "ac_config", "dp_config", "tp_config", "compile")  # OLMo-core 1
 
 
@@ -26,7 +29,7 @@ def read(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
       ValueError: with the first option that olmo_jax has not, or does not know.
     """
     top = Fields(Fields(config, where).need("model"), f"{where}: model")
-    top.expect("name", "default", default="default")
+    top.expect("name", "default", "moe", default="default")
     top.expect("embed_scale", 1.0, default=1.0)
     top.expect("embedding_norm", None, default=None)
     n_layers = int(top.need("n_layers"))
@@ -87,32 +90,61 @@ def _blocks(top: Fields, n_layers: int) -> list[Any]:
 
 
 def _block(block: Fields, i: int, n_layers: int, d_model: int) -> _Layer:
-    name = block.expect("name", "reordered_norm", "default", default="default")
+    names = ("reordered_norm", "default", "moe_reordered_norm", "moe")
+    name = block.expect("name", *names, default="default")
     attention = block.group("sequence_mixer") or block.group("attention")
     if attention is None:
         raise ValueError(f"{block.where}.attention is missing")
-    mlp = Fields(block.need("feed_forward"), f"{block.where}.feed_forward")
+    part = "feed_forward_moe" if name.startswith("moe") else "feed_forward"
+    mlp = Fields(block.need(part), f"{block.where}.{part}")
     norm, eps = _norm(Fields(block.need("layer_norm"), f"{block.where}.layer_norm"))
     block.expect("dropout", 0.0, default=0.0)
     block.expect("attention_residual_alpha", 1.0, default=1.0)
     block.expect("feed_forward_residual_alpha", 1.0, default=1.0)
     block.done()
 
+    layer = _attention(attention, i, n_layers, d_model, (norm, eps))
+    layer.common |= {
+        "norm": norm,
+        "norm_eps": eps,
+        "norm_position": "after" if name.endswith("reordered_norm") else "before",
+        **(_experts(mlp) if name.startswith("moe") else _mlp(mlp)),
+    }
+    return layer
+
+
+def _mlp(mlp: Fields) -> dict[str, Any]:
     mlp.expect("name", "default", default="default")
     mlp.expect("bias", False, default=True)
     mlp.expect("activation", "silu", default="silu")
     d_ff = int(mlp.need("hidden_size"))
     mlp.ignore("dtype")
     mlp.done()
+    return {"d_ff": d_ff}
 
-    layer = _attention(attention, i, n_layers, d_model, (norm, eps))
-    layer.common |= {
-        "norm": norm,
-        "norm_eps": eps,
-        "norm_position": "after" if name == "reordered_norm" else "before",
-        "d_ff": d_ff,
+
+def _experts(moe: Fields) -> dict[str, Any]:
+    """A mixture of experts; what its losses are, `train` says."""
+    moe.expect("name", "dropless", default="default")
+    router = Fields(moe.need("router"), f"{moe.where}.router")
+    router.expect("name", "default", default="default")
+    router.expect("gating_function", "softmax", default="softmax")
+    router.expect("jitter_eps", None, 0.0, default=None)
+    for option in ("uniform_expert_assignment", "random_expert_assignment"):
+        router.expect(option, False, default=False)
+    order = router.expect("normalize_expert_weights", None, 1.0, default=None)  # of the norm
+    n_chosen = int(router.take("top_k", 1))
+    router.ignore("dtype")
+    router.done()
+    fields = {
+        "n_experts": int(moe.take("num_experts", 1)),
+        "n_experts_per_token": n_chosen,
+        "normalize_expert_weights": order is not None,
+        "d_ff": int(moe.take("hidden_size", 256)),
     }
-    return layer
+    moe.ignore("dtype", *ROUTER_LOSSES)
+    moe.done()
+    return fields
 
 
 def _attention(
@@ -249,6 +281,26 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, int | None]:
     """The special tokens of the data's tokenizer, by Hugging Face's names."""
     tokenizer = find(config, "dataset", "tokenizer") or find(config, "tokenizer") or {}
     return {key: tokenizer.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def train(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
+    """The losses of the routers, as options of `TrainConfig`; none without experts.
+
+    Raises:
+      ValueError: if they are taken in a way that olmo_jax has not.
+    """
+    moe = find(config, "model", "block", "feed_forward_moe")
+    if not model.n_experts or moe is None:
+        return {}
+    Fields(moe, f"{where}: model.block.feed_forward_moe").expect(
+        "lb_loss_granularity", "local_batch", default="local_batch"
+    )
+    # The sum over layers of what ours is the mean of.
+    scale = 1.0 if moe.get("scale_loss_by_num_layers", True) else model.n_layers
+    weights = {"load_balancing_loss": moe.get("lb_loss_weight", 0.01)}
+    weights["router_z_loss"] = moe.get("z_loss_weight")
+    known = {name: scale * w for name, w in weights.items() if w is not None}
+    return {"router_loss_form": "olmo_core"} | known
 
 
 def optim(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config import Config, DataConfig, ModelConfig, OptimConfig, to_dict
+from olmo_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
 from olmo_jax.convert.weights import Leaves
 
 
@@ -17,7 +17,13 @@ def dtype(leaves: Leaves) -> str:
     return functools.reduce(jnp.promote_types, found).name
 
 
-def config(model: ModelConfig, seq_len: int, order: str, optim: Mapping[str, Any]) -> dict:
+def config(
+    model: ModelConfig,
+    seq_len: int,
+    order: str,
+    optim: Mapping[str, Any],
+    train: Mapping[str, Any],
+) -> dict:
     """What is known of a run of theirs, as the config that our checkpoints keep.
 
     Args:
@@ -25,10 +31,12 @@ def config(model: ModelConfig, seq_len: int, order: str, optim: Mapping[str, Any
       seq_len: tokens per row of its data.
       order: of the data, "core" or "legacy".
       optim: options of `OptimConfig`; those that are None stay at their defaults.
+      train: options of `TrainConfig`.
     """
     data = DataConfig(seq_len=seq_len, order=order)  # type: ignore[arg-type]
     options = {key: value for key, value in optim.items() if value is not None}
-    return to_dict(Config(model=model, data=data, optim=OptimConfig(**options)))
+    parts = {"optim": OptimConfig(**options), "train": TrainConfig(**train)}
+    return to_dict(Config(model=model, data=data, **parts))
 
 
 def count(steps: Mapping[str, float], where: str) -> np.ndarray:

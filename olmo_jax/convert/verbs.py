@@ -1,4 +1,4 @@
-"""What is done with checkpoints of any kind: convert, compare, average.
+"""What is done with checkpoints of any kind: convert, compare, average, upcycle.
 
 A result appears under its name when it is complete and was compared with its source; until then it
 is a sibling `NAME.partial`, which an error removes.
@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import olmo_jax
 from olmo_jax import storage
 from olmo_jax.config import to_dict
 from olmo_jax.convert import compare, hf, names, native, weights
+from olmo_jax.convert.derived import Mean, Padded, Upcycled
 from olmo_jax.convert.logits import logits
-from olmo_jax.convert.weights import Index, Weights, ahead, layers_of, n_bytes, pieces
+from olmo_jax.convert.weights import Index, Weights, ahead, n_bytes, parts, pieces
 from olmo_jax.progress import Bar
 
 Say = Callable[[str], None]
-Checksums = dict[tuple[str, int | None], int]  # of each layer of each leaf
+Checksums = list[tuple[str, Index, int]]  # of each part of each leaf
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -59,14 +59,9 @@ def to_jax(
     _refuse_existing(dst)
     source = weights.open(src, optimizer=optimizer, revision=revision)
     if padded_vocab_size is not None:
-        source = weights.Padded(source, padded_vocab_size)
+        source = Padded(source, padded_vocab_size)
     say(f"{src}: {source.line}")
-    with _result(dst) as partial:
-        written = _write_native(source, storage.path(str(partial)), dtype)
-        same = native.Native(storage.path(str(partial)), optimizer)
-        _check_native(same, written)
-        say(compare.check_copy(source, same, dtype))
-    say(f"wrote {dst}")
+    _to_jax(source, dst, dtype, say, optimizer=optimizer)
 
 
 def to_hf(
@@ -120,57 +115,59 @@ def average(sources: Sequence[str], dst: str, *, say: Say = print) -> None:
     for src, source in zip(sources, opened, strict=True):
         say(f"{src}: {source.line}")
         _refuse_other_model(sources[0], opened[0], src, source)
+    _to_jax(Mean(opened), dst, "float32", say)
+
+
+def upcycle(
+    src: str,
+    dst: str,
+    *,
+    n_experts: int,
+    n_experts_per_token: int = 8,
+    router_std: float = 0.02,
+    seed: int = 0,
+    revision: str | None = None,
+    say: Say = print,
+) -> None:
+    """Write a mixture of experts that starts as a dense checkpoint, see `Upcycled`, as one of ours.
+
+    Raises:
+      FileExistsError: if there is something at `dst`.
+      FileNotFoundError, ValueError, OSError: if the source is not whole, or no dense model.
+    """
+    _refuse_existing(dst)
+    dense = weights.open(src, revision=revision)
+    moe = Upcycled(dense, n_experts, n_experts_per_token, router_std, seed)
+    say(f"{src}: {moe.line}")
+    _to_jax(moe, dst, "float32", say)
+
+
+def _to_jax(source: Weights, dst: str, dtype: str, say: Say, *, optimizer: bool = False) -> None:
+    """Write, read what was written, compare."""
     with _result(dst) as partial:
-        mean = Mean(opened)
-        written = _write_native(mean, storage.path(str(partial)), "float32")
-        same = native.Native(storage.path(str(partial)))
+        written = _write_native(source, storage.path(str(partial)), dtype)
+        same = native.Native(storage.path(str(partial)), optimizer)
         _check_native(same, written)
-        say(compare.check_copy(mean, same, "float32"))
+        say(compare.check_copy(source, same, dtype))
     say(f"wrote {dst}")
 
 
-class Mean:
-    """`Weights` that are the mean of others, taken in float32."""
-
-    def __init__(self, sources: Sequence[Weights]):
-        self._sources = sources
-        first = sources[0]
-        self.line = f"mean of {len(sources)} checkpoints"
-        self.model, self.files = first.model, first.files
-        self.meta = {"token_ids": first.meta.get("token_ids", {})}  # no dtype: a mean is float32
-        self.torch_layout = first.torch_layout
-        self.leaves = {
-            name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype("float32"))
-            for name, leaf in first.leaves.items()
-        }
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The mean of a leaf or of a part of it."""
-        total = self._sources[0].read(name, index).astype(np.float32)
-        for source in self._sources[1:]:
-            total += source.read(name, index)
-        total /= len(self._sources)
-        return total
-
-    view = read
-
-
 def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksums:
-    """Write a checkpoint of ours, one layer of one leaf after the other."""
-    written: Checksums = {}
+    """Write a checkpoint of ours, one part of one leaf after the other."""
+    written: Checksums = []
     leaves = {
         name: jax.ShapeDtypeStruct(leaf.shape, compare.dtype_of(name, leaf, dtype))
         for name, leaf in source.leaves.items()
     }
     writer = storage.Writer(folder, leaves)
     with _bar("writing", sum(n_bytes(leaf) for leaf in source.leaves.values())) as report:
-        parts = [(name, layer) for name in source.leaves for layer in layers_of(source, name)]
+        where = [(name, part) for name, leaf in leaves.items() for part in parts(name, leaf)]
         made = ahead(
-            functools.partial(_assembled, source, *part, leaves[part[0]]) for part in parts
+            functools.partial(_assembled, source, name, part, leaves[name]) for name, part in where
         )
-        for (name, layer), values in zip(parts, made, strict=True):
-            written[name, layer] = _write_layer(writer, name, layer, values)
-            report(n_bytes(source.leaves[name]) // len(layers_of(source, name)))
+        for (name, part), values in zip(where, made, strict=True):
+            written.append((name, part, _write_part(writer, name, part, values)))
+            report(values.size * source.leaves[name].dtype.itemsize)
         writer.wait()
     config = {"model": to_dict(source.model)}
     meta = {
@@ -193,29 +190,31 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
 
 def _check_native(copy: Weights, written: Checksums) -> None:
     """Read what was written."""
-    where = [(*part, index) for part in written for index in pieces(copy, *part)]
-    found = dict.fromkeys(written, 0)
-    read = ahead(functools.partial(copy.read, name, index) for name, _, index in where)
-    for (name, layer, _), values in zip(where, read, strict=True):
-        found[name, layer] = compare.crc(values, found[name, layer])
-    for (name, layer), need in written.items():
-        compare.refuse_other_crc(name, need, found[name, layer])
+
+    def found(name: str, part: Index) -> int:
+        checksum = 0
+        for index in pieces(copy, name, part):
+            checksum = compare.crc(copy.read(name, index), checksum)
+        return checksum
+
+    read = ahead(functools.partial(found, name, part) for name, part, _ in written)
+    for (name, _, need), checksum in zip(written, read, strict=True):
+        compare.refuse_other_crc(name, need, checksum)
 
 
-def _assembled(
-    source: Weights, name: str, layer: int | None, leaf: jax.ShapeDtypeStruct
-) -> np.ndarray:
-    """A leaf or a layer of it in its new dtype, from pieces of the source."""
-    out = np.empty(leaf.shape if layer is None else (1, *leaf.shape[1:]), leaf.dtype)
-    for index in pieces(source, name, layer):
-        inner = index if layer is None else (slice(None), *index[1:])
+def _assembled(source: Weights, name: str, part: Index, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A part of a leaf in its new dtype, from pieces of the source."""
+    lengths = [one.stop - one.start for one in part]
+    out = np.empty((*lengths, *leaf.shape[len(part) :]), leaf.dtype)
+    for index in pieces(source, name, part):
+        inner = (*(slice(None) for _ in part), *index[len(part) :])
         names.assign(out[(*inner, ...)], source.view(name, index))  # a scalar stays an array
     return out
 
 
-def _write_layer(writer: storage.Writer, name: str, layer: int | None, values: np.ndarray) -> int:
-    """Write a leaf or a layer of it, chunk by chunk; returns its checksum."""
-    first = () if layer is None else (layer,)
+def _write_part(writer: storage.Writer, name: str, part: Index, values: np.ndarray) -> int:
+    """Write a part of a leaf, chunk by chunk; returns its checksum."""
+    first = [one.start for one in part]
     skip, checksum = len(first), 0
     if values.ndim == skip:
         writer.write(name, first, values)

@@ -6,7 +6,6 @@ with checkpoints (convert, compare, average, load) is written once, against `Wei
 
 import collections
 import concurrent.futures
-import dataclasses
 import math
 import pathlib
 import re
@@ -18,6 +17,7 @@ import numpy as np
 
 from olmo_jax import storage
 from olmo_jax.config import ModelConfig
+from olmo_jax.convert import names
 
 PIECE_BYTES = 128 << 20
 AHEAD = 2  # arrays that are made while one is used
@@ -92,48 +92,6 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
     )
 
 
-class Padded:
-    """`Weights` with rows of zeros behind the vocabulary: they never score, and split evenly."""
-
-    def __init__(self, source: Weights, rows: int):
-        """Widen the tables, and what the optimizer keeps of them.
-
-        Args:
-          source: without optimizer or with it.
-          rows: of the tables from now on.
-        Raises:
-          ValueError: if there are more.
-        """
-        if rows < source.model.vocab_rows:
-            there = source.model.vocab_rows
-            raise ValueError(f"padded_vocab_size={rows} is below the {there} rows of the source")
-        self._source, self.line = source, f"{source.line}, {rows} rows"
-        self.model = dataclasses.replace(source.model, padded_vocab_size=rows)
-        self.files, self.meta, self.torch_layout = source.files, source.meta, source.torch_layout
-        self.leaves = dict(source.leaves)
-        for name, leaf in source.leaves.items():
-            if name.endswith("/embed"):
-                self.leaves[name] = jax.ShapeDtypeStruct((rows, leaf.shape[1]), leaf.dtype)
-            elif name.endswith("/lm_head"):
-                self.leaves[name] = jax.ShapeDtypeStruct((leaf.shape[0], rows), leaf.dtype)
-
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A leaf or a part of it."""
-        leaf, stored = self.leaves[name], self._source.leaves[name].shape
-        if leaf.shape == stored:
-            return self._source.read(name, index)
-        ends = zip(whole(leaf.shape, index), leaf.shape, strict=True)
-        wanted = [part.indices(n)[:2] for part, n in ends]
-        there = [(min(a, n), min(b, n)) for (a, b), n in zip(wanted, stored, strict=True)]
-        out = np.zeros([b - a for a, b in wanted], leaf.dtype)
-        if all(a < b for a, b in there):
-            values = self._source.read(name, tuple(slice(a, b) for a, b in there))
-            out[tuple(slice(n) for n in values.shape)] = values
-        return out
-
-    view = read
-
-
 def is_hub_id(src: str) -> bool:
     """Whether a name that is no path here reads like `organisation/model`."""
     match = re.fullmatch(r"([\w.-]+)/[\w.-]+", src)
@@ -145,26 +103,37 @@ def whole(shape: tuple[int, ...], index: Index | None) -> Index:
     return index if index is not None else (slice(None),) * len(shape)
 
 
-def pieces(
-    weights: Weights, name: str, layer: int | None = None, most: int = PIECE_BYTES
-) -> list[Index]:
-    """Where to read a leaf, or a layer of it, so that no piece is large.
+def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[Index]:
+    """The parts of a leaf that are converted one by one, as slices of its first dimensions.
+
+    A part is the whole leaf, a layer, or some experts of a layer: as many as share a chunk of ours.
+    """
+    if "layers" not in name.split("/"):
+        return [()]
+    layers = [(slice(i, i + 1),) for i in range(leaf.shape[0])]
+    if not names.has_experts(name):
+        return layers
+    n = storage.chunk_shape(name, leaf)[1]
+    return [(*layer, slice(e, e + n)) for layer in layers for e in range(0, leaf.shape[1], n)]
+
+
+def pieces(weights: Weights, name: str, part: Index = (), most: int = PIECE_BYTES) -> list[Index]:
+    """Where to read a part of a leaf, so that no piece is large.
 
     Args:
       weights: that have it; the pieces lie as they do in the source.
       name: of the leaf.
-      layer: of a leaf that has layers; None: it has none.
+      part: see `parts`.
       most: bytes of a piece in PyTorch's layout, where a row is not more; in ours it is a chunk.
     """
-    leaf = weights.leaves[name]
-    index, first = list(whole(leaf.shape, None)), 0
-    if layer is not None:
-        index[0], first = slice(layer, layer + 1), 1
+    leaf, first = weights.leaves[name], len(part)
+    index = [*part, *whole(leaf.shape, None)[first:]]
     if len(leaf.shape) == first:
         return [tuple(index)]
     if weights.torch_layout and not name.endswith("/embed"):  # a table has its rows first in both
         axis = len(leaf.shape) - 1
-        row = math.prod(leaf.shape[first:-1]) * leaf.dtype.itemsize
+        n_parts = math.prod(one.stop - one.start for one in part)
+        row = n_parts * math.prod(leaf.shape[first:-1]) * leaf.dtype.itemsize
         step = max(1, most // row)
     else:
         axis, step = first, storage.chunk_shape(name, leaf)[first]
@@ -172,11 +141,6 @@ def pieces(
         (*index[:axis], slice(at, min(at + step, leaf.shape[axis])), *index[axis + 1 :])
         for at in range(0, leaf.shape[axis], step)
     ]
-
-
-def layers_of(weights: Weights, name: str) -> list[int] | list[None]:
-    """The layers of a leaf, for `pieces`."""
-    return list(range(weights.leaves[name].shape[0])) if "layers" in name.split("/") else [None]
 
 
 def ahead(makes: Iterable[Callable[[], T]]) -> Iterator[T]:

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import runs
 import torch
-from hf import random_model
+from hf import exported_logits, random_model
 from test_hf import TOKENS, quiet, save, tensors
 
+import olmo_jax
 from olmo_jax import storage
 from olmo_jax.convert import native, verbs, weights
 from olmo_jax.convert.logits import logits
@@ -229,6 +230,28 @@ def test_an_average_is_the_fp32_mean_of_all(tmp_path):
         parts = [source.read(name).astype(np.float64) for source in sources]
         assert np.allclose(mean.read(name), sum(parts) / 3, rtol=1e-6, atol=1e-7)
     assert run("to_hf", tmp_path / "mean", tmp_path / "hf").code == 0
+
+
+@pytest.mark.parametrize("name", ["olmo1 clipped", "olmo2 grouped"])
+def test_an_upcycled_model_starts_as_the_dense_one(tmp_path, name):
+    src = save(tmp_path / "dense", name)
+    options = ["--n_experts=6", "--n_experts_per_token=2", "--router_std=0.3", "--seed=4"]
+    assert "6 experts" in run("upcycle", src, tmp_path / "moe", *options).out
+    model, params = olmo_jax.load(str(tmp_path / "moe"))
+    assert (model.config.n_experts, model.config.n_experts_per_token) == (6, 2)
+    router = params["layers"]["moe"]["router"]
+    assert abs(float(router.std()) - 0.3) < 0.02
+    assert float(np.abs(router[0] - router[1]).max()) > 0.3  # each layer its own
+    tokens = np.arange(2, 50).reshape(2, 24)
+    dense, dense_params = olmo_jax.load(str(src))
+    want = dense.apply({"params": dense_params}, tokens)
+    np.testing.assert_allclose(model.apply({"params": params}, tokens), want, atol=2e-5)
+    if name == "olmo2 grouped":  # a FlexOlmo to transformers
+        exported = exported_logits(str(tmp_path / "moe"), str(tmp_path / "hf"), tokens)
+        np.testing.assert_allclose(exported, want, atol=2e-5)
+    again = run("upcycle", tmp_path / "moe", tmp_path / "again", *options)
+    assert again.code == 1
+    assert "it has 6 experts already" in again.err
 
 
 def test_only_equal_models_are_averaged(tmp_path):

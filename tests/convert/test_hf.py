@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, na
     assert after == before
 
 
-@pytest.mark.parametrize("name", ["olmo1 tied", "olmo2 grouped", "olmo3 yarn grouped"])
+@pytest.mark.parametrize("name", ["olmo1 tied", "olmo2 grouped", "olmo3 yarn grouped", "olmoe"])
 def test_bf16_is_bitwise_equal_after_the_way_back(tmp_path, name):
     folder = save(tmp_path, name, torch.bfloat16)
     back = convert(folder, tmp_path)
@@ -98,6 +98,17 @@ def test_bf16_is_bitwise_equal_after_the_way_back(tmp_path, name):
     assert tensors(back) == tensors(folder)
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
     assert np.array_equal(theirs(back, torch.bfloat16), theirs(folder, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["olmoe", "flex olmo"])
+def test_experts_are_converted_some_at_a_time(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 2 * 64 * 48 * 4)  # two experts
+    folder = save(tmp_path, name)
+    back = convert(folder, tmp_path)
+    leaf = native.read(str(tmp_path / "ours")).leaves["params/layers/moe/w_down"]
+    n_together = {"olmoe": 2, "flex olmo": 1}[name]  # of eight, of five
+    assert len(weights.parts("params/layers/moe/w_down", leaf)) == 4 * leaf.shape[1] // n_together
+    assert tensors(back) == tensors(folder)
 
 
 def test_bf16_may_stay_bf16_on_disk(tmp_path):

@@ -13,8 +13,10 @@ import sys
 import numpy as np
 import torch
 from olmo_core.nn.attention import AttentionType, SlidingWindowAttentionConfig
+from olmo_core.nn.moe import MoEConfig, MoERouterConfig, MoEType
+from olmo_core.nn.moe.parallel_mlp import ParallelDroplessMLP
 from olmo_core.nn.rope import YaRNRoPEScalingConfig
-from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig, TransformerType
 from olmo_core.optim import AdamWConfig, OptimGroupOverride, SkipStepAdamWConfig
 from olmo_core.train.checkpoint import Checkpointer
 from olmo_core.train.train_module import TransformerTrainModuleConfig
@@ -25,13 +27,27 @@ OPTIMIZERS = {"adamw": AdamWConfig, "skip_step_adamw": SkipStepAdamWConfig}
 
 
 def model_config(name: str) -> TransformerConfig:
-    """Four layers with grouped heads: olmo2 (plain, tied, fused), or olmo3 with window and YaRN."""
+    """Four layers with grouped heads: olmo2, olmo3 with window and YaRN, or olmoe with experts."""
     window = SlidingWindowAttentionConfig(
         pattern=[5, 5, 5, -1],
         force_full_attention_on_first_layer=False,
         force_full_attention_on_last_layer=True,
     )
+    experts = None
+    if name.startswith("olmoe"):
+        norm = 1.0 if name == "olmoe renormalised" else None
+        experts = MoEConfig(
+            name=MoEType.dropless,
+            num_experts=8,
+            hidden_size=48,
+            router=MoERouterConfig(top_k=3, normalize_expert_weights=norm),
+            lb_loss_weight=0.1,
+            z_loss_weight=0.01,
+            scale_loss_by_num_layers=norm is None,
+        )
+    block = TransformerBlockType.reordered_norm
     config = TransformerConfig.llama_like(
+        name=TransformerType.moe if experts else TransformerType.default,
         d_model=64,
         vocab_size=VOCAB,
         n_layers=4,
@@ -41,7 +57,8 @@ def model_config(name: str) -> TransformerConfig:
         qk_norm=True,
         rope_theta=500_000,
         hidden_size_multiple_of=16,
-        block_name=TransformerBlockType.reordered_norm,
+        block_name=TransformerBlockType.moe_reordered_norm if experts else block,
+        feed_forward_moe=experts,
         sliding_window=window if name == "olmo3" else None,
     )
     config.tie_word_embeddings = name == "olmo2 tied"
@@ -53,10 +70,31 @@ def model_config(name: str) -> TransformerConfig:
     return config
 
 
+def experts_one_by_one(
+    self: ParallelDroplessMLP,
+    x: torch.Tensor,
+    expert_weights: torch.Tensor,
+    expert_indices: torch.Tensor,
+    batch_size_per_expert: torch.Tensor,
+) -> torch.Tensor:
+    """The experts on a CPU, where OLMo-core's own gather and scatter do not run."""
+    tokens, k = x.flatten(0, -2), expert_indices.shape[-1]
+    weights, indices = expert_weights.reshape(-1, k), expert_indices.reshape(-1, k)
+    w1, w2, w3 = (w.view(self.num_experts, -1, x.shape[-1]) for w in
+                  (self.mlp.w1, self.mlp.w2, self.mlp.w3))  # fmt: skip
+    out = torch.zeros_like(tokens)
+    for e in range(self.num_experts):
+        token, slot = torch.where(indices == e)
+        h = torch.nn.functional.silu(tokens[token] @ w1[e].T) * (tokens[token] @ w3[e].T)
+        out = out.index_add(0, token, weights[token, slot, None] * (h @ w2[e]))
+    return out.view(x.shape)
+
+
 def main(out: pathlib.Path, name: str, optimizer: str) -> None:
     """Train, save, train on."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    ParallelDroplessMLP.forward = experts_one_by_one
     batches = torch.from_numpy(np.load(out / "batches.npy")).long()
     config = model_config(name)
     optim_config = OPTIMIZERS[optimizer](
