@@ -53,6 +53,12 @@ class ModelConfig:
     n_experts: int = 0  # a mixture of experts in the place of the MLP; 0: the MLP
     n_experts_per_token: int = 8
     normalize_expert_weights: bool = False  # the weights of a token's experts sum to 1
+    # Each token takes its best experts, or each expert the best tokens of every sequence, as many
+    # on average; that looks ahead, so that such a model cannot generate text as it was trained.
+    router: Literal["token_choice", "expert_choice"] = "token_choice"
+    # Balance without a loss: after each step a bias, used for the choice alone, moves by this
+    # towards experts with fewer tokens than the mean; OLMo-core's bias_gamma. None: no bias.
+    router_bias_gamma: float | None = None
     max_seq_len: int = 4096  # longest sequence that the model is meant for, tokens
     norm: Literal["rms", "nonparametric"] = "rms"
     norm_position: Literal["before", "after"] = "after"  # of the sub-layer: OLMo 1 / OLMo 2

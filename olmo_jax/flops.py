@@ -75,6 +75,8 @@ def weights(m: ModelConfig) -> dict[str, tuple[tuple[int, str | None], ...]]:
     else:
         experts = (m.n_experts, "expert")
         table["layers/moe/router"] = (layer, d, (m.n_experts, None))
+        if m.router_bias_gamma is not None:
+            table["layers/moe/router_bias"] = (layer, (m.n_experts, None))
         table["layers/moe/w_gate"] = table["layers/moe/w_up"] = (layer, experts, d, d_ff)
         table["layers/moe/w_down"] = (layer, experts, d_ff, d)
     if m.norm != "nonparametric":
@@ -147,7 +149,11 @@ def _matmul_flops(m: ModelConfig) -> int:
     # A tied head is the same work as one of its own.
     head = m.d_model * m.vocab_rows + sizes.get("final_norm", 0)
     parts = ("layers/attn/", "layers/mlp/", "layers/moe/")
-    layers = sum(n for path, n in sizes.items() if path.startswith(parts))
+    layers = sum(
+        n
+        for path, n in sizes.items()
+        if path.startswith(parts) and path != "layers/moe/router_bias"
+    )
     return 6 * (layers + head)
 
 

@@ -19,6 +19,9 @@ from olmo_jax.config import OptimConfig
 
 Tree = Any  # nested dicts of arrays
 
+# Has no gradient, so that its moments, and what AdamW would do to it, stay 0; `step` moves it.
+ROUTER_BIAS = "layers/moe/router_bias"
+
 
 def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
     """Which parameters weight decay acts on: a bool for each leaf of `params`.
@@ -30,13 +33,14 @@ def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    exempt = (*cfg.no_decay, ROUTER_BIAS)
     for glob in cfg.no_decay:
         if not fnmatch.filter(names, glob):
             raise ValueError(
                 f"config.optim.no_decay: {glob!r} matches no parameter; there are"
                 f" {', '.join(names)}"
             )
-    decayed = [not any(fnmatch.fnmatchcase(name, glob) for glob in cfg.no_decay) for name in names]
+    decayed = [not any(fnmatch.fnmatchcase(name, glob) for glob in exempt) for name in names]
     return structure.unflatten(decayed)
 
 
@@ -45,10 +49,12 @@ def describe_groups(cfg: OptimConfig, params: Tree) -> str:
     names: dict[bool, list[str]] = {True: [], False: []}
     for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(cfg, params)):
         names[decayed].append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    balance = [name for name in names[False] if name == ROUTER_BIAS]
+    exempt = [name for name in names[False] if name != ROUTER_BIAS]
     return (
         f"weight decay {cfg.weight_decay:g}: {', '.join(names[True]) or 'nothing'}\n"
-        f"no weight decay: {', '.join(names[False]) or 'nothing'}"
-    )
+        f"no weight decay: {', '.join(exempt) or 'nothing'}"
+    ) + "".join(f"\nmoved by the experts' loads: {name}" for name in balance)
 
 
 def init(cfg: OptimConfig, params: Tree) -> dict[str, Any]:

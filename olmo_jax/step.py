@@ -100,6 +100,10 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
             config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
             parts["ce"], (weights.sum() > 0) & is_whole,
         )  # fmt: skip
+        if config.model.router_bias_gamma is not None:
+            # OLMo: moves it after a skipped step too.
+            gamma = config.model.router_bias_gamma * (1.0 - metrics["optim/step skipped"])
+            params = _balance(params, parts["routed"], gamma)
         metrics |= {
             "train/CE loss": parts["ce"],
             "train/masked labels (%)": 1.0 - jnp.mean(weights),  # OLMo-core: a fraction
@@ -158,7 +162,22 @@ def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:
 
 def _is_whole(config: Config, parts: dict[str, jax.Array]) -> Any:
     """Whether every token reached its experts; if not, the step is void and the run ends."""
-    return "buffer" not in parts or parts["buffer"] <= config.compute.expert_buffer
+    limit = config.compute.expert_buffer
+    return limit is None or "buffer" not in parts or parts["buffer"] <= limit
+
+
+def _balance(params: Any, tokens: jax.Array, gamma: jax.Array) -> Any:
+    """Parameters whose router biases have moved by gamma towards experts with few tokens.
+
+    Args:
+      params: of the model.
+      tokens: [n_layers, n_experts], routed to each expert in this step.
+      gamma: scalar.
+    Source: arXiv 2408.15664; OLMo-core nn/moe/router.py, post_batch.
+    """
+    layers, moe = params["layers"], params["layers"]["moe"]
+    bias = moe["router_bias"] + gamma * jnp.sign(tokens.mean(1, keepdims=True) - tokens)
+    return params | {"layers": layers | {"moe": moe | {"router_bias": bias}}}
 
 
 def _router_metrics(config: Config, parts: Metrics) -> Metrics:

@@ -23,6 +23,7 @@ POSITIVE = (
     "model.d_ff model.n_experts_per_token model.max_seq_len model.rope_theta "
     "model.norm_eps model.clip_qkv model.init_std model.yarn_factor model.yarn_original_len "
     "model.yarn_beta_fast model.yarn_beta_slow data.filter_max_period data.filter_min_repeats "
+    "model.router_bias_gamma "
     "compute.accumulate compute.loss_chunk data.seq_len data.threads train.load_balancing_loss "
     "train.router_z_loss data.prefetch data.max_target_seq_len data.corpus_vocab_size optim.lr "
     "optim.eps optim.skip_window train.duration train.hard_stop train.step_timeout_s train.z_loss "
@@ -117,6 +118,15 @@ def _model(m: ModelConfig) -> list[str]:
         problems.append(
             f"config.model.n_experts_per_token={m.n_experts_per_token} is above"
             f" n_experts={m.n_experts}"
+        )
+    if m.router_bias_gamma is not None and (not m.n_experts or m.router == "expert_choice"):
+        problems.append(
+            "config.model.router_bias_gamma: only tokens that choose among model.n_experts need it"
+        )
+    if m.router == "expert_choice" and (not m.n_experts or m.normalize_expert_weights):
+        problems.append(
+            "config.model.router: expert_choice needs model.n_experts, and"
+            " normalize_expert_weights=False"
         )
     if m.vocab_rows < m.vocab_size:
         problems.append(
@@ -245,6 +255,11 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
             f"config.model.vocab_size={c.model.vocab_rows} is not divisible by"
             f" mesh.tensor={shape['tensor']}; set model.padded_vocab_size="
             f"{-(-c.model.vocab_rows // block) * block}"
+        )
+    if c.model.router == "expert_choice" and shape["context"] > 1:
+        problems.append(
+            f"config.mesh.context={shape['context']}: model.router=expert_choice needs whole"
+            " sequences on a device; use 1"
         )
     ways = shape["data"] * shape["fsdp"] * shape["expert"]
     if len(c.data.batch_sizes) != len(c.data.batch_starts):

@@ -26,6 +26,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def ai2_packages(pytestconfig: pytest.Config) -> pathlib.Path:
+    """The folder for `ai2.install`, kept between test sessions."""
+    return pytestconfig.cache.mkdir("ai2")
+
+
+@pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of reference values beside the project; tests that need it skip without it."""
     folder = ROOT.parent / "shared"

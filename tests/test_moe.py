@@ -68,7 +68,7 @@ def test_gradients_equal_those_of_every_expert_on_every_token():
 
     def dense(x, weights):
         w_router, w_gate, w_up, w_down = weights
-        chosen, p, _, _ = router.route(x[0], w_router, EXPERTS)
+        chosen, p = router.choose_experts(router.score(x[0], w_router)[0], EXPERTS)
         gate, up = (jnp.einsum("nd,edf->nef", x[0], w) for w in (w_gate, w_up))
         y = jnp.einsum("nef,efd->ned", jax.nn.silu(gate) * up, w_down)
         return jnp.einsum("nk,nkd->nd", p, jnp.take_along_axis(y, chosen[..., None], 1))
@@ -198,8 +198,9 @@ def routed(n_layers: int = 3, n: int = 40) -> tuple[dict, list, list]:
     stats, logits, choices = [], [], []
     for i in range(n_layers):
         x, weights = layer(i, n)
-        chosen, _, scores, lse = router.route(3 * x[0], weights[0], EXPERTS)
-        stats.append(router.stats(chosen, scores, lse, 8))
+        scores, lse = router.score(3 * x[0], weights[0])
+        chosen, _ = router.choose_experts(scores, EXPERTS)
+        stats.append(router.stats(jnp.bincount(chosen.reshape(-1), length=8), scores, lse))
         logits.append(np.asarray(3 * x[0] @ weights[0]))
         choices.append(np.asarray(chosen))
     return jax.tree.map(lambda *a: jnp.stack(a), *stats), logits, choices

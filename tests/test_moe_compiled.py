@@ -70,3 +70,27 @@ def test_weights_of_experts_are_gathered_over_fsdp_only(topology):
     assert max(sizes) == of_a_device
     scattered = [(numbers(shape), devices) for shape, devices in found["reduce-scatter"]]
     assert scattered == [(of_a_device // 4, 4)] * 3
+
+
+SLICES = [  # of the full OLMoE-1B-7B: rows of 4,096 tokens on a chip, and GiB that a chip has
+    ("v5e:4x8", 32, 1, 15.75, ()),
+    ("v5p:2x2x4", 16, 2, 95.7, ("mesh.expert=8", "compute.expert_buffer=2.0")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "chips", "rows", "limit", "more"), SLICES, ids=str)
+def test_olmoe_fits_a_small_slice(topology, chips, rows, limit, more):
+    batch = f"data.global_batch_size={chips * rows * 4096 * 2}"  # the config has two micro-batches
+    found = compiled(topology, "configs/olmoe_1b_7b.py", batch, *more)
+    memory = {name: size / 2**30 for name, size in found["memory"].items()}
+    total = sum(memory.values()) - memory["alias"] - memory["output"]  # the state is donated
+    print(
+        f"{topology} {more}: {total:.1f} GiB of {limit} on a chip, {memory['temp']:.1f} temporary"
+    )
+    assert memory["alias"] >= 0.99 * memory["output"]
+    # Parameters and two moments, of the experts and with them nearly all, divided by the chips.
+    assert 83.0e9 / chips / 2**30 <= memory["argument"] < 1.6 * 83.0e9 / chips / 2**30
+    assert total < limit
+    exchanged = [devices for name, _, devices in found["collectives"] if name.startswith("ragged")]
+    assert set(exchanged) == ({8} if more else set())

@@ -302,6 +302,11 @@ def family_of(model: ModelConfig) -> str:
     ]
     if slides and name != "Olmo3":
         clashes.append("layer_types with sliding layers (need full ones)")
+    clashes += [
+        f"{key}={getattr(model, key)!r} (need {need!r})"
+        for key, need in (("router", "token_choice"), ("router_bias_gamma", None))
+        if getattr(model, key) != need
+    ]
     if clashes:
         raise ValueError(
             f"no Hugging Face model is like this one: {name} with {', '.join(clashes)}"

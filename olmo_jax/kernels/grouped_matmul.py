@@ -2,16 +2,16 @@
 
 Rows lie sorted by group; nothing is padded to a capacity and no row is lost, however unequal the
 groups are. On TPU and GPU XLA has a kernel (`lax.ragged_dot`). On a CPU its form multiplies all
-rows with all matrices, so there a loop takes the rows of each group in blocks.
+rows with all matrices, so there a loop takes the rows of each group in a block that just holds
+them, or in several: shapes are static, so the program has a product for each size of a block.
 """
 
 import functools
-import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-MIN_BLOCK, MAX_BLOCK = 8, 256  # rows of a block on a CPU
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -86,22 +86,28 @@ def _product(
         return jnp.where(behind, 0, y)  # a kernel may leave them as they were
 
     def loop(x, w, sizes):
-        block = _block(x.shape[0], w.shape[0])
-        padded = jnp.pad(x, ((0, block), (0, 0)))
+        blocks = _blocks(x.shape[0], w.shape[0])
+        most = blocks[-1]
+        padded = jnp.pad(x, ((0, most), (0, 0)))
         contract = (((1,), (1 if is_transposed else 0,)), ((), ()))
+
+        def block(n, at, left, w):
+            y = jax.lax.dot_general(jax.lax.dynamic_slice_in_dim(padded, at, n), w, contract)
+            return jnp.pad(y, ((0, most - n), (0, 0)))
 
         def group(out, inputs):
             w, start, size = inputs
 
             def rows(i, out):  # the last block reaches into the next group, which comes later
-                part = jax.lax.dynamic_slice_in_dim(padded, start + i * block, block)
-                y = jax.lax.dot_general(part, w, contract)
-                return jax.lax.dynamic_update_slice_in_dim(out, y, start + i * block, 0)
+                at, left = start + i * most, size - i * most
+                return jax.lax.dynamic_update_slice_in_dim(
+                    out, _smallest(blocks, block, at, left, w), at, 0
+                )
 
-            return jax.lax.fori_loop(0, -(-size // block), rows, out), None
+            return jax.lax.fori_loop(0, -(-size // most), rows, out), None
 
         n_out = w.shape[1] if is_transposed else w.shape[2]
-        out = jnp.zeros((x.shape[0] + block, n_out), x.dtype)
+        out = jnp.zeros((x.shape[0] + most, n_out), x.dtype)
         out, _ = jax.lax.scan(group, out, (w, jnp.cumsum(sizes) - sizes, sizes))
         behind = jnp.arange(x.shape[0])[:, None] >= sizes.sum()
         return jnp.where(behind, 0, out[: x.shape[0]])
@@ -121,29 +127,37 @@ def _outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, dtype: jnp.dtype, impl
         return jax.lax.ragged_dot_general(x, dy, sizes, dims, preferred_element_type=dtype)
 
     def loop(x, dy, sizes):
-        block = _block(x.shape[0], sizes.shape[0])
-        x, dy = (jnp.pad(a, ((0, block), (0, 0))) for a in (x, dy))
+        blocks = _blocks(x.shape[0], sizes.shape[0])
+        most = blocks[-1]
+        x, dy = (jnp.pad(a, ((0, most), (0, 0))) for a in (x, dy))
+
+        def block(n, at, left):
+            x_part = jax.lax.dynamic_slice_in_dim(x, at, n)
+            dy_part = jax.lax.dynamic_slice_in_dim(dy, at, n)
+            x_part = jnp.where(jnp.arange(n)[:, None] < left, x_part, 0)
+            return jnp.matmul(x_part.T, dy_part, preferred_element_type=dtype)
 
         def group(_, inputs):
             start, size = inputs
-
-            def rows(i, total):
-                at = start + i * block
-                x_part = jax.lax.dynamic_slice_in_dim(x, at, block)
-                dy_part = jax.lax.dynamic_slice_in_dim(dy, at, block)
-                own = i * block + jnp.arange(block)[:, None] < size
-                x_part = jnp.where(own, x_part, 0)
-                return total + jnp.matmul(x_part.T, dy_part, preferred_element_type=dtype)
-
-            zero = jnp.zeros((x.shape[1], dy.shape[1]), dtype)
-            return None, jax.lax.fori_loop(0, -(-size // block), rows, zero)
+            part = lambda i: _smallest(blocks, block, start + i * most, size - i * most)  # noqa: E731
+            add = lambda i, total: total + part(i)  # noqa: E731
+            return None, jax.lax.fori_loop(1, -(-size // most), add, part(0))
 
         return jax.lax.scan(group, None, (jnp.cumsum(sizes) - sizes, sizes))[1]
 
     return _by_platform(impl, ragged, loop, x, dy, sizes)
 
 
-def _block(rows: int, groups: int) -> int:
-    """Rows of a block: the power of two below the mean of the groups, within limits."""
+def _blocks(rows: int, groups: int) -> list[int]:
+    """Rows of the blocks there are: from half to one and a half of the groups' mean."""
     mean = max(1, rows // groups)
-    return min(MAX_BLOCK, max(MIN_BLOCK, 2 ** int(math.log2(mean))))
+    grain = 8 * -(-mean // 64)
+    return [grain * i for i in range(max(1, mean // (2 * grain)), -(-3 * mean // (2 * grain)) + 1)]
+
+
+def _smallest(
+    blocks: list[int], block: Callable[..., jax.Array], at: jax.Array, left: jax.Array, *args: Any
+) -> jax.Array:
+    """`block(n, at, left, *args)` with the smallest n that holds `left` rows, else the largest."""
+    index = sum((left > n).astype(jnp.int32) for n in blocks[:-1])
+    return jax.lax.switch(index, [functools.partial(block, n) for n in blocks], at, left, *args)

@@ -18,7 +18,7 @@ from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.kernels import exchange
 from olmo_jax.kernels.grouped_matmul import grouped_matmul
 from olmo_jax.nn import router as routing
-from olmo_jax.nn.layers import matrix_init, weight
+from olmo_jax.nn.layers import constant, matrix_init, weight
 from olmo_jax.nn.router import Stats
 from olmo_jax.sharding import axis_size, spec
 
@@ -47,19 +47,22 @@ class MoE(nn.Module):
         w_gate = weight(self, "w_gate", (e, d, f), into, matrix_init(c, d))
         w_up = weight(self, "w_up", (e, d, f), into, matrix_init(c, d))
         w_down = weight(self, "w_down", (e, f, d), out_of, matrix_init(c, f, layer))
+        bias = None
+        if c.router_bias_gamma is not None:
+            bias = weight(self, "router_bias", (e,), (None,), constant(0.0))
 
         if self.is_initializing():  # one token, which no mesh can split
             return x, {}
         local = functools.partial(_experts, c, self.compute)
         if jax.sharding.get_abstract_mesh().empty:
-            return local(x, router, w_gate, w_up, w_down)
-        rows = spec(("batch", "seq", None))
+            return local(x, router, w_gate, w_up, w_down, bias)
+        rows, whole = spec(("batch", "seq", None)), PartitionSpec()
         return jax.shard_map(
             local,
-            in_specs=(rows, PartitionSpec(), spec(into), spec(into), spec(out_of)),
-            out_specs=(rows, PartitionSpec()),
+            in_specs=(rows, whole, spec(into), spec(into), spec(out_of), whole),
+            out_specs=(rows, whole),
             check_vma=False,
-        )(x, router, w_gate, w_up, w_down)
+        )(x, router, w_gate, w_up, w_down, bias)
 
 
 def _experts(
@@ -70,32 +73,49 @@ def _experts(
     w_gate: jax.Array,
     w_up: jax.Array,
     w_down: jax.Array,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     """The experts of a device's tokens `x [batch, seq, d_model]`, inside `shard_map` on a mesh."""
     tokens = x.reshape(-1, x.shape[-1])
-    chosen, weights, scores, lse = routing.route(tokens, router, c)
-    stats = routing.stats(chosen, scores, lse, c.n_experts)
-
-    order = jnp.argsort(chosen.reshape(-1))  # by expert; stable, so by token within one
-    inverse = jnp.argsort(order)
-    sizes = jnp.bincount(chosen.reshape(-1), length=c.n_experts).astype(jnp.int32)
-    rows = _spread(tokens, order, inverse, c.n_experts_per_token)
-    here = w_gate.shape[0]  # experts of this device
-    if here == c.n_experts:
-        y = _mlps(rows, sizes, w_gate, w_up, w_down, compute.grad_dtype)
+    scores, lse = routing.score(tokens, router)
+    travel = functools.partial(_travel, c, compute, (w_gate, w_up, w_down))
+    if c.router == "expert_choice":
+        token, weights, sizes = routing.choose_tokens(scores, c, len(x))
+        y, needed = travel(tokens[token], sizes)
+        y = y.astype(jnp.float32) * weights[:, None]
+        out = jnp.zeros(tokens.shape, jnp.float32).at[token].add(y)
     else:
-        buffer = _buffer(c, compute, len(tokens))
-        plan, needed = exchange.plan(sizes, buffer)
-        if compute.expert_buffer is not None:
-            stats["buffer"] = routing.over_devices(jax.lax.pmax, needed / len(rows))
-        y = exchange.send(rows, plan, buffer)
-        y = _mlps(y, plan.sizes, w_gate, w_up, w_down, compute.grad_dtype)
-        y = exchange.send_back(y, plan, len(rows))
-    y = _collect(y, order, inverse).reshape(*chosen.shape, -1)
-    out = jnp.einsum("nkd,nk->nd", y, weights.astype(y.dtype), preferred_element_type=jnp.float32)
+        chosen, weights = routing.choose_experts(scores, c, bias)
+        order = jnp.argsort(chosen.reshape(-1))  # by expert; stable, so by token within one
+        inverse = jnp.argsort(order)
+        sizes = jnp.bincount(chosen.reshape(-1), length=c.n_experts).astype(jnp.int32)
+        y, needed = travel(_spread(tokens, order, inverse, c.n_experts_per_token), sizes)
+        y = _collect(y, order, inverse).reshape(*chosen.shape, -1)
+        weights = weights.astype(y.dtype)
+        out = jnp.einsum("nkd,nk->nd", y, weights, preferred_element_type=jnp.float32)
     if axis_size("tensor") > 1:
         out = jax.lax.psum(out, "tensor")
+    stats = routing.stats(sizes, scores, lse) | needed
     return out.astype(x.dtype).reshape(x.shape), stats
+
+
+Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down of a device's experts
+
+
+def _travel(
+    c: ModelConfig, compute: ComputeConfig, weights: Weights, rows: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, Stats]:
+    """`rows [n, d_model]`, by expert, through their experts and back; `buffer` if it is limited."""
+    if len(weights[0]) == c.n_experts:
+        return _mlps(rows, sizes, *weights, compute.grad_dtype), {}
+    buffer = _buffer(c, compute, len(rows))
+    plan, needed = exchange.plan(sizes, buffer)
+    y: Any = exchange.send(rows, plan, buffer)
+    y = _mlps(y, plan.sizes, *weights, compute.grad_dtype)
+    y = exchange.send_back(y, plan, len(rows))
+    if compute.expert_buffer is None:
+        return y, {}
+    return y, {"buffer": routing.over_devices(jax.lax.pmax, needed / len(rows))}
 
 
 def _mlps(
@@ -113,14 +133,16 @@ def _mlps(
     return grouped_matmul(jax.nn.silu(gate) * up, w_down, sizes, out_of, grad_dtype)
 
 
-def _buffer(c: ModelConfig, compute: ComputeConfig, n_tokens: int) -> int:
-    """Rows that the experts of a device can take from all devices, each with `n_tokens`."""
-    ways = axis_size("expert")
-    most = ways * n_tokens * min(c.n_experts_per_token, c.n_experts // ways)
+def _buffer(c: ModelConfig, compute: ComputeConfig, n_rows: int) -> int:
+    """Rows that the experts of a device can take from all devices, each with `n_rows`."""
+    if c.router == "expert_choice":  # always balanced
+        return n_rows
+    ways, k = axis_size("expert"), c.n_experts_per_token
+    most = ways * n_rows // k * min(k, c.n_experts // ways)  # a token goes to an expert once
     if compute.expert_buffer is None:
         return most
     # A little more than the step allows, whose fp32 cannot tell it from what is allowed.
-    rows = (1 + 1e-6) * compute.expert_buffer * n_tokens * c.n_experts_per_token
+    rows = (1 + 1e-6) * compute.expert_buffer * n_rows
     return min(most, 8 * math.ceil(rows / 8))
 
 

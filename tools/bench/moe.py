@@ -2,7 +2,8 @@
 
 Run:   python tools/bench/moe.py [--repeats=5] [--core=0] [--tokens=1024] [--sides=ours,eager,…]
 d_model 2048, 64 experts of width 1024, 8 for each token, fp32, the same tokens and weights. Each
-side is a process of its own, pinned to the same core; only one of them works at a time, in turns.
+side is a process of its own, pinned to the same core; only one of them works at a time, in turns,
+and keeps its gradients meanwhile: memory that a virtual machine gave back is slow to get again.
 The others are the `experts_implementation` choices of transformers; its `batched_mm` copies the
 weights for each token, 128 MB of them, and is only for a few tokens. Prints tokens per CPU-second,
 medians over the turns, the sums of outputs and gradients, and our speed in terms of the others'.
@@ -60,9 +61,12 @@ def ours(n_tokens: int) -> Run:
         (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
         return y.sum(), grads
 
+    kept = None  # until the next turn, as PyTorch keeps them
+
     def run() -> tuple[float, float]:
-        y, (grads, dx) = jax.block_until_ready(step(params, x))
-        del grads
+        nonlocal kept
+        kept = None
+        y, (_, dx) = kept = jax.block_until_ready(step(params, x))
         return float(y), float(dx.sum())
 
     return run

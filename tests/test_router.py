@@ -1,0 +1,236 @@
+"""The router and its losses, judged by OLMo-core's own and by plain loops."""
+
+import dataclasses
+import pathlib
+
+import ai2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from test_moe import EXPERTS, LOSSES, layer
+from test_step import make_batch, make_config, run
+
+from olmo_jax import flops, losses, optim, sharding, step, validate
+from olmo_jax.config import ComputeConfig, ConfigError
+from olmo_jax.convert import hf_config
+from olmo_jax.nn import moe, router
+
+SCRIPT = pathlib.Path(__file__).with_name("route_olmo_core.py")
+BIASED = dataclasses.replace(EXPERTS, router_bias_gamma=0.03)
+CHOOSING = dataclasses.replace(EXPERTS, router="expert_choice")
+
+
+def routed(x, w_router, model, bias):
+    """Choice, weights, stats and losses of a layer on tokens `[rows, seq, d_model]`."""
+    tokens = x.reshape(-1, x.shape[-1])
+    scores, lse = router.score(tokens, w_router)
+    chosen, weights = router.choose_experts(scores, model, bias)
+    stats = router.stats(jnp.bincount(chosen.reshape(-1), length=8), scores, lse)
+    stats = jax.tree.map(lambda a: a[None], stats)  # one layer
+    config = make_config(model=model, router_loss_form="olmo_core", **LOSSES)
+    loss, parts = losses.router(stats, len(tokens), config)
+    return loss, (chosen, weights, parts, step._router_metrics(config, parts))
+
+
+CASES = [("olmo-core-3", 0.03, 1.0)]
+SLOW = [(p, *case) for p in ("olmo-core-3", "olmo-core-2") for case in ((None, None), (0.03, None))]
+
+
+@pytest.mark.parametrize(
+    ("package", "gamma", "norm"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_routing_losses_and_bias_are_olmo_cores(ai2_packages, tmp_path, package, gamma, norm):
+    pytest.importorskip("torch")
+    folders = ai2.install(package, ai2_packages)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 4, 20, 16)).astype(np.float32)
+    w_router = (0.4 * rng.standard_normal((8, 16))).astype(np.float32)
+    np.savez(tmp_path / "case.npz", x=x, router=w_router)
+    arguments = [str(a or "none") for a in (tmp_path / "case.npz", gamma, norm)]
+    theirs = ai2.run(SCRIPT, folders, *arguments)
+
+    model = dataclasses.replace(
+        EXPERTS, router_bias_gamma=gamma, normalize_expert_weights=norm is not None
+    )
+    bias = None if gamma is None else jnp.zeros(8)
+    value = jax.jit(jax.value_and_grad(routed, (0, 1), has_aux=True), static_argnums=2)
+    moved = 0
+    for tokens, expected in zip(x, theirs, strict=True):
+        (loss, aux), (dx, drouter) = value(tokens, jnp.asarray(w_router.T), model, bias)
+        chosen, weights, parts, metrics = aux
+        np.testing.assert_array_equal(chosen.reshape(4, 20, 3), expected["chosen"])
+        np.testing.assert_array_equal(parts["routed"][0], expected["sizes"])
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # noqa: E731
+        close(weights.reshape(4, 20, 3), expected["weights"])
+        close(loss, expected["loss"])
+        close(dx, expected["dx"])
+        close(drouter.T, expected["drouter"])
+        names = {name.split("/")[-1]: value for name, value in metrics.items()}
+        assert names.keys() == expected["metrics"].keys()
+        for name, number in expected["metrics"].items():
+            close(names[name], number)
+        if bias is not None:
+            params = {"layers": {"moe": {"router_bias": bias[None]}}}
+            params = step._balance(params, parts["routed"], jnp.float32(gamma))
+            bias = params["layers"]["moe"]["router_bias"][0]
+            close(bias, expected["bias"])
+            without = router.choose_experts(
+                router.score(tokens.reshape(80, 16), w_router.T)[0], model
+            )
+            moved += int((np.asarray(without[0]) != np.asarray(chosen)).sum())
+    assert (moved > 0) == (gamma is not None)
+
+
+# --- the bias in training -------------------------------------------------------------------------
+
+
+def test_the_bias_follows_the_loads_and_nothing_else():
+    config = make_config(model=BIASED)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    state, update = step.init_state(config, mesh), step.make_train_step(config, mesh)
+    arrays = sharding.to_global(make_batch(), mesh, 8)
+    expected = np.zeros((2, 8))
+    for _ in range(3):
+        _, stats = jax.jit(step.build_model(config).apply, static_argnames="output")(
+            {"params": state.params}, arrays["tokens"], output="hidden"
+        )
+        tokens = np.asarray(stats["tokens"])
+        expected += 0.03 * np.sign(tokens.mean(1, keepdims=True) - tokens)
+        state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
+    bias = state.params["layers"]["moe"]["router_bias"]
+    np.testing.assert_allclose(bias, expected, atol=1e-6)
+    for moment in ("mu", "nu"):
+        assert not state.opt_state[moment]["layers"]["moe"]["router_bias"].any()
+    before = np.asarray(bias)
+    arrays = sharding.to_global(make_batch(range(8)), mesh, 8)  # nothing to learn from
+    state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
+    assert metrics["optim/step skipped"] == 1
+    np.testing.assert_array_equal(state.params["layers"]["moe"]["router_bias"], before)
+
+
+def test_the_bias_is_a_group_of_its_own():
+    config = make_config(model=BIASED)
+    state = jax.eval_shape(lambda: step._fresh(config, jax.random.key(0)))
+    *others, last = optim.describe_groups(config.optim, state.params).splitlines()
+    assert last == "moved by the experts' loads: layers/moe/router_bias"
+    assert "router_bias" not in "".join(others)
+    shape = state.params["layers"]["moe"]["router_bias"].shape
+    assert tuple(n for n, _ in flops.weights(BIASED)["layers/moe/router_bias"]) == shape
+    assert flops.flops_per_token(BIASED, 64) == flops.flops_per_token(EXPERTS, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (dict(model=dict(router_bias_gamma=0.0)), "config.model.router_bias_gamma=0.0: need a"),
+        (
+            dict(model=dict(router_bias_gamma=0.1, router="expert_choice")),
+            "config.model.router_bias_gamma: only tokens that choose",
+        ),
+        (
+            dict(model=dict(n_experts=0, router="expert_choice")),
+            "config.model.router: expert_choice needs model.n_experts",
+        ),
+        (
+            dict(model=dict(router="expert_choice"), mesh=dict(fsdp=1, context=2)),
+            "config.mesh.context=2: model.router=expert_choice needs whole sequences",
+        ),
+        (dict(compute=dict(expert_buffer=0.9)), "config.compute.expert_buffer=0.9: below 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_named(options, line):
+    config = make_config(model=EXPERTS)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=("x.npy",)))
+    for part, values in options.items():
+        changed = dataclasses.replace(getattr(config, part), **values)
+        config = dataclasses.replace(config, **{part: changed})
+    with pytest.raises(ConfigError) as error:
+        validate.validate(config, config.mesh.context)
+    assert [problem[: len(line)] for problem in error.value.problems] == [line]
+
+
+@pytest.mark.parametrize("option", [dict(router_bias_gamma=0.1), dict(router="expert_choice")])
+def test_routers_that_hugging_face_lacks_are_not_exported(option):
+    model = dataclasses.replace(EXPERTS, layer_types=("full",), window=None, **option)
+    (name,) = option
+    with pytest.raises(ValueError, match=f"no Hugging Face model is like this one: .*{name}="):
+        hf_config.family_of(model)
+
+
+@pytest.mark.slow
+def test_biases_on_a_mesh_and_of_micro_batches_are_those_of_one_device():
+    alone, _ = run(make_config(model=BIASED), make_batch(), n=3)
+    config = make_config(dict(data=2, fsdp=2, expert=2), model=BIASED)
+    params, _ = run(config, make_batch(), n=3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone)
+    params, _ = run(make_config(accumulate=2, model=BIASED), make_batch(), n=3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_bias(tmp_path):
+    tokens = runs.write_tokens(tmp_path / "tokens.npy")
+    options = [
+        f"--config={runs.ROOT / 'configs/tiny_olmoe.py'}", f"data.paths={tokens}", "mesh.fsdp=8",
+        "model.router_bias_gamma=0.01", f"compute.compilation_cache={tmp_path / 'compiled'}",
+    ]  # fmt: skip
+    for name, *more in (("whole",), ("parts", "train.hard_stop=10"), ("parts",)):
+        result = runs.run(*options, f"dir={tmp_path / name}", *more)
+        assert (result.code, result.errors) == (0, [])
+    whole, parts = (runs.arrays(next(tmp_path.rglob(f"{n}/**/step20"))) for n in ("whole", "parts"))
+    assert any("router_bias" in name for name in whole)
+    assert whole == parts
+
+
+# --- expert choice --------------------------------------------------------------------------------
+
+
+def choose_by_hand(x, w_router, w_gate, w_up, w_down):
+    """Each expert takes the best 3/8 of the tokens of each sequence, in NumPy."""
+    x, out = np.asarray(x, np.float64), np.zeros(x.shape)
+    for row, y in zip(x, out, strict=True):
+        logits = row @ np.asarray(w_router, np.float64)
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        for e in range(8):
+            for t in np.argsort(-p[:, e], kind="stable")[: 3 * len(row) // 8]:
+                gate, up = row[t] @ np.asarray(w_gate[e]), row[t] @ np.asarray(w_up[e])
+                y[t] += p[t, e] * ((gate / (1 + np.exp(-gate)) * up) @ np.asarray(w_down[e]))
+    return out
+
+
+def test_experts_that_choose_take_the_best_of_every_sequence():
+    x, weights = layer(n=60)
+    x = x.reshape(3, 20, 64)
+    f = lambda x, w: moe._experts(CHOOSING, ComputeConfig(dtype="float32"), x, *w)  # noqa: E731
+    y, stats = jax.jit(f)(x, weights)
+    np.testing.assert_allclose(y, choose_by_hand(x, *weights), atol=1e-5)
+    assert stats["tokens"].tolist() == [3 * (3 * 20 // 8)] * 8  # balanced, and rounded down
+
+    def dense(x, weights):
+        w_router, w_gate, w_up, w_down = weights
+        p = jax.nn.softmax(x @ w_router)  # [row, token, expert]
+        rank = jnp.argsort(jnp.argsort(-p, axis=1), axis=1)
+        gate, up = (jnp.einsum("btd,edf->btef", x, w) for w in (w_gate, w_up))
+        y = jnp.einsum("btef,efd->bted", jax.nn.silu(gate) * up, w_down)
+        return jnp.einsum("bted,bte->btd", y, jnp.where(rank < 3 * 20 // 8, p, 0))
+
+    dy = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32)
+    grads = lambda f: jax.jit(jax.grad(lambda x, w: (f(x, w) * dy).sum(), argnums=(0, 1)))  # noqa: E731
+    found, expected = grads(lambda x, w: f(x, w)[0])(x, weights), grads(dense)(x, weights)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, expected
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(expert=4, fsdp=2), dict(expert=2, tensor=2)], ids=str)
+def test_experts_choose_the_same_on_a_mesh(mesh):
+    alone = run(make_config(model=CHOOSING), make_batch())
+    found = run(make_config(mesh, model=CHOOSING), make_batch())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, alone)
+    for i in range(2):
+        assert found[1][f"train/block {i:02}/load imbalance"] == 1
