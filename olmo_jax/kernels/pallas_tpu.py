@@ -1,33 +1,34 @@
 """Attention for TPU in Pallas: forward in one kernel, backward in one kernel of five products.
 
 Both visit the list of pairs of blocks that `schedule` makes; hidden ones are not in it. Forward, a
-block of queries meets its keys in order with a running maximum (FlashAttention-2, arXiv 2307.08691).
-The scale and log2(e) are multiplied into the queries, so that the weights are a bare exp2; their row
-sums are kept per lane and added up once at the end. Backward, a block of keys meets its queries, with
-the scores transposed so that the logsumexp of a query runs along lanes; dk and dv stay in VMEM. A
-block of dq gathers its parts in fp32 in VMEM where all of them fit, else in HBM, read and written
-back behind the products.
+block of queries meets its keys in order with a running maximum (FlashAttention-2, arXiv
+2307.08691). The scale and log2(e) are multiplied into the queries, so that the weights are a bare
+exp2; their row sums are kept per lane and added up once at the end. Backward, a block of keys meets
+its queries, with the scores transposed so that the logsumexp of a query runs along lanes; dk and dv
+stay in VMEM. A block of dq gathers its parts in fp32: in VMEM where all of them fit, else in HBM,
+read and written back behind the products.
 
-Inside, arrays are `[batch, heads, seq, head_dim]`; the logsumexp is `[batch, heads, 1, seq]`, to the
-base 2. Lengths are padded to whole blocks; causality hides what is behind the end.
+Inside, arrays are `[batch, heads, seq, head_dim]`; the logsumexp is `[batch, heads, 1, seq]`, to
+the base 2. Lengths are padded to whole blocks; causality hides what is behind the end. Every device
+of a mesh has its own rows and heads. `forward` and `backward` take the distance of queries from
+keys and give and take the logsumexp: what a ring of devices needs.
 """
 
 import functools
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
-from olmo_jax.kernels.schedule import LANES, Blocks, Tile
-
-LOG2E = math.log2(math.e)
-HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # half of it less another is still finite
-F32 = jnp.float32
+from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN, LOG2E
+from olmo_jax.kernels.schedule import LANES, Blocks
+from olmo_jax.sharding import Axes, spec
 
 
 class Tuning(NamedTuple):
@@ -39,6 +40,85 @@ class Tuning(NamedTuple):
     dq_vmem: int = 24 << 20  # bytes of fp32 dq that stay in VMEM; more goes to HBM
 
 
+TUNED: dict[str, Tuning] = {}
+
+
+def tuning() -> Tuning:
+    """The sizes for the chip that is compiled for: the mesh in force, or this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return TUNED.get(device.device_kind, Tuning())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    window: int | None,
+    tuning: Tuning = Tuning(),  # noqa: B008
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention on TPU; see `kernels.attention.attention` for the contract.
+
+    `interpret` runs the kernels on any platform, slowly: for tests.
+    """
+    return _forward(q, k, v, segment_ids, window, tuning, interpret)[0]
+
+
+def _forward(q, k, v, segment_ids, window, tuning, interpret):
+    def run(q, k, v, ids):
+        window_here = None if window is None or window >= q.shape[1] else window
+        out, lse = forward(
+            _turned(q), _turned(k), _turned(v), ids, ids,
+            window=window_here, tuning=tuning, interpret=interpret,
+        )  # fmt: skip
+        return _turned(out), lse
+
+    out, lse = _on_each_device(
+        run, (_OF_Q, _OF_KV, _OF_KV, _IDS), (_OF_Q, _ROW), q, k, v, segment_ids
+    )
+    # Named here, so that a remat policy that keeps them needs no second forward pass.
+    out, lse = (checkpoint_name(x, "attention_out") for x in (out, lse))
+    return out, (q, k, v, segment_ids, out, lse)
+
+
+def _backward(window, tuning, interpret, residuals, d_out):
+    def run(q, k, v, ids, out, lse, d_out):
+        window_here = None if window is None or window >= q.shape[1] else window
+        delta = jnp.einsum("bsnh,bsnh->bns", d_out, out, preferred_element_type=F32)[:, :, None]
+        grads = backward(
+            _turned(q), _turned(k), _turned(v), ids, ids, lse, delta, _turned(d_out),
+            window=window_here, tuning=tuning, interpret=interpret,
+        )  # fmt: skip
+        return tuple(map(_turned, grads))
+
+    into = (_OF_Q, _OF_KV, _OF_KV, _IDS, _OF_Q, _ROW, _OF_Q)
+    return *_on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
+
+
+attention.defvjp(_forward, _backward)
+
+_OF_Q: Axes = ("batch", None, "heads", None)
+_OF_KV: Axes = ("batch", None, "kv_heads", None)
+_IDS: Axes = ("batch", None)
+_ROW: Axes = ("batch", "heads", None, None)
+
+
+def _on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any) -> Any:
+    """Call on the part of the arrays that a device of the mesh in force has."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(*arrays)
+    return jax.shard_map(
+        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
+    )(*arrays)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """[batch, seq, heads, head_dim] to [batch, heads, seq, head_dim], and back."""
+    return jnp.swapaxes(x, 1, 2)
+
+
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -48,7 +128,7 @@ def forward(
     *,
     window: int | None,
     offset: Any = 0,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output and logsumexp of queries over keys.
@@ -74,15 +154,17 @@ def forward(
         q.shape[2], k.shape[2], blocks, by="q",
         window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids,
     )  # fmt: skip
-    at = _Index(heads, k.shape[1], plan.pairs.shape[0])
-    of_q = pl.BlockSpec((None, None, blocks.q, dim), lambda n, t, p: (*at.head(n), at.q(n, t, p), 0))
+    at = body.Index(heads, k.shape[1], plan.pairs.shape[0])
+    of_q = pl.BlockSpec(
+        (None, None, blocks.q, dim), lambda n, t, p: (*at.head(n), at.q(n, t, p), 0)
+    )
     of_kv = pl.BlockSpec(
         (None, None, blocks.kv, dim), lambda n, t, p: (*at.kv_head(n), at.kv(n, t, p), 0)
     )
     row = pl.BlockSpec((None, None, 1, blocks.q), lambda n, t, p: (*at.head(n), 0, at.q(n, t, p)))
     q_row, kv_row = (None, None) if q_ids is None else at.ids(blocks)
     out, lse = pl.pallas_call(
-        functools.partial(_forward_kernel, at=at, blocks=blocks, window=window),
+        functools.partial(body.forward, at=at, blocks=blocks, window=window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch * heads, plan.count),
@@ -106,47 +188,10 @@ def forward(
         interpret=interpret,
         name="attention_forward",
     )(plan.pairs, q, k, v, _lanes(q_ids), _lanes(kv_ids))
+    if not (isinstance(offset, int) and offset == 0):
+        out = _where_met(plan.of_q, blocks.q, out, 0)
+        lse = jnp.swapaxes(_where_met(plan.of_q, blocks.q, jnp.swapaxes(lse, 2, 3), HIDDEN), 2, 3)
     return out[:, :, :seq], lse[..., :seq]
-
-
-def _forward_kernel(
-    pairs, q, k, v, q_ids, kv_ids, out, lse, acc, top, total, ids, *, at, blocks, window
-):
-    pair = at.pair(pl.program_id(0), pl.program_id(1), pairs)
-
-    @pl.when(pair & schedule.FIRST != 0)
-    def _():
-        acc[...] = jnp.zeros_like(acc)
-        total[...] = jnp.zeros_like(total)
-        top[...] = jnp.full_like(top, HIDDEN)
-        if ids is not None:
-            ids[...] = _column(q_ids[...])
-
-    def attend(tile: Tile, distance: int | None, by_document: bool):
-        keys, rows = slice(*tile.keys), slice(*tile.queries)
-        scores = _product(q[rows, :], k[keys, :], 1, 1)
-        if by_document:
-            same = _wide(ids[rows, :], scores.shape[1]) == kv_ids[:, keys]
-            scores = jnp.where(same, scores, HIDDEN)
-        scores = _hide(scores, tile, distance, window, 0)
-        before = top[rows, :]
-        now = jnp.maximum(before, scores.max(1, keepdims=True))
-        weights = jnp.exp2(scores - _wide(now, scores.shape[1]))
-        fade = jnp.exp2(before - now)
-        top[rows, :] = now
-        total[rows, :] = fade * total[rows, :] + sum(
-            weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES)
-        )
-        part = _product(weights.astype(v.dtype), v[keys, :], 1, 0)
-        acc[rows, :] = _wide(fade, acc.shape[1]) * acc[rows, :] + part
-
-    _for_each_kind(pair, blocks, window, ids is not None, attend)
-
-    @pl.when(pair & schedule.LAST != 0)
-    def _():
-        sums = jnp.broadcast_to(total[...].sum(1, keepdims=True), total.shape)
-        out[...] = (acc[...] * _wide(1.0 / sums, acc.shape[1])).astype(out.dtype)
-        lse[...] = (top[...] + jnp.log2(sums)).T[:1, :]
 
 
 def backward(
@@ -161,7 +206,7 @@ def backward(
     *,
     window: int | None,
     offset: Any = 0,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, in their dtypes.
@@ -183,7 +228,7 @@ def backward(
     )  # fmt: skip
     n_q = q.shape[2] // blocks.q
     is_held = 4 * group * q.shape[2] * dim <= tuning.dq_vmem
-    at = _Index(kv_heads, kv_heads, plan.pairs.shape[0])
+    at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0])
 
     def head(n, g):
         return n // kv_heads, n % kv_heads * group + g
@@ -201,9 +246,7 @@ def backward(
     q_row, kv_row = (None, None) if q_ids is None else at.ids(blocks)
     parts = (dim, blocks.q)  # of dq, transposed
     dq, dk, dv, *_ = pl.pallas_call(
-        functools.partial(
-            _backward_kernel, at=at, blocks=blocks, window=window, group=group
-        ),
+        functools.partial(body.backward, at=at, blocks=blocks, window=window, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch * kv_heads, plan.count, group),
@@ -214,8 +257,8 @@ def backward(
                 pltpu.VMEM((blocks.kv, dim), F32),
                 pltpu.VMEM((blocks.kv, dim), F32),
                 None if q_ids is None else pltpu.VMEM((blocks.kv, LANES), jnp.int32),
-                _Copy.scratch((blocks.q, dim), dtype),
-                None if is_held else _Copy.scratch(parts, F32),
+                body.Copy.scratch((blocks.q, dim), dtype),
+                None if is_held else body.Copy.scratch(parts, F32),
             ],
         ),
         out_shape=[
@@ -230,227 +273,15 @@ def backward(
         interpret=interpret,
         name="attention_backward",
     )(plan.pairs, q, k, v, d_out, lse, delta, _lanes(q_ids), _lanes(kv_ids))
+    if not (isinstance(offset, int) and offset == 0):
+        dq = _where_met(plan.of_q, blocks.q, dq, 0)
+        dk, dv = (_where_met(plan.of_kv, blocks.kv, x, 0) for x in (dk, dv))
     return dq[:, :, :seq], dk[:, :, :kv_seq], dv[:, :, :kv_seq]
 
 
-def _backward_kernel(
-    pairs, q, k, v, d_out, lse, delta, q_ids, kv_ids,
-    dq, dk, dv, spilled,
-    dq_sum, dk_sum, dv_sum, ids, ready, spill,
-    *, at, blocks, window, group,
-):  # fmt: skip
-    n, t, g = (pl.program_id(i) for i in range(3))
-    pair = at.pair(n, t, pairs)
-    block = schedule.q_block(pair)
-    where = (at.batch(n), at.kv_head_of(n) * group + g)
-    slot = 0 if spill else g * (dq_sum.shape[0] // group) + block
-    is_live = schedule.kind(pair) != schedule.SKIP
-    opens, closes = pair & schedule.OPENS != 0, pair & schedule.CLOSES != 0
-    to_dq = dq.at[*where, pl.ds(block * blocks.q, blocks.q)]
-
-    @pl.when((t == 0) & (g == 0))
-    def _():
-        ready.reset()
-        if spill:
-            spill.reset()
-
-    @pl.when((pair & schedule.FIRST != 0) & (g == 0))
-    def _():
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
-        if ids is not None:
-            ids[...] = _column(kv_ids[...])
-
-    @pl.when(is_live if spill else opens)
-    def _():
-        dq_sum[slot] = jnp.zeros(dq_sum.shape[1:], F32)
-
-    def attend(tile: Tile, distance: int | None, by_document: bool):
-        keys, rows = slice(*tile.keys), slice(*tile.queries)
-        scores = _product(k[keys, :], q[rows, :], 1, 1)  # transposed, all of them: [keys, rows]
-        if by_document:
-            same = _wide(ids[keys, :], scores.shape[1]) == q_ids[:, rows]
-            scores = jnp.where(same, scores, HIDDEN)
-        scores = _hide(scores, tile, distance, window, 1)
-        weights = jnp.exp2(scores - lse[:, rows])
-        dv_sum[keys, :] += _product(weights.astype(q.dtype), d_out[rows, :], 1, 0)
-        d_weights = _product(v[keys, :], d_out[rows, :], 1, 1)
-        d_scores = (weights * (d_weights - delta[:, rows])).astype(q.dtype)
-        dk_sum[keys, :] += _product(d_scores, q[rows, :], 1, 0)
-        dq_sum[slot, :, rows] += _product(k[keys, :], d_scores, 0, 0)
-
-    def fetch():  # late enough for the copy of the step before to be through, mostly
-        spill.wait(spilled.at[*where, block])
-
-        @pl.when(~opens)
-        def _():
-            spill.read(spilled.at[*where, block])
-
-    _for_each_kind(pair, blocks, window, ids is not None, attend, fetch if spill else None)
-
-    if spill:
-
-        @pl.when(is_live & opens)
-        def _():
-            spill.buffer[...] = dq_sum[0]
-
-        @pl.when(is_live & ~opens)
-        def _():
-            spill.wait(spilled.at[*where, block])
-            spill.buffer[...] += dq_sum[0]
-
-        @pl.when(is_live & ~closes)
-        def _():
-            spill.write(spilled.at[*where, block])
-
-    @pl.when(closes)
-    def _():
-        ready.wait(to_dq)
-        whole = spill.buffer[...] if spill else dq_sum[slot]
-        ready.buffer[...] = (whole * q.shape[1] ** -0.5).T.astype(dq.dtype)
-        ready.write(to_dq)
-
-    @pl.when((pair & schedule.LAST != 0) & (g == group - 1))
-    def _():
-        dk[...] = (dk_sum[...] * (1 / LOG2E)).astype(dk.dtype)  # q has the scale and log2(e) in it
-        dv[...] = dv_sum[...].astype(dv.dtype)
-
-    @pl.when((t == pl.num_programs(1) - 1) & (g == group - 1))
-    def _():
-        ready.wait(to_dq)
-        if spill:
-            spill.wait(spilled.at[*where, block])
-
-
-class _Copy(NamedTuple):
-    """A buffer in VMEM, and at most one copy under way between it and HBM."""
-
-    buffer: Any
-    semaphore: Any
-    is_moving: Any
-
-    @staticmethod
-    def scratch(shape: tuple[int, ...], dtype: Any) -> "_Copy":
-        """What the kernel asks for to have one."""
-        return _Copy(pltpu.VMEM(shape, dtype), pltpu.SemaphoreType.DMA, pltpu.SMEM((1,), jnp.int32))
-
-    def reset(self):
-        """At the start of a kernel: nothing moves."""
-        self.is_moving[0] = 0
-
-    def read(self, there: Any):
-        """Start to fill the buffer."""
-        pltpu.make_async_copy(there, self.buffer, self.semaphore).start()
-        self.is_moving[0] = 1
-
-    def write(self, there: Any):
-        """Start to copy the buffer out."""
-        pltpu.make_async_copy(self.buffer, there, self.semaphore).start()
-        self.is_moving[0] = 1
-
-    def wait(self, there: Any):
-        """Until nothing moves any more; `there` says how much it was."""
-
-        @pl.when(self.is_moving[0] != 0)
-        def _():
-            pltpu.make_async_copy(self.buffer, there, self.semaphore).wait()
-            self.is_moving[0] = 0
-
-
-class _Index(NamedTuple):
-    """Block indices from a step `(n, t)` of the grid: n counts batch and heads, t the pairs."""
-
-    heads: int
-    kv_heads: int
-    n_lists: int
-
-    def batch(self, n: Any) -> Any:
-        return jax.lax.div(n, self.heads)
-
-    def head(self, n: Any) -> tuple[Any, Any]:
-        return self.batch(n), jax.lax.rem(n, self.heads)
-
-    def kv_head_of(self, n: Any) -> Any:
-        return jax.lax.div(jax.lax.rem(n, self.heads), self.heads // self.kv_heads)
-
-    def kv_head(self, n: Any) -> tuple[Any, Any]:
-        return self.batch(n), self.kv_head_of(n)
-
-    def pair(self, n: Any, t: Any, pairs: Any) -> Any:
-        return pairs[0 if self.n_lists == 1 else self.batch(n), t]
-
-    def q(self, n: Any, t: Any, pairs: Any) -> Any:
-        return schedule.q_block(self.pair(n, t, pairs))
-
-    def kv(self, n: Any, t: Any, pairs: Any) -> Any:
-        return schedule.kv_block(self.pair(n, t, pairs))
-
-    def ids(self, blocks: Blocks) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-        """Of document ids, `[batch, 1, seq]`, by queries and by keys."""
-        return (
-            pl.BlockSpec((None, 1, blocks.q), lambda n, t, *r: (self.batch(n), 0, self.q(n, t, r[-1]))),
-            pl.BlockSpec((None, 1, blocks.kv), lambda n, t, *r: (self.batch(n), 0, self.kv(n, t, r[-1]))),
-        )
-
-
-def _for_each_kind(pair, blocks, window, has_documents, attend, after_first=None):
-    """Branches, one for each kind of pair, each with its outline written out."""
-    kinds: list[tuple[int | None, bool]] = [(None, False)]
-    kinds += [(None, True)] * has_documents
-    kinds += [(distance, has_documents) for distance in schedule.borders(blocks, window)]
-
-    def visit(distance: int | None, by_document: bool):
-        for i, tile in enumerate(schedule.tiles(blocks, window, distance)):
-            attend(tile, distance, by_document)
-            if i == 0 and after_first is not None:
-                after_first()
-
-    for number, (distance, by_document) in enumerate(kinds, schedule.FULL):
-        is_this = schedule.kind(pair) == number
-        pl.when(is_this)(functools.partial(visit, distance, by_document))
-
-
-def _hide(scores: jax.Array, tile: Tile, distance: int | None, window: int | None, axis: int):
-    """Scores of a tile without those behind a border; queries run along `axis`."""
-    if distance is None:
-        return scores
-    (first, last), clear, keys = tile.queries, tile.clear, tile.keys
-    pieces = []
-    for start, stop in ((first, clear[0]), clear, (clear[1], last)):
-        if start == stop:
-            continue
-        piece = jax.lax.slice_in_dim(scores, start - first, stop - first, axis=axis)
-        if (start, stop) != clear:
-            ahead = distance + start - keys[0]
-            ahead += jax.lax.broadcasted_iota(jnp.int32, piece.shape, axis)
-            ahead -= jax.lax.broadcasted_iota(jnp.int32, piece.shape, 1 - axis)
-            seen = ahead >= 0
-            if window is not None:
-                # Where one border alone crosses, the comparison with the other one is dead code.
-                nearest, farthest = distance + start - keys[1] + 1, distance + stop - 1 - keys[0]
-                if farthest >= window:
-                    seen = ahead < window if nearest >= 0 else seen & (ahead < window)
-            piece = jnp.where(seen, piece, HIDDEN)
-        pieces.append(piece)
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis)
-
-
-def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Contract one axis of each, in fp32."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=exact, preferred_element_type=F32)
-
-
-def _wide(x: jax.Array, width: int) -> jax.Array:
-    """`[rows, LANES]` of equal columns with another number of columns."""
-    copies = -(-width // LANES)
-    return (x if copies == 1 else jnp.tile(x, (1, copies)))[:, :width]
-
-
-def _column(row: jax.Array) -> jax.Array:
-    """[1, n] -> [n, LANES], in every column the same."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+def _where_met(met: Any, block: int, x: jax.Array, otherwise: float) -> jax.Array:
+    """Arrays `[batch, heads, seq, …]` with a number in the blocks that no pair had."""
+    return jnp.where(jnp.repeat(met, block, axis=1)[:, None, :, None], x, otherwise)
 
 
 def _scaled(q: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Which blocks of queries meet which blocks of keys, in which order, and which parts of them.
 
-A kernel over blocks visits a flat list of pairs (block of queries, block of keys) that holds nothing
-but pairs with something to see. The list is data: made in NumPy where lengths and window say
+A kernel over blocks visits a flat list of pairs (block of queries, block of keys) that holds only
+pairs with something to see. The list is data: made in NumPy where lengths and window say
 everything, on the device where documents or a traced offset have a say, and then shorter where they
 hide more. What a pair looks like inside depends only on the distance of its first query from its
 first key, of which few are special: those where the diagonal or the edge of the window crosses the
@@ -27,7 +27,7 @@ MAX_BLOCKS, MAX_KINDS = 1 << (_Q - _KV), 1 << (_KV - _KIND)
 
 
 class Blocks(NamedTuple):
-    """Positions in a block of queries and of keys; and in a chunk of keys, inside and at borders."""
+    """Positions in a block of queries, of keys, and in a chunk of keys, inside and at borders."""
 
     q: int
     kv: int
@@ -59,10 +59,15 @@ class Tile(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The list of pairs, `[1 or batch, n]` int32, and how many of them are to be visited."""
+    """The pairs `[1 or batch, n]` int32, how many to visit, and which blocks are in any of them.
+
+    `of_q [1 or batch, blocks of queries]` and `of_kv` are bool; a kernel writes no others.
+    """
 
     pairs: Any
     count: Any
+    of_q: Any
+    of_kv: Any
 
 
 def q_block(pair: Any) -> Any:
@@ -158,11 +163,13 @@ def make(
     in_row, between = (across, along) if by == "q" else (along, across)
     flags = in_row[0] * FIRST + in_row[1] * LAST + between[0] * OPENS + between[1] * CLOSES
     pairs = (q << _Q) + (kv << _KV) + (kinds << _KIND) + flags
+    met = live.any(2), live.any(1)
     order = (0, 1, 2) if by == "q" else (0, 2, 1)
     pairs, live = (x.transpose(order).reshape(x.shape[0], -1) for x in (pairs, live))
     if is_static:
-        return Schedule(pairs[live][None].astype(np.int32), int(live.sum()))
-    return _compact(pairs.astype(jnp.int32), live, _reachable(n_q, n_kv, blocks, window, offset))
+        return Schedule(pairs[live][None].astype(np.int32), int(live.sum()), *met)
+    reachable = _reachable(n_q, n_kv, blocks, window, offset)
+    return Schedule(*_compact(pairs.astype(jnp.int32), live, reachable), *met)
 
 
 def _kinds(xp, n_q, n_kv, blocks, window, offset, has_documents):
@@ -196,7 +203,7 @@ def _reachable(n_q, n_kv, blocks, window, offset) -> int:
     return int((_kinds(np, n_q, n_kv, blocks, window, offset, False) != SKIP).sum())
 
 
-def _compact(pairs: jax.Array, live: jax.Array, reachable: int) -> Schedule:
+def _compact(pairs: jax.Array, live: jax.Array, reachable: int) -> tuple[Any, Any]:
     """Live pairs first, in order; rows that have fewer of them repeat their last one as SKIP."""
     n = pairs.shape[1]
     order = jnp.sort(jnp.where(live, jnp.arange(n)[None], n), axis=1)[:, :reachable]
@@ -206,7 +213,7 @@ def _compact(pairs: jax.Array, live: jax.Array, reachable: int) -> Schedule:
     fields = ~jnp.int32((MAX_KINDS - 1) << _KIND | FIRST | LAST | OPENS | CLOSES)
     found = jnp.take_along_axis(pairs, index, 1)
     is_live = jnp.arange(reachable)[None] < count[:, None]
-    return Schedule(jnp.where(is_live, found, found & fields), count.max().astype(jnp.int32))
+    return jnp.where(is_live, found, found & fields), count.max().astype(jnp.int32)
 
 
 def _last(live: Any, axis: int) -> Any:
