@@ -43,7 +43,8 @@ def attention(
         _check_pallas(_platform(), q.shape, k.shape)
         from olmo_jax.kernels import pallas_tpu
 
-        return pallas_tpu.attention(q, k, v, segment_ids, window, pallas_tpu.tuning())
+        tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
+        return pallas_tpu.attention(q, k, v, segment_ids, window, tuning)
     raise NotImplementedError(
         f"attention impl={impl!r}: there are auto, pallas, blocked and reference"
     )

@@ -22,10 +22,13 @@ def forward(pairs, q, k, v, q_ids, kv_ids, out, lse, acc, top, total, ids, *, at
     """A step of the forward kernel: a block of queries meets a block of its keys."""
     pair = at.pair(pl.program_id(0), pl.program_id(1), pairs)
 
-    @pl.when(pair & schedule.FIRST != 0)
-    def _():
+    @pl.when(pl.program_id(1) == 0)
+    def _():  # any number that is one: what is left of the row before fades to 0
         acc[...] = jnp.zeros_like(acc)
         total[...] = jnp.zeros_like(total)
+
+    @pl.when(pair & schedule.FIRST != 0)
+    def _():
         top[...] = jnp.full_like(top, HIDDEN)
         if ids is not None:
             ids[...] = _column(q_ids[...])

@@ -14,7 +14,7 @@ from olmo_jax.kernels.schedule import Blocks
 from olmo_jax.sharding import make_mesh, spec
 from olmo_jax.validate import validate
 
-SMALL = Tuning(Blocks(256, 256, 128, 128), Blocks(256, 256, 128, 128))
+SMALL = Tuning(Blocks(256, 256, 256, 128), Blocks(256, 256, 256, 128))
 UNEQUAL = Tuning(Blocks(128, 256, 128, 128), Blocks(256, 128, 128, 128))
 
 

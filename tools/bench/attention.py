@@ -5,18 +5,20 @@ Run:   python tools/bench/attention.py [--chips=v5e,v5p,v6e] [--masks=causal,win
          [--forward=1024,1024,512,256] [--backward=…] [--splash=1024,1024,512]
 Needs: jax[tpu]; for the side `tokamax` that package, where PYTHONPATH finds it.
 
-Each kernel is compiled for one chip, and the compiler writes down its final bundles of instructions:
-one bundle is a cycle. The bundles of each branch of a kernel's step are counted and multiplied by
-how often the branch is taken: once per pair of blocks of its kind, at the ends of rows, or always.
-That is an estimate: it knows neither waiting for memory nor what XLA does before and after the
-kernel (for splash: adding up the parts of dq), and has not been compared with a TPU. Blocks of
-splash are what MaxText takes. Head dimension 128, bf16, batch 1, heads shared by a chip's cores.
+Each kernel is compiled for one chip, and the compiler writes down its final bundles of
+instructions: one bundle is a cycle. The bundles of each branch of a kernel's step are counted and
+multiplied by how often a head takes it: once per pair of blocks of its kind, at the ends of rows,
+or always. That is an estimate: it knows neither waiting for memory nor what XLA does before and
+after the kernel (for splash: adding up the parts of dq), and has not been compared with a TPU.
+Blocks of splash are what fits its VMEM; head dimension 128, bf16, batch 1, a chip's cores share
+the heads.
 """
 
 import argparse
 import glob
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -25,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-# Topology, chips per host, cycles per ns, cores that share the heads, bf16 TFLOP/s.
+# Topology, chips per host, cycles per ns, cores that share the heads, bf16 TFLOP/s, name.
 CHIPS = {
-    "v5e": ("v5e:1x1", (1, 1, 1), 1.5, 1, 197),
-    "v5p": ("v5p:2x2x1", None, 1.75, 2, 459),
-    "v6e": ("v6e:1x1", (1, 1, 1), 1.75, 1, 918),
+    "v5e": ("v5e:1x1", (1, 1, 1), 1.5, 1, 197, "TPU v5 lite"),
+    "v5p": ("v5p:2x2x1", None, 1.75, 2, 459, "TPU v5"),
+    "v6e": ("v6e:1x1", (1, 1, 1), 1.75, 1, 918, "TPU v6 lite"),
 }
 WINDOW, DIM = 4096, 128
 KERNELS = {  # parts of the names of their dumps
@@ -37,7 +39,7 @@ KERNELS = {  # parts of the names of their dumps
     "splash": ("splash_mha_fwd", "splash_mha_dkv"),
     "tokamax": ("splash_mha_fwd", "splash_mha_dkv"),
 }
-SMALL = 64  # branches of fewer bundles are counted as always taken
+SMALL = 48  # branches of fewer bundles are counted as always taken
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -90,20 +92,28 @@ def our_kernels(args: argparse.Namespace, window: int | None) -> Any:
 
     from olmo_jax.kernels import pallas_tpu
 
+    tuning = our_tuning(args, args.masks == "documents")
+
     def run(q, k, v, ids):
         q, k, v = (jnp.swapaxes(x, 0, 1)[None] for x in (q, k, v))
-        out = pallas_tpu.attention(q, k, v, ids, window, our_tuning(args, window))
+        out = pallas_tpu.attention(q, k, v, ids, window, tuning)
         return jnp.swapaxes(out[0], 0, 1)
 
     return run
 
 
-def our_tuning(args: argparse.Namespace, window: int | None) -> Any:
-    """As the kernel chooses it for this chip, but for sizes that were asked for."""
+def our_tuning(args: argparse.Namespace, has_documents: bool) -> Any:
+    """As the kernel chooses it, but for sizes that were asked for."""
+    import jax
+
     from olmo_jax.kernels import pallas_tpu
     from olmo_jax.kernels.schedule import Blocks
 
-    tuning = pallas_tpu.TUNED.get(args.kind, pallas_tpu.Tuning())
+    # Of the chip in question only the name matters here.
+    chip = jax.sharding.AbstractDevice(CHIPS[args.chips][5], 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh):
+        tuning = pallas_tpu.tuning(DIM, "bfloat16", has_documents)
     asked = {way: Blocks(*sizes(x)) for way in ("forward", "backward") if (x := getattr(args, way))}
     return tuning._replace(**asked)
 
@@ -122,7 +132,9 @@ def their_kernels(args: argparse.Namespace, window: int | None) -> Any:
             splash_attention_mask as mask,
         )
 
-        one = mask.CausalMask(shape) if window is None else mask.LocalMask(shape, (window - 1, 0), 0)
+        one = (
+            mask.CausalMask(shape) if window is None else mask.LocalMask(shape, (window - 1, 0), 0)
+        )
         run = kernel.make_splash_mha_single_device(one, config=kernel.SplashConfig(**blocks))
     else:
         from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -132,7 +144,9 @@ def their_kernels(args: argparse.Namespace, window: int | None) -> Any:
             splash_attention_mask as mask,
         )
 
-        one = mask.CausalMask(shape) if window is None else mask.LocalMask(shape, (window - 1, 0), 0)
+        one = (
+            mask.CausalMask(shape) if window is None else mask.LocalMask(shape, (window - 1, 0), 0)
+        )
         run = kernel.make_splash_mha_single_device(
             mask.MultiHeadMask([one] * args.heads), block_sizes=kernel.BlockSizes(**blocks)
         )
@@ -148,7 +162,7 @@ def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
     """What a step of a kernel's grid does: (bundles, whether it has products) of each branch, in
     order, and the bundles that are always passed."""
     products, jumps = [], []
-    for line in open(path):
+    for line in pathlib.Path(path).read_text().splitlines():
         if not (found := re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)):
             continue
         here = int(found[1], 16)
@@ -185,46 +199,55 @@ def visible_pairs(args: argparse.Namespace, mask: str) -> int:
     return int((query - first + 1).sum())
 
 
-def counts(args: argparse.Namespace, side: str, mask: str, way: str) -> tuple[list[int], int, int]:
-    """How often each branch with products is taken, how many steps there are, and how many rows."""
+def counts(args: argparse.Namespace, side: str, mask: str, way: str) -> tuple[list[int], int]:
+    """How often each branch is taken by a head, and how many steps there are."""
     window = WINDOW if mask == "window" else None
     if side == "ours":
-        import jax
-
-        from olmo_jax.kernels import schedule
-
-        blocks = getattr(our_tuning(args, window), way).fit(args.seq, args.seq)
-        ids = document_ids(args.seq, args.documents) if mask == "documents" else None
-        by = "q" if way == "forward" else "kv"
-        with jax.default_device(jax.devices("cpu")[0]):
-            plan = schedule.make(
-                args.seq, args.seq, blocks, by=by, window=window, q_ids=ids, kv_ids=ids
-            )
-            kinds = np.asarray(schedule.kind(plan.pairs[0, : int(plan.count)]))
-        n_kinds = 1 + (ids is not None) + len(schedule.borders(blocks, window))
-        seen = [int((kinds == schedule.FULL + i).sum()) for i in range(n_kinds)]
-        return seen, len(kinds), args.seq // min(blocks.q, blocks.kv)
+        return our_counts(args, window, mask == "documents", way)
     q, kv, _ = sizes(args.splash)
     distance = np.arange(0, args.seq, q)[:, None] - np.arange(0, args.seq, kv)[None]
     low, high, limit = distance - kv + 1, distance + q - 1, window or args.seq
     live, full = (high >= 0) & (low < limit), (low >= 0) & (high < limit)
+    rows = args.seq // (q if way == "forward" else kv)
     if side == "tokamax":
-        return [int(full.sum()), int((live & ~full).sum())], int(live.sum()), args.seq // q
-    width = live.sum(1 if way == "forward" else 0).max()  # steps of each row, whether live or not
-    return [int(live.sum())], int(width * args.seq // q), args.seq // q
+        bodies, steps = [int(full.sum()), int((live & ~full).sum())], int(live.sum())
+    else:  # as many steps in each row, whether anything is visible or not, and a mask for each
+        bodies, steps = [int(live.sum())], int(live.sum(1).max() * rows)
+    return [rows, *bodies, rows], steps
+
+
+def our_counts(
+    args: argparse.Namespace, window: int | None, has_documents: bool, way: str
+) -> tuple[list[int], int]:
+    from olmo_jax.kernels import schedule
+
+    blocks = getattr(our_tuning(args, has_documents), way).fit(args.seq, args.seq)
+    ids = document_ids(args.seq, args.documents) if has_documents else None
+    plan = schedule.make(
+        args.seq, args.seq, blocks, by="q" if way == "forward" else "kv",
+        window=window, q_ids=ids, kv_ids=ids,
+    )  # fmt: skip
+    kinds = np.asarray(schedule.kind(plan.pairs[0, : int(plan.count)]))
+    n_kinds = 1 + has_documents + len(schedule.borders(blocks, window))
+    bodies = [int((kinds == schedule.FULL + i).sum()) for i in range(n_kinds)]
+    of_q, of_kv = args.seq // blocks.q, args.seq // blocks.kv
+    ends = ([1, of_q], [of_q]) if way == "forward" else ([of_kv, of_q], [of_q, of_kv])
+    return [*ends[0], *bodies, *ends[1]], len(kinds)
 
 
 def milliseconds(args: argparse.Namespace, side: str, mask: str, way: str, path: str) -> float:
     taken, always = branches(path)
-    times, steps, rows = counts(args, side, mask, way)
-    bodies = [n for n, has_products in taken if has_products]
-    if len(bodies) != len(times):
-        raise SystemExit(f"{path}: {len(bodies)} branches with products, {len(times)} expected")
-    ends = sum(n for n, has_products in taken if not has_products)
+    times, steps = counts(args, side, mask, way)
     if args.verbose:
-        print(f"  {side} {way}: {bodies} x {times}, {always} x {steps}, {ends} x {rows}")
-    cycles = sum(n * t for n, t in zip(bodies, times, strict=True)) + always * steps + ends * rows
-    _, _, rate, cores, _ = CHIPS[args.chips]
+        print(f"  {side} {way}: branches of {taken} bundles x {times}, {always} x {steps}")
+    if side != "ours":  # of the branches at the ends of a row it is enough to know their sum
+        first, last = (next(i for i, b in enumerate(x) if b[1]) for x in (taken, taken[::-1]))
+        before, after = (sum(n for n, _ in x) for x in (taken[:first], taken[len(taken) - last :]))
+        taken = [(before, False), *taken[first : len(taken) - last], (after, False)]
+    if len(taken) != len(times):
+        raise SystemExit(f"{path}: {len(taken)} branches, {len(times)} expected")
+    cycles = sum(n * t for (n, _), t in zip(taken, times, strict=True)) + always * steps
+    _, _, rate, cores, *_ = CHIPS[args.chips]
     return cycles * args.heads / cores / rate / 1e6
 
 
@@ -233,7 +256,6 @@ def measure(args: argparse.Namespace, chip: str, mask: str, side: str) -> list[f
     import jax  # noqa: F401  (its absence is an error of this process, not of a child)
 
     args = argparse.Namespace(**vars(args) | dict(chips=chip, masks=mask, sides=side))
-    args.kind = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}[chip]
     with tempfile.TemporaryDirectory() as folder:
         flags = (
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
