@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from olmo_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 from olmo_jax.kernels import blocked, pallas_tpu, reference
@@ -139,7 +139,8 @@ def tpu_mesh(**axes):
     """A mesh of chips that are not here: enough to trace for them."""
     shape = dict(data=1, fsdp=1, expert=1, context=1, tensor=1) | axes
     chip = AbstractDevice("TPU v5 lite", 1, "tpu")
-    return AbstractMesh(tuple(shape.values()), tuple(shape), abstract_device=chip)
+    types = (AxisType.Auto,) * len(shape)
+    return AbstractMesh(tuple(shape.values()), tuple(shape), types, abstract_device=chip)
 
 
 def test_auto_takes_kernels_on_tpu_blocks_elsewhere_and_neither_where_context_is_split():
@@ -223,7 +224,7 @@ def test_with_a_split_context_keys_keep_their_own_documents():
 def test_parts_of_the_keys_with_their_distance_add_up_to_the_whole():
     """What a ring does: each device meets the keys of all, and only the logsumexp is shared."""
     part, n = 256, 3
-    q, k, v, d_out = (jnp.swapaxes(x, 1, 2) for x in inputs(part * n))
+    q, k, v, d_out = (jnp.swapaxes(x, 1, 2) for x in inputs(part * n, heads=2, kv_heads=1))
     ids = documents("three", part * n)
     window, run = 300, dict(tuning=SMALL, interpret=True)
     whole, whole_lse = pallas_tpu.forward(q, k, v, ids, ids, window=window, **run)
