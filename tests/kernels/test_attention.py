@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from olmo_jax.config import Config, ConfigError, MeshConfig, ModelConfig
@@ -18,11 +19,11 @@ SMALL = Tuning(Blocks(256, 256, 256, 128), Blocks(256, 256, 256, 128))
 UNEQUAL = Tuning(Blocks(128, 256, 128, 128), Blocks(256, 128, 128, 128))
 
 
-def interpreted(tuning):
+def interpreted(tuning, interpret=True):
     """The TPU kernels on a CPU."""
 
     def run(q, k, v, *, window=None, segment_ids=None):
-        return pallas_tpu.attention(q, k, v, segment_ids, window, tuning, True)
+        return pallas_tpu.attention(q, k, v, segment_ids, window, tuning, interpret)
 
     return run
 
@@ -32,6 +33,11 @@ IMPLS = {
     "pallas": interpreted(SMALL),
     "pallas, unequal blocks": interpreted(UNEQUAL),
     "pallas, dq in HBM": interpreted(SMALL._replace(dq_vmem=0)),
+    # Copies happen when they are waited for, and memory starts as NaN: a missing wait is seen.
+    "pallas, late copies": interpreted(
+        SMALL._replace(dq_vmem=0),
+        pltpu.InterpretParams(dma_execution_mode="on_wait", uninitialized_memory="nan"),
+    ),
 }
 
 
@@ -84,7 +90,8 @@ CASES = [
         (impl, *case)
         for impl in ("pallas, unequal blocks", "pallas, dq in HBM")
         for case in CASES[-2:]
-    ],
+    ]
+    + [("pallas, late copies", *CASES[-2])],
 )
 def test_every_implementation_equals_the_reference(impl, seq, heads, window, packed):
     arrays = inputs(seq, *heads, dim=16 if heads[0] < 40 else 8)
