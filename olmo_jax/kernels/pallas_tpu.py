@@ -51,7 +51,7 @@ def tuning(head_dim: int, dtype: Any, has_documents: bool) -> Tuning:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     is_small = device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-    is_wide = head_dim * jnp.dtype(dtype).itemsize > 256
+    is_wide = head_dim > 128 or jnp.dtype(dtype).itemsize > 2
     blocks = MEDIUM if is_small or is_wide or has_documents else LARGE
     return Tuning(blocks, blocks)
 
