@@ -98,7 +98,7 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; float32 on a CPU always
     grad_dtype: Literal["float32", "bfloat16"] = "float32"  # weight gradients and their reduction
     remat: Literal["none", "attention", "qkv", "qkv_mlp", "full", "offload"] = "full"
-    attention: Literal["auto", "blocked", "reference"] = "auto"
+    attention: Literal["auto", "pallas", "blocked", "reference"] = "auto"
     loss_chunk: int | None = 1024  # tokens whose logits are held at once; None: all
     accumulate: int = 1  # micro-batches per step
     # Rows that the experts of a device can take over mesh.expert, in terms of the balanced load;

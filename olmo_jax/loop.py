@@ -56,7 +56,8 @@ def train(config: Config) -> int:
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
         if config.compute.attention == "auto":
-            say(f"attention: {attention.choose(mesh.shape['context'])}")
+            platform = mesh.devices.flat[0].platform
+            say(f"attention: {attention.choose(platform, mesh.shape['context'])}")
 
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)

@@ -63,6 +63,9 @@ class Attention(nn.Module):
             for y, name in ((q, "q"), (key, "k"), (value, "v"))
         )
 
+        if self.is_initializing():  # one token, which no mesh can split
+            return x
+
         def core(name: str, q: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             q = constrain(rope.rotate(q, tables[name]), ("batch", "seq", "heads", None))
             # Under context parallelism every query shard needs all keys: gathered here.
