@@ -1,9 +1,10 @@
-"""Ai2's own packages as judges: in folders beside the test environment, run as other programs.
+"""Packages in folders beside the test environment: Ai2's own as judges, and the TPU compiler.
 
 They are installed without their dependencies, for those would be another torch: torch and what
 comes with it are the test environment's, the rest is in `ai2.txt`.
 """
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -32,6 +33,16 @@ def install(name: str, cache: pathlib.Path) -> list[pathlib.Path]:
     The test is skipped, with pip's reason, where pip cannot install them.
     """
     return [_folder(name, PACKAGES[name], cache), _folder("rest", REST, cache)]
+
+
+def libtpu(cache: pathlib.Path) -> pathlib.Path:
+    """The folder of the TPU compiler that fits this JAX; it needs no TPU, but looks for one.
+
+    In the environment itself it would do so, and complain, at every start of JAX.
+    """
+    pin = next(p for p in importlib.metadata.requires("jax") or [] if p.startswith("libtpu"))
+    version = pin.split(";")[0].strip()  # libtpu==0.0.42.*
+    return _folder(version.replace("==", "-").removesuffix(".*"), (version,), cache)
 
 
 def _folder(name: str, what: tuple[str, ...], cache: pathlib.Path) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -29,6 +30,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def ai2_packages(pytestconfig: pytest.Config) -> pathlib.Path:
     """The folder for `ai2.install`, kept between test sessions."""
     return pytestconfig.cache.mkdir("ai2")
+
+
+@pytest.fixture(autouse=True)
+def _tpu_compiler(request: pytest.FixtureRequest) -> None:
+    """Tests marked `tpu` find libtpu, and skip where pip cannot install it."""
+    if request.node.get_closest_marker("tpu"):
+        request.getfixturevalue("libtpu")
+
+
+@pytest.fixture(scope="session")
+def libtpu(pytestconfig: pytest.Config) -> None:
+    """Makes the TPU compiler importable here."""
+    import ai2
+
+    sys.path.append(str(ai2.libtpu(pytestconfig.cache.mkdir("libtpu"))))
 
 
 @pytest.fixture(scope="session")
