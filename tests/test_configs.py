@@ -14,7 +14,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 LADDER = [name for name in FILES if re.fullmatch(r"olmo3_1b|olmo[23]_(\d+m|3b)", name)]
 TINY = [name for name in FILES if name.startswith("tiny_")]
-OFFICIAL = [name for name in FILES if name not in {*LADDER, *TINY, "quickstart"}]
+QUICK = [name for name in FILES if name.startswith("quickstart")]
+OFFICIAL = [name for name in FILES if name not in {*LADDER, *TINY, *QUICK}]
 
 T = 10**12
 B = 10**9

@@ -178,7 +178,7 @@ def test_the_load_balancing_loss_keeps_every_expert_busy(tmp_path):
     assert busiest["0.01"] < 2.0
     assert busiest["none"] > 1.5 * busiest["0.01"]
     assert idlest["0.01"] > 0.3  # times the mean load
-    assert idlest["none"] < 0.1
+    assert idlest["none"] < 0.5 * idlest["0.01"]
 
 
 @pytest.mark.slow

@@ -162,7 +162,9 @@ def _upcycle(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    if "GLIBC_TUNABLES" not in os.environ:  # small pages would cost a third of the time
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    if "GLIBC_TUNABLES" not in os.environ:
+        # Large arrays come and go: fresh memory in small pages would take half of the time.
+        keep = "hugetlb=1 mmap_max=0 trim_threshold=4000000000 arena_max=1".split()
+        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{option}" for option in keep)
         os.execv(sys.executable, sys.orig_argv)
     sys.exit(main(sys.argv[1:]))
