@@ -29,10 +29,10 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -n 2 -m 'not slow'
+	$(BIN)/pytest -n 2 -m 'not slow and not by_hand'
 
 test: $(VENV)/.ready-test
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m 'not by_hand'
 
 clean:
 	rm -rf $(VENV)

@@ -68,8 +68,12 @@ def calls(program):
     [
         pytest.param(chip, seq, window, documents, marks=[pytest.mark.slow] * is_slow)
         for chip in CHIPS
-        for seq in (8192, 65536)
-        for window, documents in ((None, False), (4096, False), (None, True), (4096, True))
+        for seq, window, documents in (
+            (8192, None, False),
+            (8192, 4096, True),
+            (65536, None, False),
+            (65536, 4096, True),
+        )
         for is_slow in [(chip, seq, window, documents) != ("v5e", 8192, None, False)]
     ],
 )
