@@ -31,6 +31,7 @@ FORMATS = (
 )
 # Tables that old versions of transformers saved; they follow from the config.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -97,7 +98,10 @@ class Store:
         """
         self.where = folder.name.rstrip("/")
         found = _tensors(folder)
-        self.tensors = {key: t for key, t in found.items() if not DERIVED.fullmatch(key)}
+        self.tensors: dict[str, Tensor] = {}
+        for key, tensor in found.items():
+            if not DERIVED.fullmatch(key):
+                self.tensors |= _one_by_one(key, tensor)
         self.shapes = {key: (t.shape, t.dtype) for key, t in self.tensors.items()}
         if is_tied and HEAD in self.tensors:  # either table may be the one
             if EMBED in self.tensors and not is_same(self, EMBED, HEAD):
@@ -110,6 +114,28 @@ class Store:
     def read(self, key: str, index: Index) -> np.ndarray:
         """A part of a tensor, without a copy where the file is on this machine."""
         return self.tensors[key].load(index[0])[(slice(None), *index[1:])]
+
+
+def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor of all experts, as transformers 5 has them in memory, as one for each of them."""
+    match = FUSED.fullmatch(key)
+    if match is None or len(tensor.shape) != 3:
+        return {key: tensor}
+    prefix, name = match.groups()
+    n_experts, n_rows, width = tensor.shape
+    parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+    size = n_rows // len(parts)
+
+    def load(expert: int, first: int, rows: slice) -> np.ndarray:
+        return tensor.load(slice(expert, expert + 1))[0][first : first + size][rows]
+
+    return {
+        f"{prefix}.{e}.{part}.weight": Tensor(
+            tensor.file, tensor.dtype, (size, width), functools.partial(load, e, i * size)
+        )
+        for e in range(n_experts)
+        for i, part in enumerate(parts)
+    }
 
 
 def _json(folder: Folder, file: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 import web
 from hf import FAMILIES, random_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import olmo_jax
 from olmo_jax import sharding, storage
@@ -98,6 +98,23 @@ def test_bf16_is_bitwise_equal_after_the_way_back(tmp_path, name):
     assert tensors(back) == tensors(folder)
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
     assert np.array_equal(theirs(back, torch.bfloat16), theirs(folder, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["olmoe", "flex olmo"])
+def test_experts_in_one_tensor_are_those_in_many(tmp_path, name):
+    folder = save(tmp_path, name)
+    state = {key: value.numpy() for key, value in random_model(name)[0].state_dict().items()}
+    assert state["model.layers.0.mlp.experts.gate_up_proj"].shape[1] == 2 * 48
+    (tmp_path / "fused").mkdir()
+    save_file(state, tmp_path / "fused" / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path / "fused")
+    many, one = weights.open(str(folder)), weights.open(str(tmp_path / "fused"))
+    assert one.leaves == many.leaves
+    for leaf in many.leaves:
+        assert np.array_equal(one.read(leaf), many.read(leaf))
+    part = np.s_[1:2, 2:4, 3:40, 5:33]
+    leaf = "params/layers/moe/w_up"
+    assert np.array_equal(one.read(leaf, part), many.read(leaf)[part])
 
 
 @pytest.mark.parametrize("name", ["olmoe", "flex olmo"])
