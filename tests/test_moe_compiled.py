@@ -70,17 +70,14 @@ def test_weights_of_experts_are_gathered_over_fsdp_only(topology):
 
 
 # Of the full OLMoE-1B-7B: rows of 4,096 tokens on a chip, and GiB that a chip has. A compilation
-# takes minutes of a core, so that the larger slice is left to `pytest -m by_hand`.
+# takes minutes of a core, so they are left to `pytest -m by_hand`.
 SLICES = [
     ("v5e:4x8", 32, 1, 15.75, ()),
-    pytest.param(
-        "v5p:2x2x4", 16, 2, 95.7, ("mesh.expert=8", "compute.expert_buffer=2.0"),
-        marks=pytest.mark.by_hand,
-    ),
-]  # fmt: skip
+    ("v5p:2x2x4", 16, 2, 95.7, ("mesh.expert=8", "compute.expert_buffer=2.0")),
+]
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.tpu
 @pytest.mark.parametrize(("topology", "chips", "rows", "limit", "more"), SLICES, ids=str)
 def test_olmoe_fits_a_small_slice(topology, chips, rows, limit, more):
