@@ -51,18 +51,18 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
 
     out = pathlib.Path(out) if isinstance(out, str) else out
     runs = dict(zip(_names(run_dirs), map(_load, run_dirs), strict=True))
-    with_experts = {name: steps for name, steps in runs.items() if _last_load(steps) is not None}
-    n_rows = 3 if with_experts else 2
+    loads = {name: load for name, steps in runs.items() if (load := _last_load(steps)) is not None}
+    n_rows = 3 if loads else 2
     figure = Figure(figsize=(12, 3.75 * n_rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
     rows = figure.add_gridspec(n_rows, 1)
     cells = [cell for row in (0, 1) for cell in rows[row].subgridspec(1, 2)]
-    maps = list(with_experts)[:MAX_MAPS]
+    maps = list(loads)[:MAX_MAPS]
     if maps:
         first, *others = rows[2].subgridspec(1, 1 + len(maps))
         cells.append(first)
         for name, cell in zip(maps, others, strict=True):
-            _map(figure.add_subplot(cell), with_experts[name], name if len(runs) > 1 else "")
+            _map(figure.add_subplot(cell), loads[name], name if len(runs) > 1 else "")
     panels = {metric: figure.add_subplot(cell) for metric, cell in zip(TITLES, cells, strict=False)}
     for i, (name, steps) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]
@@ -129,12 +129,11 @@ def _last_load(steps: Steps) -> np.ndarray | None:
     return np.mean(loads[-N_AVERAGED:], axis=0) if loads else None
 
 
-def _map(axes: Any, steps: Steps, name: str) -> None:
+def _map(axes: Any, load: np.ndarray, name: str) -> None:
     """Layers by experts, white where an expert has the mean load."""
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
-    load: Any = _last_load(steps)
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, load.max()))
     image = axes.imshow(load, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
     bar = axes.figure.colorbar(image, ax=axes, ticks=sorted({0.0, 1.0, 2.0, round(load.max(), 1)}))

@@ -183,9 +183,9 @@ def _balance(params: Any, tokens: jax.Array, gamma: jax.Array) -> Any:
 def _router_metrics(config: Config, parts: Metrics) -> Metrics:
     """What the routers of a step did, by OLMo-core's names."""
     t, tokens = config.train, parts["routed"]  # [n_layers, n_experts]
-    imbalance = tokens.max(1) / tokens.mean(1)
-    metrics = {f"train/block {i:02}/load imbalance": imbalance[i] for i in range(len(imbalance))}
-    metrics["train/expert load"] = tokens / tokens.mean(1, keepdims=True)
+    load = tokens / tokens.mean(1, keepdims=True)
+    metrics = {f"train/block {i:02}/load imbalance": x for i, x in enumerate(load.max(1))}
+    metrics["train/expert load"] = load
     if "buffer" in parts:
         metrics["train/expert buffer"] = parts["buffer"]
     for name, key, weight in (

@@ -13,7 +13,7 @@ import sys
 
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a machine of Google's
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
 }

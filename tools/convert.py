@@ -25,12 +25,15 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    args = parser().parse_args(argv)
+    options = vars(parser().parse_args(argv))  # as the verb's function names them
     # Conversion needs the host only; an accelerator that is busy or small must not matter.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
     try:
-        return args.work(args)
+        from olmo_jax.convert import verbs  # JAX takes a second; a wrong line answers at once
+
+        done = getattr(verbs, options.pop("verb"))(**options)
+        return int(done is False)  # check: they differ
     except (ValueError, OSError, ImportError) as error:
         from olmo_jax import storage
 
@@ -49,10 +52,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    verbs = top.add_subparsers(required=True, metavar="VERB")
+    verbs = top.add_subparsers(required=True, dest="verb", metavar="VERB")
 
     to_jax = verbs.add_parser("to_jax", help="write a checkpoint of olmo_jax", allow_abbrev=False)
-    to_jax.set_defaults(work=_to_jax)
     to_jax.add_argument("src", metavar="SRC")
     to_jax.add_argument("dst", metavar="DST", help="the new checkpoint; must not exist")
     to_jax.add_argument("--optimizer", action="store_true", help="Adam's moments and step too")
@@ -65,30 +67,29 @@ def parser() -> argparse.ArgumentParser:
     to_jax.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
     to_hf = verbs.add_parser("to_hf", help="write a Hugging Face folder", allow_abbrev=False)
-    to_hf.set_defaults(work=_to_hf)
     to_hf.add_argument("src", metavar="SRC")
     to_hf.add_argument("dst", metavar="DST", help="the new folder; must not exist")
     to_hf.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: as the parameters came"
     )
-    to_hf.add_argument("--max_shard_size", type=n_bytes, default="5GB", help="of each file")
+    to_hf.add_argument(
+        "--max_shard_size", dest="max_shard_bytes", metavar="SIZE", type=n_bytes, default="5GB",
+        help="of each file",
+    )  # fmt: skip
     to_hf.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
     check = verbs.add_parser("check", help="compare two checkpoints", allow_abbrev=False)
-    check.set_defaults(work=_check)
     check.add_argument("a", metavar="A")
     check.add_argument("b", metavar="B")
     check.add_argument("--atol", type=float, default=0.0, help="largest difference that is none")
 
     average = verbs.add_parser("average", help="the mean of checkpoints", allow_abbrev=False)
-    average.set_defaults(work=_average)
     average.add_argument("sources", nargs="+", metavar="A")
-    average.add_argument("out", metavar="OUT", help="the new checkpoint; must not exist")
+    average.add_argument("dst", metavar="OUT", help="the new checkpoint; must not exist")
 
     upcycle = verbs.add_parser("upcycle", help="experts out of an MLP", allow_abbrev=False)
-    upcycle.set_defaults(work=_upcycle)
     upcycle.add_argument("src", metavar="SRC", help="a dense model")
-    upcycle.add_argument("out", metavar="OUT", help="the new checkpoint; must not exist")
+    upcycle.add_argument("dst", metavar="OUT", help="the new checkpoint; must not exist")
     upcycle.add_argument("--n_experts", type=int, required=True, help="of each layer")
     upcycle.add_argument("--n_experts_per_token", type=int, default=8, help="that a token takes")
     upcycle.add_argument("--router_std", type=float, default=0.02, help="of the routers' weights")
@@ -104,61 +105,6 @@ def n_bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MiB")
     return size
-
-
-def _to_jax(args: argparse.Namespace) -> int:
-    from olmo_jax.convert import verbs  # JAX takes a second; a wrong command line answers at once
-
-    verbs.to_jax(
-        args.src,
-        args.dst,
-        optimizer=args.optimizer,
-        dtype=args.dtype,
-        padded_vocab_size=args.padded_vocab_size,
-        revision=args.revision,
-    )
-    return 0
-
-
-def _to_hf(args: argparse.Namespace) -> int:
-    from olmo_jax.convert import verbs
-
-    verbs.to_hf(
-        args.src,
-        args.dst,
-        dtype=args.dtype,
-        max_shard_bytes=args.max_shard_size,
-        revision=args.revision,
-    )
-    return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    from olmo_jax.convert import verbs
-
-    return 0 if verbs.check(args.a, args.b, atol=args.atol) else 1
-
-
-def _average(args: argparse.Namespace) -> int:
-    from olmo_jax.convert import verbs
-
-    verbs.average(args.sources, args.out)
-    return 0
-
-
-def _upcycle(args: argparse.Namespace) -> int:
-    from olmo_jax.convert import verbs
-
-    verbs.upcycle(
-        args.src,
-        args.out,
-        n_experts=args.n_experts,
-        n_experts_per_token=args.n_experts_per_token,
-        router_std=args.router_std,
-        seed=args.seed,
-        revision=args.revision,
-    )
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from olmo_jax.convert import names
 from olmo_jax.convert.weights import Index, Leaves, Weights, whole
 
 MLP, MOE, ROUTER = "params/layers/mlp/", "params/layers/moe/", "params/layers/moe/router"
@@ -109,6 +110,10 @@ class Upcycled:
         """
         if source.model.n_experts:
             raise ValueError(f"upcycle: it has {source.model.n_experts} experts already")
+        if n_experts_per_token > n_experts:
+            raise ValueError(
+                f"upcycle: a token cannot take {n_experts_per_token} of {n_experts} experts"
+            )
         self.model = dataclasses.replace(
             source.model,
             n_experts=n_experts,
@@ -131,7 +136,7 @@ class Upcycled:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A leaf or a part of it."""
-        return np.ascontiguousarray(self.view(name, index))
+        return names.contiguous(self.view(name, index))
 
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
         """The same; all experts are one array in memory."""

@@ -47,8 +47,9 @@ def choose_experts(
       bias: [e], added to the scores for the choice alone.
     """
     k = config.n_experts_per_token
-    weights, chosen = jax.lax.top_k(scores, k)
-    if bias is not None:
+    if bias is None:
+        weights, chosen = jax.lax.top_k(scores, k)
+    else:
         _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores + bias[None]), k)
         weights = jnp.take_along_axis(scores, chosen, axis=1)
     if config.normalize_expert_weights:
