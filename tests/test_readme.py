@@ -91,7 +91,7 @@ def test_command_works(place, line, capsys):
         assert run.returncode == 0, run.stderr
     elif words[:2] == ["python", "tools/convert.py"]:
         tool = runpy.run_path(str(ROOT / rest[0]))
-        assert tool["parser"]().parse_args(rest[1:]).work
+        assert tool["parser"]().parse_args(rest[1:]).verb == rest[1]
     elif words[:2] == ["python", "tools/plot_run.py"]:
         assert subprocess.run([sys.executable, ROOT / rest[0], *rest[1:]]).returncode == 0
     elif head in ("sbatch", "gcloud") or head.startswith("tools/"):
