@@ -176,8 +176,7 @@ def compile_kernels(case: Case, run: Any = None) -> None:
       case: what to compile.
       run: `(q, k, v, segment_ids) -> out` on `[heads, seq, head_dim]`; None: ours.
     """
-    device = Slice.parse(_ONE_CHIP[case.chip]).devices()[0]
-    mesh = make_mesh(MeshConfig(), [device])
+    mesh = make_mesh(MeshConfig(), Slice.parse(_ONE_CHIP[case.chip]).devices()[:1])
     whole = jax.NamedSharding(mesh, jax.P())
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
