@@ -99,6 +99,12 @@ def axis_size(*names: str) -> int:
     return math.prod(shape.get(name, 1) for name in names)
 
 
+def platform() -> str:
+    """What is compiled for: the platform of the mesh in force, be it on this machine or not."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin the sharding of an intermediate array; does nothing without a mesh in force."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -29,7 +29,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         layer: dict[str, jax.Array],
-        tables: dict[str, rope.Table],
+        tables: rope.Table,
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`x [batch, seq, d_model]` -> the same shape, and this layer's statistics if asked for.
@@ -37,7 +37,7 @@ class Block(nn.Module):
         Args:
           x: the residual stream.
           layer: int32 `kind` (entry of `tables`) and `index` of this layer.
-          tables: RoPE tables per kind.
+          tables: of RoPE, per kind.
           segment_ids: [batch, seq], or None.
         """
         c = self.config
@@ -114,9 +114,9 @@ class Transformer(nn.Module):
         x = constrain(lookup(table, tokens, self.compute.dtype), ("batch", "seq", None))
 
         if positions is None:
-            positions = jnp.arange(tokens.shape[1])
-        kinds = sorted(set(c.layer_kinds))  # the order that `tables` has as a tree
-        tables = {kind: rope.table(c, kind, positions) for kind in kinds}
+            positions = jnp.arange(tokens.shape[1])[None]
+        kinds = rope.kinds(c)
+        tables = rope.tables(c, positions)
         layer = {
             "kind": jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32),
             "index": jnp.arange(c.n_layers, dtype=jnp.int32),

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 _BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,
     "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
@@ -239,45 +241,35 @@ def group(line: str) -> tuple[int, ...]:
     """The first group of devices of a collective, in the ways in which XLA writes groups.
 
     `{{0,1},{2,3}}`; `[groups,size]<=[shape]T(order)`: the devices in that shape, turned and cut
-    into groups; `mesh['a'=4,'b'=2] {'b'}`: along axes of a mesh. Empty for all devices.
+    into groups; `mesh['a'=4,'b'=2] {'b'}`: along axes of a mesh, whose devices may be given as
+    `device_ids=([shape]T(order))`. Empty for all devices.
     """
     found = re.search(
-        r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\] \{.*?\}|\{\{.*?\}|\{\}"
-        r"|\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?)",
+        r"(?:replica_groups|source_target_pairs)="
+        r"(?:(mesh\[[^{]*\{[^}]*\})|(\[[\d,]*\])<=(\[[\d,]*\](?:T\([\d,]*\))?)|(\{\{[^}]*\}))",
         line,
     )
-    text = found[1] if found else ""
-    numbers = [int(n) for n in re.findall(r"\d+", text)]
-    if text.startswith("mesh"):
-        axes, used = text.split("] ")
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
-        shape, wanted = [int(n) for n in sizes.values()], re.findall(r"'(\w+)'", used)
-        places = [range(n) if a in wanted else range(1) for a, n in zip(sizes, shape, strict=True)]
-        return tuple(sorted(_flat(at, shape) for at in _product(places)))
-    if text.startswith("["):
-        size, _, rest = text.partition("<=")
-        turned = re.search(r"T\(([\d,]*)\)", rest)
-        shape = [int(n) for n in rest.split("]")[0].strip("[").split(",")]
-        order = [int(n) for n in turned[1].split(",")] if turned else list(range(len(shape)))
-        per_group = int(size.strip("[]").split(",")[-1])
-        found_at = []
-        for at in _product([range(shape[i]) for i in order]):
-            where = dict(zip(order, at, strict=True))
-            found_at.append(_flat([where[i] for i in range(len(shape))], shape))
-            if len(found_at) == per_group:
-                break
-        return tuple(sorted(found_at))
-    return tuple(sorted(numbers))
+    if found is None:
+        return ()
+    mesh, cut, order, listed = found.groups()
+    if listed:
+        return tuple(sorted(map(int, re.findall(r"\d+", listed))))
+    if cut:
+        return tuple(sorted(_turned(order).reshape(-1, _integers(cut)[-1])[0].tolist()))
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    shape, used = list(map(int, sizes.values())), re.findall(r"'(\w+)'", mesh.split("{")[1])
+    given = re.search(r"device_ids=\(([^{]*)\) \{", mesh)
+    devices = _turned(given[1]) if given else np.arange(math.prod(shape))
+    along = tuple(slice(None) if axis in used else 0 for axis in sizes)
+    return tuple(sorted(devices.reshape(shape)[along].ravel().tolist()))
 
 
-def _product(ranges: list[range]) -> Iterable[tuple[int, ...]]:
-    import itertools
+def _turned(text: str) -> np.ndarray:
+    """Devices in the order that `[shape]T(axes)` says."""
+    shape, _, axes = text.partition("T")
+    devices = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return devices.transpose(_integers(axes) or None).ravel()
 
-    return itertools.product(*ranges)
 
-
-def _flat(at: Iterable[int], shape: list[int]) -> int:
-    place = 0
-    for i, n in zip(at, shape, strict=True):
-        place = place * n + i
-    return place
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
