@@ -112,6 +112,21 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def sum_gradient(x: jax.Array, axis: int) -> jax.Array:
+    """Add up, inside of `shard_map`, what each device found for a weight that all of them have.
+
+    Args:
+      x: the gradient by the tokens of this device.
+      axis: the dimension of `x` that the weight is sharded on over `fsdp`.
+
+    Returns: the part of the sum that this device keeps.
+    """
+    if axis_size("fsdp") > 1:
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    others = tuple(a for a in ("data", "expert", "context") if axis_size(a) > 1)
+    return jax.lax.psum(x, others) if others else x
+
+
 @functools.lru_cache(maxsize=8)
 def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
     """The rows of a global batch of `n_rows` that this process' devices hold, ascending.

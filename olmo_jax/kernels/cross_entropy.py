@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from olmo_jax.sharding import BATCH_AXES, axis_size, constrain, spec
+from olmo_jax.sharding import BATCH_AXES, axis_size, constrain, spec, sum_gradient
 
 Sums = dict[str, jax.Array]
 
@@ -73,9 +73,7 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
         sums = _sum(sums, *BATCH_AXES, "context")
         if not with_grads:
             return (sums,)
-        if axis_size("fsdp") > 1:
-            dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=0, tiled=True)
-        return sums, _sum(dx.reshape(x.shape), "tensor"), _sum(dw, "data", "expert", "context")
+        return sums, _sum(dx.reshape(x.shape), "tensor"), sum_gradient(dw, 0)
 
     rows = spec(("batch", "seq"))
     results = (PartitionSpec(), spec(("batch", "seq", None)), spec(("embed", "vocab")))
@@ -107,7 +105,8 @@ def _of_chunk(x, targets, weights, w, columns, vocab_size, z_loss, grad_dtype):
     if grad_dtype is None:
         return parts, None, None
     scale = weights if z_loss is None else weights * (1.0 + 2.0 * z_loss * lse)
-    d_logits = (jnp.exp(logits - lse) * scale - jnp.where(columns[None] == targets, weights, 0.0)).astype(x.dtype)
+    of_target = jnp.where(columns[None] == targets, weights, 0.0)
+    d_logits = (jnp.exp(logits - lse) * scale - of_target).astype(x.dtype)
     dw = jnp.matmul(x.T, d_logits, preferred_element_type=jnp.dtype(grad_dtype))
     return parts, d_logits @ w.T, dw
 
