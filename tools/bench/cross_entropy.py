@@ -25,9 +25,7 @@ D_MODEL, VOCAB, Z_LOSS = 4096, 100_352, 1e-5
 
 def naive(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """The loss as one writes it down."""
-    logits = jnp.einsum(
-        "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (lse - picked + Z_LOSS * lse**2))
