@@ -6,6 +6,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.nn import rope
@@ -46,6 +47,7 @@ class Block(nn.Module):
 
         y = norm(self, "attn_norm", x, c) if before else x
         y = attend(y, layer["kind"], layer["index"], tables, segment_ids)
+        y = checkpoint_name(y, "attention_projected")
         x = x + (y if before else norm(self, "attn_norm", y, c, gain))
         x = constrain(x, ("batch", "seq", None))
 
@@ -54,6 +56,7 @@ class Block(nn.Module):
             y, stats = MoE(c, self.compute, name="moe")(y, layer["index"])
         else:
             y, stats = MLP(c, self.compute, name="mlp")(y, layer["index"]), {}
+        y = checkpoint_name(y, "mlp_projected")
         x = x + (y if before else norm(self, "mlp_norm", y, c, gain))
         x = constrain(x, ("batch", "seq", None))
         if self.stats:
@@ -61,12 +64,15 @@ class Block(nn.Module):
         return x, stats
 
 
-# What the backward pass finds saved; the rest is computed again. Names are set in `nn/`.
-_QKV = ("attention_q", "attention_k", "attention_v", "attention_out")
+# What the backward pass finds saved; the rest is computed again. Names are set in `nn/` and in
+# `kernels/`. For its memory the output of the MLP saves the most work, where a norm follows it.
+_QKV = ("attention_q", "attention_k", "attention_v", "attention_out", "mlp_projected")
 _REMAT: dict[str, Any] = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
     "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
-    "qkv_mlp": jax.checkpoint_policies.save_only_these_names(*_QKV, "gate", "up"),
+    "qkv_mlp": jax.checkpoint_policies.save_only_these_names(
+        *_QKV, "attention_projected", "gate", "up"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
