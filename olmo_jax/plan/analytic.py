@@ -62,9 +62,9 @@ class Machine(Protocol):
 _AGAIN = {
     "none": (),
     "attention": ("q", "k", "v", "out", "into", "down"),
-    "qkv": ("out", "into", "down"),
-    "offload": ("out", "into", "down"),
-    "qkv_mlp": ("out", "down"),
+    "qkv": ("out", "into"),
+    "offload": ("out", "into"),
+    "qkv_mlp": (),
     "full": ("q", "k", "v", "attention", "out", "into", "down"),
 }
 
@@ -190,12 +190,15 @@ def _kept(config: Config, remat: str, tensor: int) -> float:
     rows = 2 * m.d_model * m.n_experts_per_token if m.n_experts else 0  # into experts and back
     x = item * m.d_model
     attended = x + item * q + lse / tensor
+    # An output is kept where the norm after it needs it.
+    added = x if m.norm_position == "after" else 0
+    qkv = attended + item * (q + 2 * kv) + added
     return {
         "full": x,
         "offload": x,
         "attention": attended,
-        "qkv": attended + item * (q + 2 * kv),
-        "qkv_mlp": attended + item * (q + 2 * kv) + 2 * item * ff,
+        "qkv": qkv,
+        "qkv_mlp": qkv + x + 2 * item * ff,
         "none": attended + 3 * x + item * (2 * q + 4 * kv + 2 * ff + rows),
     }[remat]
 
@@ -261,8 +264,7 @@ def _collectives(
         ("all-gather", "fsdp", layer * item, 2 * n),
         ("all-gather", "fsdp", table * item, 2),
         ("reduce-scatter", "fsdp", layer * grad, n),
-        ("reduce-scatter", "fsdp", table * grad, 1),
-        ("all-reduce", "fsdp", table * 4, 1),  # of the embedding
+        ("reduce-scatter", "fsdp", table * grad, 2),
         *(
             ("all-reduce", axis, gradients / shape["fsdp"] * grad, 1)
             for axis in ("data", "context")

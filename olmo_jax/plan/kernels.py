@@ -30,7 +30,7 @@ from olmo_jax.plan.chips import CHIPS, ENVIRONMENT, Slice
 from olmo_jax.sharding import make_mesh
 
 NAMES = ("attention_forward", "attention_backward")  # of the kernels, in HLO and in dumps
-_ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1",
+ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1",
              "tpu7x": "tpu7x:2x2x1"}  # fmt: skip
 _SMALL = 48  # branches of fewer bundles are counted as always taken
 # Room for large blocks of other kernels; ours ask for it themselves.
@@ -176,7 +176,7 @@ def compile_kernels(case: Case, run: Any = None) -> None:
       case: what to compile.
       run: `(q, k, v, segment_ids) -> out` on `[heads, seq, head_dim]`; None: ours.
     """
-    mesh = make_mesh(MeshConfig(), Slice.parse(_ONE_CHIP[case.chip]).devices()[:1])
+    mesh = make_mesh(MeshConfig(), Slice.parse(ONE_CHIP[case.chip]).devices()[:1])
     whole = jax.NamedSharding(mesh, jax.P())
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -184,7 +184,7 @@ def compile_kernels(case: Case, run: Any = None) -> None:
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
         q, k, v = (jnp.swapaxes(x, 0, 1)[None] for x in (q, k, v))
-        out = pallas_tpu.attention(q, k, v, ids, case.window, case.tuning())
+        out = pallas_tpu.attention(q, k, v, ids, case.window, case.head_dim**-0.5, case.tuning())
         return jnp.swapaxes(out[0], 0, 1)
 
     def both(q: Any, k: Any, v: Any, ids: Any, d_out: Any) -> Any:

@@ -55,6 +55,14 @@ class Program:
     seconds: float
 
 
+class DoesNotFitError(Exception):
+    """A program needs more memory than a device has; `needs` bytes."""
+
+    def __init__(self, needs: float):
+        super().__init__(f"needs {needs / 2**30:.2f} GiB")
+        self.needs = needs
+
+
 def options(kind: str) -> dict[str, str]:
     """XLA's options for a chip: FSDP by whole gathers, and room for large fusions."""
     room = {"TPU v5": 49152, "TPU v5 lite": 98304, "TPU v6 lite": 98304}
@@ -78,19 +86,18 @@ def lower(config: Config, mesh: Mesh) -> Any:
         return update.jitted.lower(state, batch, scalar, scalar)  # type: ignore[attr-defined]
 
 
-def compile_step(config: Config, mesh: Mesh, flags: dict[str, str]) -> Program:
-    """Compile the step for the devices of a mesh, in this process."""
-    start = time.monotonic()
+def compile_step(config: Config, mesh: Mesh, flags: dict[str, str]) -> Any:
+    """Compile the step for the devices of a mesh, in this process.
+
+    Raises:
+      DoesNotFitError: if it needs more memory than a device has.
+    """
     try:
-        compiled = lower(config, mesh).compile(compiler_options=flags)
+        return lower(config, mesh).compile(compiler_options=flags)
     except jax.errors.JaxRuntimeError as error:
         if found := _OUT_OF_MEMORY.search(str(error)):
-            return Program("", {}, _size(found[1]), time.monotonic() - start)
+            raise DoesNotFitError(_size(found[1])) from error
         raise
-    memory = compiled.memory_analysis()
-    names = ("argument", "output", "alias", "temp", "generated_code")
-    sizes = {name: float(getattr(memory, f"{name}_size_in_bytes")) for name in names}
-    return Program(compiled.as_text(), sizes, None, time.monotonic() - start)
 
 
 def _size(text: str) -> float:
@@ -141,6 +148,7 @@ class Store:
 
     def _path(self, config: Config, where: Slice) -> pathlib.Path:
         plain = configs.to_dict(config)
+        del plain["compute"]["compilation_cache"]
         reaches = [plain[name] for name in _OF_A_CONFIG]
         reaches += [plain["data"][name] for name in _OF_THE_DATA]
         reaches += [plain["train"][name] for name in _OF_TRAINING]
@@ -194,7 +202,16 @@ def _run_child(task: dict[str, Any]) -> None:
 def _child(task: dict[str, Any]) -> None:
     config, where = configs.from_dict(task["config"]), Slice.parse(task["topology"])
     mesh = sharding.make_mesh(config.mesh, where.devices())
-    made = compile_step(config, mesh, task["options"])
+    start = time.monotonic()
+    try:
+        compiled = compile_step(config, mesh, task["options"])
+    except DoesNotFitError as error:
+        made = Program("", {}, error.needs, time.monotonic() - start)
+    else:
+        memory = compiled.memory_analysis()
+        names = ("argument", "output", "alias", "temp", "generated_code")
+        sizes = {name: float(getattr(memory, f"{name}_size_in_bytes")) for name in names}
+        made = Program(compiled.as_text(), sizes, None, time.monotonic() - start)
     content = json.dumps(dataclasses.asdict(made)).encode()
     _write(pathlib.Path(task["path"]), gzip.compress(content, 6))
 
