@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     if args.compiles < 0:
         top.error("--compiles: need 0 or more")
     pairs = (x.removeprefix("--config.").split("=", 1) for x in rest)
-    return args, {name: value for name, value in pairs}
+    return args, dict(pairs)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def rank(
             continue
         if plan.total_memory <= _MARGIN * plan.available:
             found.append(Candidate(each, plan))
-    return sorted(found, key=lambda x: expected(x.plan))
+    # Of equals the one with more room: a full device counts as one percent of time.
+    share = lambda plan: plan.total_memory / plan.available  # noqa: E731
+    return sorted(found, key=lambda x: expected(x.plan) * (1 + 0.01 * share(x.plan)))
 
 
 def expected(plan: Plan) -> float:
