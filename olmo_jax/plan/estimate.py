@@ -17,6 +17,7 @@ from olmo_jax.plan.plan import Plan
 from olmo_jax.plan.program import Program
 
 Seconds = Callable[[kernels.Case], tuple[float, float]]
+_HEADS = 4  # of keys, for which kernels are compiled: a time for one is the same for any number
 _ABOVE_FLOOR = 1.15  # what memory-bound work takes, in terms of its bytes at the full bandwidth
 
 
@@ -120,8 +121,8 @@ def _attention(
     rows /= math.prod(mesh.shape[axis] for axis in (*sharding.BATCH_AXES, "context"))
     for kind in kinds:
         case = kernels.Case(
-            where.name.split(":")[0], config.data.seq_len, m.n_heads // m.n_kv_heads, 1,
-            m.head_dim, m.window if kind == "sliding" else None,
+            where.name.split(":")[0], config.data.seq_len, _HEADS * m.n_heads // m.n_kv_heads,
+            _HEADS, m.head_dim, m.window if kind == "sliding" else None,
             int(config.data.document_mask != "none"),
         )  # fmt: skip
         try:
@@ -129,7 +130,7 @@ def _attention(
         except RuntimeError as error:
             forward, backward = analytic.attention_seconds(case, where.chip)
             notes = (f"attention: at the share of the peak in START, since {error}",)
-        heads = m.n_kv_heads / mesh.shape["tensor"]
+        heads = m.n_kv_heads / mesh.shape["tensor"] / _HEADS
         layers = m.layer_kinds.count(kind)
         total += rows * layers * heads * (again * forward + backward)
     return total, notes

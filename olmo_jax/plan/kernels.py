@@ -125,7 +125,11 @@ def bundles(command: list[str]) -> Iterator[Any]:
 
 def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
     """What a step of a kernel's grid does: (bundles, whether it has products) of each branch, in
-    order, and the bundles that are always passed."""
+    order, and the bundles that are always passed.
+
+    Raises:
+      RuntimeError: if it has no loop over its grid.
+    """
     products, jumps = [], []
     for line in pathlib.Path(path).read_text().splitlines():
         if not (found := re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)):
@@ -135,6 +139,8 @@ def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
             products.append(here)
         if to := re.search(r"sbr\.rel.*?target bundleno = (\d+)", line):
             jumps.append((here, int(to[1])))
+    if not any(to <= at for at, to in jumps):
+        raise RuntimeError("the kernel has no loop over its grid")
     start, stop = max(((to, at) for at, to in jumps if to <= at), key=lambda x: x[1] - x[0])
     inside = sorted((at, to) for at, to in jumps if start <= at < to <= stop)
     length = stop - start

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from olmo_jax import validate
-from olmo_jax.config import Config
+from olmo_jax.config import Config, MeshConfig
 from olmo_jax.plan import analytic, estimate, gpus, search
 from olmo_jax.plan.analytic import Machine
 from olmo_jax.plan.chips import Slice
@@ -45,6 +45,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if args.search:
         return _search(config, machine, args)
     validate.validate(config, machine.n_devices)
+    shape = validate.mesh_shape(config.mesh, machine.n_devices)  # without a -1
+    config = dataclasses.replace(config, mesh=MeshConfig(**shape))
     if isinstance(machine, gpus.Nodes):
         plan = analytic.predict(config, machine)
     else:
