@@ -19,13 +19,13 @@ _COMPILED = f"""\
 An estimate: nothing ran on such devices. Memory is what the compiler allotted. Time is made of its
 scheduler's cycles, the instructions of the attention kernels, and bytes of collectives over the
 links; the figure has collectives hidden behind the work. The range goes from memory-bound work at
-the full bandwidth to no collective hidden and {OPTIMISM - 1:.0%} more: so much was this method too
-fast for the one program with a public measurement (MaxText's on 512 chips of tpu7x)."""
+the full bandwidth to no collective hidden and {OPTIMISM - 1:.0%} more: so much too fast was this
+method for the one program with a public measurement (MaxText's on 512 chips of tpu7x)."""
 _FORMULA = """\
 A formula: nothing was compiled and nothing ran. FLOPs and bytes follow from shapes; {source}"""
 _OF_GPUS = """\
-the shares of the peak that are reached are assumed. Official runs on H100 reached 0.72 (Olmo 3 7B)
-and SHARE32 (32B) of the speed that comes out here for their number of devices."""
+the shares of the peak that are reached are assumed. Official runs on H100 reached 0.71 (Olmo 3 7B)
+and 0.83 (32B) of the speed that comes out here for their number of devices."""
 _OF_TPUS = """\
 the shares of the peak that are reached are the compiler's for other programs. Good for ranking;
 the time and the temporary memory of a plan are known when it is compiled."""
