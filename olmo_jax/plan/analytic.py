@@ -36,6 +36,8 @@ START = {
     "GPU": Shares(0.70, 0.55, 0.45),
 }
 _PASSES = 8.0  # of memory-bound work over a layer's activations, forward and backward
+# Over q and k, where QK-norm and RoPE are XLA's and not our kernel's: heads that are split, or odd.
+_UNFUSED = 80.0
 _LOST = 1.15  # what it takes in terms of its bytes at the bandwidth
 
 
@@ -88,7 +90,11 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
     done = 2 * sum(n * (3 + (part in again)) for part, n in parts.items()) * m.n_layers
     done = tokens * (done + 6 * m.d_model * m.vocab_rows) / shape["tensor"]
     sizes = flops.state_bytes(m, shape, config.compute.grad_dtype)
-    touched = _PASSES * tokens * m.n_layers * _kept(config, "none", shape["tensor"])
+    touched = _PASSES * _kept(config, "none", shape["tensor"])
+    if shape["tensor"] > 1 or m.head_dim % 128:
+        qk = (m.n_heads + m.n_kv_heads) * m.head_dim / shape["tensor"]
+        touched += _UNFUSED * _item(config) * qk
+    touched *= tokens * m.n_layers
     floor = (touched + 7 * sizes.params) / chip.bandwidth
     exchanged = _collectives(config, machine, shape, tokens)
     seconds = {
@@ -114,6 +120,8 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
         seconds={kind: fix.get(kind, 1.0) * took for kind, took in seconds.items()},
         other_floor=fix.get("other", 1.0) * floor,
         collectives=exchanged,
+        exposed=fix.get("collectives", 1.0)
+        * sum(x[2] for name, x in exchanged.items() if " tensor " in name or "all-to-all" in name),
     )
 
 
@@ -258,6 +266,12 @@ def _collectives(
     layer, table = dense + experts / shape["expert"], m.d_model * m.vocab_rows / tensor
     activations = tokens / micro * m.d_model * item
     kv = tokens / micro * 2 * m.n_kv_heads * m.head_dim / tensor * item
+    hops = [  # of a device's keys and values: around the ring, or as far as the window reaches
+        shape["context"] - 1
+        if kind == "full"
+        else min(1.0, 2 * (m.window or 0) * shape["context"] / config.data.seq_len)
+        for kind in m.layer_kinds
+    ]
     gradients = n * layer + 2 * table
     # kind, axis, bytes of the array, times in a micro-batch
     wanted = [
@@ -271,7 +285,7 @@ def _collectives(
         ),
         ("all-reduce", "expert", (n * dense + 2 * table) / shape["fsdp"] * grad, 1),
         ("all-reduce", "tensor", activations, (4 + 2 * again) * n),
-        ("collective-permute", "context", kv * (shape["context"] - 1), (3 + again) * n),
+        ("collective-permute", "context", kv * sum(hops), 3 + again),
         ("all-to-all", "expert", activations * m.n_experts_per_token, (4 + 2 * again) * n),
     ]
     rates, found = machine.rates(config), {}

@@ -66,6 +66,7 @@ def estimate(
             if not f.has_products
         ),
         collectives=exchanged,
+        exposed=sum(x[2] for name, x in exchanged.items() if _is_waited_for(name, mesh)),
         notes=(*notes, *more),
         compile_seconds=program.seconds,
     )
@@ -84,6 +85,12 @@ def _collectives(
         n, n_bytes, seconds = total.get(name, (0.0, 0.0, 0.0))
         total[name] = (n + times, n_bytes + times * collective.n_bytes, seconds + took)
     return dict(sorted(total.items()))
+
+
+def _is_waited_for(name: str, mesh: Mesh) -> bool:
+    kind, _, size = name.partition(" over ")
+    of_tensor = int(size) == mesh.shape["tensor"] and kind != "collective-permute"
+    return of_tensor or kind.endswith("all-to-all")
 
 
 def _kernels(found: hlo.Totals, chip: Chip) -> tuple[float, float, tuple[str, ...]]:

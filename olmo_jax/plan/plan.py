@@ -21,6 +21,8 @@ class Plan:
       seconds: by kind of work: products, other, attention, experts, kernels, collectives.
       other_floor: seconds that `other` takes at the bandwidth of the memory.
       collectives: {kind over n devices: (times, bytes of the arrays, seconds)}.
+      exposed: seconds of collectives that the next operation waits for: sums of activations over
+        `tensor`, and exchanges with experts.
       notes: what had to be assumed.
       compile_seconds: what the compiler took; None: nothing was compiled, all is a formula.
     """
@@ -33,6 +35,7 @@ class Plan:
     seconds: dict[str, float]
     other_floor: float
     collectives: dict[str, tuple[float, float, float]]
+    exposed: float = 0.0
     notes: tuple[str, ...] = ()
     compile_seconds: float | None = None
 
@@ -54,15 +57,20 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds of a step with the collectives hidden behind the work, as far as that goes."""
-        return max(self.busy, self.seconds["collectives"])
+        return max(self.busy + self.exposed, self.seconds["collectives"])
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step if no collective is hidden."""
+        return sum(self.seconds.values())
 
     @property
     def fastest(self) -> float:
         """Seconds if, besides, memory-bound work runs at the bandwidth."""
         saved = self.seconds["other"] - self.other_floor
-        return max(self.busy - saved, self.seconds["collectives"])
+        return max(self.busy + self.exposed - saved, self.seconds["collectives"])
 
     @property
     def slowest(self) -> float:
         """Seconds if no collective is hidden, and the method is as optimistic as it was once."""
-        return OPTIMISM * sum(self.seconds.values())
+        return OPTIMISM * self.serial

@@ -196,5 +196,5 @@ def _table(plans: list[search.Candidate], machine: Machine) -> list[str]:
         row = "".join(f"{x:>{10 if i == len(names) else 8}}" for i, x in enumerate(cells))
         mfu = plan.flops / machine.chip.peak / plan.step
         lines.append(f"{row:52}{plan.total_memory / GIB:8.1f}{plan.step:9.3f}"
-                     f"{sum(plan.seconds.values()):10.3f}{mfu:7.1%}")  # fmt: skip
+                     f"{plan.serial:10.3f}{mfu:7.1%}")  # fmt: skip
     return lines
