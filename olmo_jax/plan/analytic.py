@@ -44,7 +44,10 @@ _LOST = 1.15  # what it takes in terms of its bytes at the bandwidth
 class Machine(Protocol):
     """A slice of TPUs or nodes with GPUs."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
 
     @property
     def chip(self) -> Any:
@@ -195,7 +198,8 @@ def _kept(config: Config, remat: str, tensor: int) -> float:
     m, item = config.model, _item(config)
     q, kv = m.n_heads * m.head_dim / tensor, m.n_kv_heads * m.head_dim / tensor
     ff, lse = m.d_ff / tensor * (m.n_experts_per_token if m.n_experts else 1), 4 * m.n_heads
-    rows = 2 * m.d_model * m.n_experts_per_token if m.n_experts else 0  # into experts and back
+    # Of experts: the rows into them, out of them and in the order of tokens, and of gate times up.
+    rows = 3 * m.d_model * m.n_experts_per_token + ff if m.n_experts else 0
     x = item * m.d_model
     attended = x + item * q + lse / tensor
     # An output is kept where the norm after it needs it.

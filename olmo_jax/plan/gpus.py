@@ -15,7 +15,7 @@ class Gpu:
     Attributes:
       kind: whose shares of the peak are taken.
       peak: dense bf16 FLOP/s.
-      hbm: bytes that JAX gives to a program by itself, three quarters, as if set to 92 %.
+      hbm: bytes that a program can have with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 (JAX: 0.75).
       bandwidth: of the memory, bytes/s.
       link: bytes/s to the other GPUs of its node, one way.
       network: bytes/s to other nodes.

@@ -34,7 +34,7 @@ ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:
              "tpu7x": "tpu7x:2x2x1"}  # fmt: skip
 _SMALL = 48  # branches of fewer bundles are counted as always taken
 # Room for large blocks of other kernels; ours ask for it themselves.
-ROOM = {"xla_tpu_scoped_vmem_limit_kib": "61440"}
+ROOM: dict[str, str | bool] = {"xla_tpu_scoped_vmem_limit_kib": "61440"}
 
 
 class Case(NamedTuple):
@@ -162,7 +162,7 @@ def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def counts(case: Case, way: str) -> tuple[list[int], int]:
     """How often each branch of our kernel is taken by a head, and how many steps there are."""
     blocks = getattr(case.tuning(), way).fit(case.seq, case.seq)
-    ids = case.document_ids() if case.n_documents else None
+    ids = jnp.asarray(case.document_ids()) if case.n_documents else None
     plan = schedule.make(
         case.seq, case.seq, blocks, by="q" if way == "forward" else "kv",
         window=case.window, q_ids=ids, kv_ids=ids,

@@ -90,23 +90,33 @@ def compiler(where: Slice, store: Store) -> Callable[[Config], Plan | float]:
 
 
 def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -> int:
-    is_tpu, compiled = isinstance(machine, Slice), []
+    compiled, lines = [], []
     if isinstance(machine, Slice) and args.compiles:
         compile_ = compiler(machine, Store(args.cache))
-        compiled, ranked = search.search(config, machine, compile_, args.compiles)
+
+        def attempt(config: Config) -> Plan | float | None:
+            try:
+                return compile_(config)
+            except RuntimeError as error:
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+                return None
+
+        compiled, ranked = search.search(config, machine, attempt, args.compiles)
+        if not compiled:
+            lines = ["Nothing that was compiled fits; this is the next best, by formula.", ""]
     else:
         ranked = search.rank(config, machine)
     if not compiled and not ranked:
         raise ValueError(f"no plan of this config fits {machine.name}; take more devices")
     best = (compiled or ranked)[0]
-    lines = [*describe(best.config, machine, best.plan, args.price), ""]
+    lines += [*describe(best.config, machine, best.plan, args.price), ""]
     if compiled:
         lines += ["compiled", *_table(compiled, machine), ""]
     corrected = ", corrected by what was compiled" if compiled else ""
     lines += [f"by formula{corrected}: the best of {len(ranked)} that fit"]
     lines += [*_table(ranked[:_SHOWN], machine), "", "paste", f"  {search.overrides(best.config)}"]
     print("\n".join(lines))
-    return 0 if is_tpu or best.plan.fits else 1
+    return 0
 
 
 def describe(config: Config, machine: Machine, plan: Plan, price: float | None) -> list[str]:

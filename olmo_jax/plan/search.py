@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from olmo_jax.config import Config, ConfigError
+from olmo_jax.config import Config, ConfigError, MeshConfig
 from olmo_jax.plan import analytic
 from olmo_jax.plan.analytic import Corrections, Machine
 from olmo_jax.plan.plan import Plan
@@ -51,14 +51,15 @@ def expected(plan: Plan) -> float:
 
 
 def search(
-    config: Config, machine: Machine, compile_: Callable[[Config], Plan | float], times: int
+    config: Config, machine: Machine, compile_: Callable[[Config], Plan | float | None], times: int
 ) -> tuple[list[Candidate], list[Candidate]]:
     """Compile the most promising plans, correcting the ranking by each.
 
     Args:
       config: whose mesh, remat policy and micro-batches are free.
       machine: where.
-      compile_: gives the plan of a compiled config, or the bytes that it needs if it does not fit.
+      compile_: gives the plan of a compiled config, or the bytes that it needs if it does not fit,
+        or None if the compiler fails.
       times: programs to compile at most.
 
     Returns:
@@ -82,6 +83,7 @@ def search(
             fix = analytic.corrected(fix, best.plan, found)
         else:
             refused.add(name)
+        if isinstance(found, float):
             more = found / best.plan.total_memory
             fix = fix | {"temporary": fix.get("temporary", 1.0) * max(1.1, more)}
     ranked = [x for x in rank(config, machine, fix) if overrides(x.config) not in refused]
@@ -118,7 +120,7 @@ def candidates(config: Config, machine: Machine) -> Iterator[Config]:
                     yield from _with_mesh(config, mesh, n, policies)
 
 
-def _with_mesh(config: Config, mesh, n: int, policies: list[str]) -> Iterator[Config]:
+def _with_mesh(config: Config, mesh: MeshConfig, n: int, policies: list[str]) -> Iterator[Config]:
     rows = config.data.global_batch_size // config.data.seq_len
     ways = mesh.data * mesh.fsdp * mesh.expert
     if rows % ways:
