@@ -144,8 +144,8 @@ def describe(config: Config, machine: Machine, plan: Plan, price: float | None) 
         _row("  of temporary", f"{plan.activations / GIB:8.2f} GiB activations (by formula)"),
         _row("FLOPs", f"{plan.flops:.3e} useful on a device and step, {plan.done:.3e} done in"
              " products"),
-        _row("step", f"{plan.step:8.3f} s ({plan.fastest:.3f} to {plan.slowest:.3f})"),
-        *(_row(f"  {kind}", f"{s:8.3f} s") for kind, s in plan.seconds.items() if s),
+        _row("step", f"{_ms(plan.step)} ({1e3 * plan.fastest:,.1f} to {1e3 * plan.slowest:,.1f})"),
+        *(_row(f"  {kind}", _ms(s)) for kind, s in plan.seconds.items() if s),
         *_collectives(plan),
         *_speed(config, machine, plan, price),
     ]  # fmt: skip
@@ -161,9 +161,13 @@ def _row(name: str, text: str) -> str:
     return f"{name:18}{text}"
 
 
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:10,.1f} ms"
+
+
 def _collectives(plan: Plan) -> Iterator[str]:
     for name, (times, n_bytes, seconds) in plan.collectives.items():
-        yield f"    {name:28}{times:7.0f} x {n_bytes / 1e9:9.2f} GB {seconds:8.3f} s"
+        yield f"    {name:28}{times:7.0f} x {n_bytes / 1e9:9.2f} GB {_ms(seconds)}"
 
 
 def _speed(config: Config, machine: Machine, plan: Plan, price: float | None) -> Iterator[str]:
@@ -200,11 +204,11 @@ def token_budget(config: Config) -> int | None:
 def _table(plans: list[search.Candidate], machine: Machine) -> list[str]:
     names = [field.name for field in dataclasses.fields(plans[0].config.mesh)] if plans else []
     head = "".join(f"{name:>8}" for name in (*names, "remat", "micro"))
-    lines = [f"{head:52}{'GiB':>8}{'step s':>9}{'serial s':>10}{'MFU':>7}"]
+    lines = [f"{head:52}{'GiB':>8}{'step ms':>11}{'serial ms':>11}{'MFU':>7}"]
     for config, plan in plans:
         cells = [*dataclasses.astuple(config.mesh), config.compute.remat, config.compute.accumulate]
         row = "".join(f"{x:>{10 if i == len(names) else 8}}" for i, x in enumerate(cells))
         mfu = plan.flops / machine.chip.peak / plan.step
-        lines.append(f"{row:52}{plan.total_memory / GIB:8.1f}{plan.step:9.3f}"
-                     f"{plan.serial:10.3f}{mfu:7.1%}")  # fmt: skip
+        lines.append(f"{row:52}{plan.total_memory / GIB:8.1f}{1e3 * plan.step:11,.1f}"
+                     f"{1e3 * plan.serial:11,.1f}{mfu:7.1%}")  # fmt: skip
     return lines
