@@ -39,6 +39,16 @@ class Tuning(NamedTuple):
     vmem: int = 60 << 20  # bytes of a core that a kernel may take
     dq_vmem: int = 24 << 20  # bytes of fp32 dq that stay in VMEM; more goes to HBM
 
+    def dividing(self, seq: int) -> "Tuning":
+        """The same with blocks, as large for keys as for queries, that divide a multiple of LANES.
+
+        Lengths and offsets that are multiples of such a block need no padding.
+        """
+        sizes = range(LANES, min(self.forward.q, seq) + 1, LANES)
+        block = max(size for size in sizes if seq % size == 0)
+        blocks = Blocks(block, block, *(min(x, block) for x in self.forward[2:]))
+        return self._replace(forward=blocks, backward=blocks)
+
 
 LARGE, MEDIUM = Blocks(2048, 2048, 512, 256), Blocks(1024, 1024, 512, 256)
 

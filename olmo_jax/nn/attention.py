@@ -32,7 +32,7 @@ class Attention(nn.Module):
         """Mix positions.
 
         Args:
-          x: [batch, seq, d_model].
+          x: [batch, seq, d_model], positions in `ring.order`.
           kind: int32, which entry of `tables` this layer is.
           layer: int32, the layer's index, for the initial scale.
           tables: RoPE tables per kind of layer that the model has.
@@ -68,9 +68,8 @@ class Attention(nn.Module):
 
         def core(name: str, q: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             q = constrain(rope.rotate(q, tables[name]), ("batch", "seq", "heads", None))
-            # Under context parallelism every query shard needs all keys: gathered here.
-            key = constrain(rope.rotate(key, tables[name]), ("batch", None, "kv_heads", None))
-            value = constrain(value, ("batch", None, "kv_heads", None))
+            key = constrain(rope.rotate(key, tables[name]), ("batch", "seq", "kv_heads", None))
+            value = constrain(value, ("batch", "seq", "kv_heads", None))
             window = c.window if name == "sliding" else None
             impl = self.compute.attention
             return attention(q, key, value, window=window, segment_ids=segment_ids, impl=impl)

@@ -150,17 +150,18 @@ def tpu_mesh(**axes):
     return AbstractMesh(tuple(shape.values()), tuple(shape), types, abstract_device=chip)
 
 
-def test_auto_takes_kernels_on_tpu_blocks_elsewhere_and_neither_where_context_is_split():
+def test_auto_takes_kernels_on_tpu_and_blocks_elsewhere_also_in_a_ring():
     q, k, v, _ = inputs(32)
 
     def form(**kwargs):
         text = str(jax.make_jaxpr(functools.partial(attention, **kwargs))(q, k, v))
-        return "pallas" if "pallas_call" in text else "blocked" if "custom_vjp" in text else "dense"
+        kernel = "pallas" if "pallas_call" in text else "blocked" if "custom_vjp" in text else "dense"
+        return kernel + " in a ring" * ("ppermute" in text)
 
     assert form() == "blocked"
-    with jax.set_mesh(make_mesh(MeshConfig(fsdp=4, context=2))):
-        assert form() == "dense"
-        assert form(impl="blocked") == "blocked"
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2, fsdp=1))):
+        assert form() == form(impl="blocked") == "blocked in a ring"
+        assert form(impl="reference") == "dense"
     with jax.sharding.use_abstract_mesh(tpu_mesh(fsdp=2, tensor=2)):
         assert form() == form(impl="pallas") == "pallas"
         assert form(impl="blocked") == "blocked"
