@@ -18,7 +18,7 @@ Inside, arrays are `[2, batch, heads, chunk, head_dim]`: the early and the late 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ AXIS = "context"
 EARLY, LATE = 0, 1
 NOWHERE = jnp.iinfo(jnp.int32).min  # the document of keys before the first position
 F32 = jnp.float32
+HIDDEN = float(jnp.finfo(F32).min)  # the logsumexp of no keys
 
 
 class Kernel(NamedTuple):
@@ -150,77 +151,93 @@ attention.defvjp(_forward, _backward)
 def _attend(q, k, v, ids, window, kernel):
     """Output, fp32, and logsumexp `[2, batch, heads, 1, chunk]` of a device."""
     reach = _reach(window, q.shape[3], kernel)
-    keys, q_ids, kv_ids = [_extended(x, reach, 3) for x in (k, v)], *_ids(ids, q, reach)
-    own = kernel.forward(*map(_flat, (q, *keys)), q_ids, kv_ids, window=window, offset=reach)
-    out, lse = (x.reshape(2, -1, *x.shape[1:]) for x in own)
-    sums = out.astype(F32), lse
+    keys, own_ids = (_extended(x, reach, 3) for x in (k, v)), _ids(ids, q, reach)
+    own = kernel.forward(*map(_flat, (q, *keys)), *own_ids, window=window, offset=reach)
+    out, lse = map(_unflat, own)
     if window is not None:
-        return sums
-    theirs = k, v, ids
-    for step in range(axis_size(AXIS)):
-        theirs = _passed_on(theirs) if step else theirs
-        for mine, other in _pairs(step):
-            meet = functools.partial(_joined, mine, _at((q, ids), mine), _at(theirs, other), kernel)
-            sums = _if_documents_meet(ids, mine, theirs[2], other, meet, sums)
-    return sums
+        return out.astype(F32), lse
 
+    def meet(mine, other, theirs, sums, nothing):
+        (q_here, q_ids), (k, v, kv_ids) = _at((q, ids), mine), _at(theirs, other)
+        run = functools.partial(
+            kernel.forward, q_here, k, v, q_ids, kv_ids, window=None, offset=q_here.shape[2]
+        )
+        part = _where_documents_meet(q_ids, kv_ids, run, (0, HIDDEN))
+        return _put(sums, _joined(_at(sums, mine), part), mine), nothing
 
-def _joined(mine, ours, theirs, kernel, sums):
-    """The sums with another chunk of keys."""
-    (q, q_ids), (k, v, kv_ids) = ours, theirs
-    out, lse = kernel.forward(q, k, v, q_ids, kv_ids, window=None, offset=q.shape[2])
-    old_out, old_lse = _at(sums, mine)
-    top = jnp.maximum(old_lse, lse)
-    old, new = jnp.exp2(old_lse - top), jnp.exp2(lse - top)
-    total = old + new
-    old, new = (jnp.swapaxes(x / total, 2, 3) for x in (old, new))
-    return _put(sums, (old * old_out + new * out, top + jnp.log2(total)), mine)
+    return _around(meet, (k, v, ids), (out.astype(F32), lse), ())[0]
 
 
 def _gradients(q, k, v, ids, rows, window, kernel):
     """Gradients of q, k and v of a device; `rows`: logsumexp, delta and the output's gradient."""
     reach = _reach(window, q.shape[3], kernel)
-    q_ids, kv_ids = _ids(ids, q, reach)
+    own_ids = _ids(ids, q, reach)
     keys, pull = jax.vjp(lambda *x: tuple(_extended(y, reach, 3) for y in x), k, v)
     own = kernel.backward(
-        *map(_flat, (q, *keys)), q_ids, kv_ids, *map(_flat, rows), window=window, offset=reach
+        *map(_flat, (q, *keys)), *own_ids, *map(_flat, rows), window=window, offset=reach
     )
-    dq, *d_keys = (x.reshape(2, -1, *x.shape[1:]) for x in own)
-    d_theirs = pull(tuple(d_keys))
+    dq, *d_keys = map(_unflat, own)
+    d_keys = pull(tuple(d_keys))
     if window is not None:
-        return dq, *d_theirs
-    theirs, dq, d_theirs = (k, v, ids), *jax.tree.map(lambda x: x.astype(F32), (dq, d_theirs))
-    for step in range(axis_size(AXIS)):
-        theirs, d_theirs = _passed_on((theirs, d_theirs)) if step else (theirs, d_theirs)
-        for mine, other in _pairs(step):
-            ours = _at((q, ids, rows), mine)
-            meet = functools.partial(_added, mine, ours, other, _at(theirs, other), kernel)
-            dq, d_theirs = _if_documents_meet(ids, mine, theirs[2], other, meet, (dq, d_theirs))
-    return dq, *_passed_on(d_theirs)
+        return dq, *d_keys
+
+    def meet(mine, other, theirs, dq, d_theirs):
+        (q_here, q_ids, its_rows), (k, v, kv_ids) = _at((q, ids, rows), mine), _at(theirs, other)
+        run = functools.partial(
+            kernel.backward, q_here, k, v, q_ids, kv_ids, *its_rows,
+            window=None, offset=q_here.shape[2],
+        )  # fmt: skip
+        dq_here, *d_keys = _where_documents_meet(q_ids, kv_ids, run, (0, 0, 0))
+        return _added(dq, dq_here, mine), _added(d_theirs, tuple(d_keys), other)
+
+    fp32 = jax.tree.map(lambda x: x.astype(F32), (dq, d_keys))
+    dq, d_keys = _around(meet, (k, v, ids), *fp32)
+    return dq, *d_keys
 
 
-def _added(mine, ours, other, theirs, kernel, sums):
-    """The sums with the gradients of a pair of chunks."""
-    (q, q_ids, rows), (k, v, kv_ids) = ours, theirs
-    grads = kernel.backward(q, k, v, q_ids, kv_ids, *rows, window=None, offset=q.shape[2])
-    dq, d_theirs = sums
-    dq = _put(dq, _at(dq, mine) + grads[0], mine)
-    d_their = jax.tree.map(jnp.add, _at(d_theirs, other), tuple(grads[1:]))
-    return dq, _put(d_theirs, d_their, other)
+def _joined(old, new):
+    """Output and logsumexp over the keys of both."""
+    (old_out, old_lse), (new_out, new_lse) = old, new
+    top = jnp.maximum(old_lse, new_lse)
+    old, new = jnp.exp2(old_lse - top), jnp.exp2(new_lse - top)
+    total = old + new
+    old, new = (jnp.swapaxes(x / total, 2, 3) for x in (old, new))
+    return old * old_out + new * new_out, top + jnp.log2(total)
 
 
 # --- who meets whom -------------------------------------------------------------------------------
 
 
-def _pairs(step: int) -> Iterator[tuple[Any, Any]]:
-    """Own chunks of queries and the chunks of keys, from `step` devices back, that they see all of.
+def _around(meet, theirs, here, there):
+    """Every pair of chunks that is all visible, once; what is hidden is never met.
 
-    Each device has its own; together they are what is visible, but for the chunks on the diagonal.
+    Args:
+      meet: `(mine, other, theirs, here, there) -> (here, there)`, with the numbers of a chunk of
+        own queries and of a chunk of their keys.
+      theirs: arrays that go around, of this device.
+      here: sums of own queries.
+      there: sums that go around with the arrays.
+
+    Returns: both sums, `there` for the arrays of this device again.
     """
-    yield LATE, EARLY
-    if step:  # early ones of a device that comes before this one, late ones of one that comes after
+    n = axis_size(AXIS)
+
+    def meet_both(step, theirs, here, there):
+        here, there = meet(LATE, EARLY, theirs, here, there)
+        # Of a device before this one the early chunk is visible, of one behind it the late one.
         side = (jax.lax.axis_index(AXIS) < step).astype(jnp.int32)
-        yield side, side
+        return meet(side, side, theirs, here, there)
+
+    def hop(carry, step):
+        theirs, here, there = carry
+        coming, there = _passed_on((theirs, there))  # on the way while this step computes
+        return (coming, *meet_both(step, theirs, here, there)), None
+
+    here, there = meet(LATE, EARLY, theirs, here, there)
+    carry = _passed_on(theirs), here, there
+    (theirs, here, there), _ = jax.lax.scan(hop, carry, jnp.arange(1, n - 1))
+    here, there = meet_both(n - 1, theirs, here, _passed_on(there))
+    return here, _passed_on(there)
 
 
 def _passed_on(tree: Any) -> Any:
@@ -229,13 +246,17 @@ def _passed_on(tree: Any) -> Any:
     return jax.lax.ppermute(tree, AXIS, [(i, (i + 1) % n) for i in range(n)])
 
 
-def _if_documents_meet(q_ids, mine, kv_ids, other, meet, sums):
-    """`meet(sums)`, or the sums as they are where no document is in both chunks."""
+def _where_documents_meet(q_ids, kv_ids, run, otherwise):
+    """`run()`, or arrays full of these numbers if no document is in both chunks."""
     if q_ids is None:
-        return meet(sums)
-    q_ids, kv_ids = _at(q_ids, mine), _at(kv_ids, other)
+        return run()
+
+    def nothing():
+        shapes = zip(jax.eval_shape(run), otherwise, strict=True)
+        return tuple(jnp.full(x.shape, number, x.dtype) for x, number in shapes)
+
     may_meet = (kv_ids.max(1) >= q_ids.min(1)) & (kv_ids.min(1) <= q_ids.max(1))
-    return jax.lax.cond(may_meet.any(), meet, lambda sums: sums, sums)
+    return jax.lax.cond(may_meet.any(), run, nothing)
 
 
 def _reach(window: int | None, chunk: int, kernel: Kernel) -> int:
@@ -302,6 +323,10 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
 
 
+def _unflat(x: jax.Array) -> jax.Array:
+    return x.reshape(2, -1, *x.shape[1:])
+
+
 def _at(tree: Any, chunk: Any) -> Any:
     """One of the two chunks."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, chunk, 0, False), tree)
@@ -312,3 +337,8 @@ def _put(tree: Any, parts: Any, chunk: Any) -> Any:
     return jax.tree.map(
         lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, chunk, 0), tree, parts
     )
+
+
+def _added(tree: Any, parts: Any, chunk: Any) -> Any:
+    """The tree with parts added to one of the two chunks."""
+    return _put(tree, jax.tree.map(jnp.add, _at(tree, chunk), parts), chunk)
