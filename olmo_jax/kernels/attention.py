@@ -41,8 +41,10 @@ def attention(
     if impl == "auto":
         impl = choose(_platform())
     if impl == "reference":
-        options = dict(window=window, segment_ids=segment_ids)
-        out = reference.attention(q, k, v, positions=ring.order(q.shape[1]), **options)
+        positions = ring.order(q.shape[1])
+        out = reference.attention(
+            q, k, v, window=window, segment_ids=segment_ids, positions=positions
+        )
         return checkpoint_name(out, "attention_out")
     if impl not in ("pallas", "blocked"):
         raise NotImplementedError(
@@ -90,9 +92,8 @@ def _kernel(impl: str, q: jax.Array, has_documents: bool) -> ring.Kernel:
             f" no multiple of {LANES}; use blocked or another data.seq_len"
         )
     tuning = pallas_tpu.tuning(q.shape[3], q.dtype, has_documents).dividing(chunk)
-    forward, backward = (
-        functools.partial(run, tuning=tuning) for run in (pallas_tpu.forward, pallas_tpu.backward)
-    )
+    forward = functools.partial(pallas_tpu.forward, tuning=tuning)
+    backward = functools.partial(pallas_tpu.backward, tuning=tuning)
     return ring.Kernel(forward, backward, tuning.forward.q)
 
 

@@ -43,8 +43,8 @@ def attention(
 
 
 def _forward(q, k, v, segment_ids, window):
-    rows = (_rows(x, k.shape[2]) for x in (q, k, v))
-    out, lse = _attend(*rows, Mask(window, segment_ids, segment_ids), q.shape[1])
+    qs, ks, vs = (_rows(x, k.shape[2]) for x in (q, k, v))
+    out, lse = _attend(qs, ks, vs, Mask(window, segment_ids, segment_ids), q.shape[1])
     # Named here, so that a remat policy that keeps them needs no second forward pass.
     out, lse = (checkpoint_name(x, "attention_out") for x in (_positions(out, q), lse))
     return out, (q, k, v, segment_ids, out, lse)
@@ -77,9 +77,8 @@ def forward(
     The offset is 0 or more and is not traced. Each block of queries must reach some key; a query
     that sees none has a logsumexp near the lowest number.
     """
-    turned = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    rows = (_rows(x, k.shape[1]) for x in turned)
-    out, lse = _attend(*rows, Mask(window, q_ids, kv_ids, offset), q.shape[2])
+    qs, ks, vs = (_rows(jnp.swapaxes(x, 1, 2), k.shape[1]) for x in (q, k, v))
+    out, lse = _attend(qs, ks, vs, Mask(window, q_ids, kv_ids, offset), q.shape[2])
     out, lse = (_heads(x, q.shape[1]) for x in (out, lse))
     return out.astype(q.dtype), jnp.swapaxes(lse, 2, 3) * LOG2E
 
@@ -99,9 +98,11 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """Gradients of q, k and v, in their dtypes: the contract of `pallas_tpu.backward`."""
     lse, delta = (jnp.swapaxes(x, 2, 3) for x in (lse / LOG2E, delta))
-    turned = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, lse, delta, d_out))
-    rows = (_rows(x, k.shape[1]) for x in turned)
-    grads = _gradients(*rows, Mask(window, q_ids, kv_ids, offset), q.shape[2])
+    qs, ks, vs, lse, delta, d_outs = (
+        _rows(jnp.swapaxes(x, 1, 2), k.shape[1]) for x in (q, k, v, lse, delta, d_out)
+    )
+    mask = Mask(window, q_ids, kv_ids, offset)
+    grads = _gradients(qs, ks, vs, lse, delta, d_outs, mask, q.shape[2])
     return tuple(
         _heads(x, like.shape[1]).astype(like.dtype)
         for x, like in zip(grads, (q, k, v), strict=True)

@@ -121,9 +121,10 @@ _LSE: Axes = (None, "batch", "heads", None, "seq")
 
 
 def _forward(q, k, v, segment_ids, window, kernel):
-    def run(*arrays):
-        out, lse = _attend(*jax.tree.map(_chunks, arrays), window, kernel)
-        return _positions(out, arrays[0].dtype), lse
+    def run(q, k, v, ids):
+        q, k, v, ids = jax.tree.map(_chunks, (q, k, v, ids))
+        out, lse = _attend(q, k, v, ids, window, kernel)
+        return _positions(out, q.dtype), lse
 
     out, lse = _on_each_device(
         run, (_WHOLE, _KEYS, _KEYS, _IDS), (_WHOLE, _LSE), q, k, v, segment_ids
@@ -158,14 +159,14 @@ def _attend(q, k, v, ids, window, kernel):
         return out.astype(F32), lse
 
     def meet(mine, other, theirs, sums, nothing):
-        (q_here, q_ids), (k, v, kv_ids) = _at((q, ids), mine), _at(theirs, other)
+        (q_here, q_ids), ((k, v), kv_ids) = _at((q, ids), mine), _at(theirs, other)
         run = functools.partial(
             kernel.forward, q_here, k, v, q_ids, kv_ids, window=None, offset=q_here.shape[2]
         )
         part = _where_documents_meet(q_ids, kv_ids, run, (0, HIDDEN))
         return _put(sums, _joined(_at(sums, mine), part), mine), nothing
 
-    return _around(meet, (k, v, ids), (out.astype(F32), lse), ())[0]
+    return _around(meet, (jnp.stack([k, v], 1), ids), (out.astype(F32), lse), ())[0]
 
 
 def _gradients(q, k, v, ids, rows, window, kernel):
@@ -182,17 +183,17 @@ def _gradients(q, k, v, ids, rows, window, kernel):
         return dq, *d_keys
 
     def meet(mine, other, theirs, dq, d_theirs):
-        (q_here, q_ids, its_rows), (k, v, kv_ids) = _at((q, ids, rows), mine), _at(theirs, other)
+        (q_here, q_ids, its_rows), ((k, v), kv_ids) = _at((q, ids, rows), mine), _at(theirs, other)
         run = functools.partial(
             kernel.backward, q_here, k, v, q_ids, kv_ids, *its_rows,
             window=None, offset=q_here.shape[2],
         )  # fmt: skip
         dq_here, *d_keys = _where_documents_meet(q_ids, kv_ids, run, (0, 0, 0))
-        return _added(dq, dq_here, mine), _added(d_theirs, tuple(d_keys), other)
+        return _added(dq, dq_here, mine), _added(d_theirs, jnp.stack(d_keys), other)
 
-    fp32 = jax.tree.map(lambda x: x.astype(F32), (dq, d_keys))
-    dq, d_keys = _around(meet, (k, v, ids), *fp32)
-    return dq, *d_keys
+    d_keys = jnp.stack(d_keys, 1).astype(F32)
+    dq, d_keys = _around(meet, (jnp.stack([k, v], 1), ids), dq.astype(F32), d_keys)
+    return dq, d_keys[:, 0], d_keys[:, 1]
 
 
 def _joined(old, new):
@@ -339,6 +340,6 @@ def _put(tree: Any, parts: Any, chunk: Any) -> Any:
     )
 
 
-def _added(tree: Any, parts: Any, chunk: Any) -> Any:
-    """The tree with parts added to one of the two chunks."""
-    return _put(tree, jax.tree.map(jnp.add, _at(tree, chunk), parts), chunk)
+def _added(x: jax.Array, part: jax.Array, chunk: Any) -> jax.Array:
+    """The array with a part added to one of the two chunks."""
+    return _put(x, _at(x, chunk) + part, chunk)

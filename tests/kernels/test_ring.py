@@ -21,12 +21,10 @@ MESHES = {
     4: MeshConfig(fsdp=2, context=4),
     8: MeshConfig(fsdp=1, context=8),
 }
-BLOCKED = ring.Kernel(blocked.forward, blocked.backward)
+OPTIONS = dict(tuning=SMALL.dividing(128), interpret=True)
 INTERPRETED = ring.Kernel(
-    *(
-        functools.partial(run, tuning=SMALL.dividing(128), interpret=True)
-        for run in (pallas_tpu.forward, pallas_tpu.backward)
-    ),
+    functools.partial(pallas_tpu.forward, **OPTIONS),
+    functools.partial(pallas_tpu.backward, **OPTIONS),
     unit=128,
 )
 
