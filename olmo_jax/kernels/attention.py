@@ -54,16 +54,16 @@ def attention(
         raise NotImplementedError(
             f"attention impl='pallas': a TPU is needed, this is {platform}; use auto or blocked"
         )
-    if axis_size("context") > 1:
-        _check_division(impl, q.shape, k.shape)
+    is_split = axis_size("context") > 1
+    if impl == "blocked" and not is_split:
+        return blocked.attention(q, k, v, segment_ids, window)
+    _check_division(impl, q.shape, k.shape)
+    if is_split:
         window = None if window is None or window >= q.shape[1] else window
         kernel = _kernel(impl, q, segment_ids is not None or window is not None)
         return ring.attention(q, k, v, segment_ids, window, kernel)
-    if impl == "blocked":
-        return blocked.attention(q, k, v, segment_ids, window)
     from olmo_jax.kernels import pallas_tpu
 
-    _check_division(impl, q.shape, k.shape)
     tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
     return pallas_tpu.attention(q, k, v, segment_ids, window, tuning)
 

@@ -120,7 +120,8 @@ class Transformer(nn.Module):
         x = constrain(lookup(table, tokens, self.compute.dtype), ("batch", "seq", None))
 
         if positions is None:
-            positions = ring.order(tokens.shape[1])
+            seq = tokens.shape[1]
+            positions = ring.order(seq) if is_split else jnp.arange(seq)
         kinds = sorted(set(c.layer_kinds))  # the order that `tables` has as a tree
         tables = {kind: rope.table(c, kind, positions) for kind in kinds}
         layer = {
