@@ -56,8 +56,9 @@ def train(config: Config) -> int:
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
         if config.compute.attention == "auto":
-            platform = mesh.devices.flat[0].platform
-            say(f"attention: {attention.choose(platform, mesh.shape['context'])}")
+            kernel = attention.choose(mesh.devices.flat[0].platform)
+            ways = mesh.shape["context"]
+            say(f"attention: {kernel}" + (f" in a ring of {ways}" if ways > 1 else ""))
 
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)

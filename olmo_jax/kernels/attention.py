@@ -1,9 +1,12 @@
 """Attention: one public function; masks are descriptions; `choose` says what "auto" means."""
 
+import functools
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.kernels import blocked, reference
+from olmo_jax.kernels import blocked, reference, ring
+from olmo_jax.kernels.schedule import LANES
 from olmo_jax.sharding import BATCH_AXES, axis_size, platform
 
 
@@ -19,6 +22,9 @@ def attention(
 ) -> jax.Array:
     """Causal attention of queries over keys, within documents and within a window.
 
+    On a mesh that splits sequences (`mesh.context`) positions are in the order of `ring.order`, and
+    the implementation named computes inside of a ring.
+
     Args:
       q: [batch, seq, n_heads, head_dim].
       k, v: [batch, seq, n_kv_heads, head_dim]; n_heads is a multiple of n_kv_heads.
@@ -32,53 +38,79 @@ def attention(
 
     Raises:
       NotImplementedError: for an implementation that does not exist, or cannot run here.
-      ValueError: for heads or rows that the mesh does not divide.
+      ValueError: for heads, rows or positions that the mesh does not divide.
     """
     if impl == "auto":
-        impl = choose(platform(), axis_size("context"))
+        impl = choose(platform())
     if scale is not None and impl != "pallas":
         q = q * (scale * q.shape[3] ** 0.5)
     if impl == "reference":
-        out = reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+        positions = ring.order(q.shape[1])
+        out = reference.attention(
+            q, k, v, window=window, segment_ids=segment_ids, positions=positions
+        )
         return checkpoint_name(out, "attention_out")
-    if impl == "blocked":
+    if impl not in ("pallas", "blocked"):
+        raise NotImplementedError(
+            f"attention impl={impl!r}: there are auto, pallas, blocked and reference"
+        )
+    if impl == "pallas" and platform() != "tpu":
+        raise NotImplementedError(
+            f"attention impl='pallas': a TPU is needed, this is {platform()}; use auto or blocked"
+        )
+    is_split = axis_size("context") > 1
+    if impl == "blocked" and not is_split:
         return blocked.attention(q, k, v, segment_ids, window)
-    if impl == "pallas":
-        _check_pallas(platform(), q.shape, k.shape)
-        from olmo_jax.kernels import pallas_tpu
+    _check_division(impl, q.shape, k.shape)
+    if is_split:
+        window = None if window is None or window >= q.shape[1] else window
+        kernel = _kernel(impl, q, segment_ids is not None or window is not None, scale)
+        return ring.attention(q, k, v, segment_ids, window, kernel)
+    from olmo_jax.kernels import pallas_tpu
 
-        tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return pallas_tpu.attention(q, k, v, segment_ids, window, scale, tuning)
-    raise NotImplementedError(
-        f"attention impl={impl!r}: there are auto, pallas, blocked and reference"
-    )
+    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return pallas_tpu.attention(q, k, v, segment_ids, window, scale, tuning)
 
 
-def choose(of: str, context_ways: int) -> str:
-    """What "auto" takes: kernels and blocks need a sequence that is whole on each device."""
-    if context_ways > 1:
-        return "reference"
+def choose(of: str) -> str:
+    """What "auto" takes on a platform."""
     return "pallas" if of == "tpu" else "blocked"
 
 
-def _check_pallas(of: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
-    if of != "tpu":
-        raise NotImplementedError(
-            f"attention impl='pallas': a TPU is needed, this is {of}; use auto or blocked"
+def _kernel(impl: str, q: jax.Array, has_documents: bool, scale: float | None) -> ring.Kernel:
+    """What a ring computes with on each device."""
+    if impl == "blocked":
+        return ring.Kernel(blocked.forward, blocked.backward)
+    from olmo_jax.kernels import pallas_tpu
+
+    chunk = q.shape[1] // (2 * axis_size("context"))
+    if chunk % LANES:
+        raise ValueError(
+            f"attention impl='pallas': seq={q.shape[1]} over 2 x mesh.context is chunks of {chunk},"
+            f" no multiple of {LANES}; use blocked or another data.seq_len"
         )
-    if (ways := axis_size("context")) > 1:
-        raise NotImplementedError(
-            f"attention impl='pallas': mesh.context={ways} splits sequences; use auto or reference"
-        )
-    for name, size, axes in (
-        ("batch", q_shape[0], BATCH_AXES),
-        ("n_heads", q_shape[2], ("tensor",)),
-        ("n_kv_heads", kv_shape[2], ("tensor",)),
+    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, has_documents).dividing(chunk)
+    options = dict(tuning=tuning, scale=q.shape[3] ** -0.5 if scale is None else scale)
+    forward, backward = (
+        functools.partial(pallas_tpu.by_head(run), **options)
+        for run in (pallas_tpu.forward, pallas_tpu.backward)
+    )
+    return ring.Kernel(forward, backward, tuning.forward.q)
+
+
+def _check_division(impl: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
+    """Each device has whole rows and heads, and two chunks of a sequence that is split."""
+    chunks = 2 if axis_size("context") > 1 else 1
+    for name, size, axes, times in (
+        ("batch", q_shape[0], BATCH_AXES, 1),
+        ("seq", q_shape[1], ("context",), chunks),
+        ("n_heads", q_shape[2], ("tensor",), 1),
+        ("n_kv_heads", kv_shape[2], ("tensor",), 1),
     ):
-        if size % axis_size(*axes):
-            over = " x ".join(f"mesh.{axis}" for axis in axes)
+        if size % (times * axis_size(*axes)):
+            over = " x ".join(["2"] * (times > 1) + [f"mesh.{axis}" for axis in axes])
             raise ValueError(
-                f"attention impl='pallas': {name}={size} is not divisible by"
-                f" {over}={axis_size(*axes)}"
+                f"attention impl={impl!r}: {name}={size} is not divisible by"
+                f" {over}={times * axis_size(*axes)}"
             )
