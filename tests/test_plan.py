@@ -5,6 +5,9 @@ import dataclasses
 import gzip
 import os
 import pathlib
+import re
+import runpy
+import shlex
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ from olmo_jax.plan import analytic, gpus, hlo, program, report, search
 from olmo_jax.plan.chips import Slice
 from olmo_jax.plan.hlo import Collective
 from olmo_jax.plan.plan import Plan
+from olmo_jax.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 NODES = gpus.Nodes.parse("h100:8x16")
@@ -327,7 +331,7 @@ def test_a_kept_program_is_of_all_that_reaches_it_and_of_nothing_else(tmp_path, 
     monkeypatch.setattr(program, "_versions", lambda: ["1"])
     store, where, c = program.Store(tmp_path), Slice.parse("v5p:2x2x1"), load("olmo3_7b")
     base = store._path(c, where)
-    assert store._path(with_(c, log={"interval": 77}, data={"threads": 9}), where) == base
+    assert store._path(with_(c, log={"interval": 77}, optim={"lr": 9e-9}), where) == base
     others = [
         store._path(with_(c, compute={"remat": "none"}), where),
         store._path(with_(c, data={"global_batch_size": 8192 * 8}), where),
@@ -406,6 +410,41 @@ def test_the_run_is_as_long_as_the_config_says():
     assert report.token_budget(load("olmo3_7b")) == 597_046 * 512 * 8192
     assert report.token_budget(load("olmo3_7b_midtrain")) == 100_000_000_000
     assert report.token_budget(load("olmo2_7b")) is None  # one epoch
+
+
+# --- the recommended plans ------------------------------------------------------------------------
+
+PLANS = (ROOT / "docs/plans.md").read_text()
+
+
+def test_commands_of_the_docs_are_taken():
+    tool = runpy.run_path(str(ROOT / "tools/plan_pod.py"))
+    commands = re.findall(r"^python tools/plan_pod.py (.*)", PLANS.replace("\\\n", " "), re.M)
+    assert len(commands) == 3
+    for line in commands:
+        args, overrides = tool["parse"](shlex.split(line))
+        machine = report.parse(args.topology)
+        validate(config.load(str(ROOT / args.config), overrides), machine.n_devices)
+
+
+def test_headers_of_configs_and_the_table_say_the_same():
+    rows = [line.split(" | ") for line in PLANS.splitlines() if line.startswith("| olmo")]
+    found = set()
+    for names, slice_name, mesh, compute, *_, how in rows:
+        for name in names.removeprefix("| ").split(", "):
+            found.add(name)
+            text = (ROOT / f"configs/{name}.py").read_text()
+            plan = re.search(r"^Plan:(.*?)^Expect:", text, re.M | re.S)[1]
+            options = re.findall(r"--config\.([\w.]+)=(\S+)", plan)
+            c = load(name, **{key.replace(".", "__"): value for key, value in options})
+            assert f"on {slice_name}; {'compiled' if 'compiled' in how else 'by formula'}: " in plan
+            validate(c, report.parse(slice_name).n_devices)
+            axes = dataclasses.asdict(c.mesh).items()
+            assert mesh == " x ".join(f"{axis} {n}" for axis, n in axes if n > 1)
+            assert compute == f"{c.compute.remat}, {c.compute.accumulate}"
+    known = {path.stem for path in (ROOT / "configs").glob("olmo*.py")}
+    ladder = {name for name in known if re.fullmatch(r"olmo3_1b|olmo[23]_(\d+m|3b)", name)}
+    assert found == known - ladder
 
 
 # --- with the TPU compiler ------------------------------------------------------------------------

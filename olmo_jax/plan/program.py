@@ -35,6 +35,8 @@ _OF_A_CONFIG = ("model", "compute", "optim", "mesh")
 _OF_THE_DATA = ("seq_len", "global_batch_size", "document_mask")
 _OF_TRAINING = ("z_loss", "load_balancing_loss", "router_z_loss", "router_loss_form",
                 "loss_normalization", "loss_ranks")  # fmt: skip
+# Of the optimizer: what the step takes as arguments, so that stages of a run share a program.
+_ARGUMENTS = ("lr", "schedule", "clip_warmup", "clip_warmup_factor")
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
 
 
@@ -139,7 +141,10 @@ class Store:
         Raises:
           RuntimeError: as that does.
         """
-        path = self.folder / f"attention-{_digest([case, _versions(), _sources(('kernels',))])}"
+        path = (
+            self.folder
+            / f"attention-{_digest([case, _versions(), _sources(('kernels', 'plan/kernels.py'))])}"
+        )
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, json.dumps(kernels.seconds(case)).encode())
@@ -149,6 +154,8 @@ class Store:
     def _path(self, config: Config, where: Slice) -> pathlib.Path:
         plain = configs.to_dict(config)
         del plain["compute"]["compilation_cache"]
+        for name in _ARGUMENTS:
+            del plain["optim"][name]
         reaches = [plain[name] for name in _OF_A_CONFIG]
         reaches += [plain["data"][name] for name in _OF_THE_DATA]
         reaches += [plain["train"][name] for name in _OF_TRAINING]
