@@ -58,8 +58,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             " only `data` may cross slices"
         )
     inner = (shape["data"] // len(slices), *list(shape.values())[1:])
-    blocks = [mesh_utils.create_device_mesh(inner, slices[i]) for i in sorted(slices)]
+    blocks = [_along_the_torus(inner, slices[i]) for i in sorted(slices)]
     return Mesh(np.concatenate(blocks), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _along_the_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a slice as a mesh; its axes share one of the torus only if they must."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -99,11 +107,32 @@ def axis_size(*names: str) -> int:
     return math.prod(shape.get(name, 1) for name in names)
 
 
+def platform() -> str:
+    """What is compiled for: the platform of the mesh in force, be it on this machine or not."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin the sharding of an intermediate array; does nothing without a mesh in force."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def sum_gradient(x: jax.Array, axis: int) -> jax.Array:
+    """Add up, inside of `shard_map`, what each device found for a weight that all of them have.
+
+    Args:
+      x: the gradient by the tokens of this device.
+      axis: the dimension of `x` that the weight is sharded on over `fsdp`.
+
+    Returns: the part of the sum that this device keeps.
+    """
+    if axis_size("fsdp") > 1:
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    others = tuple(a for a in ("data", "expert", "context") if axis_size(a) > 1)
+    return jax.lax.psum(x, others) if others else x
 
 
 @functools.lru_cache(maxsize=8)

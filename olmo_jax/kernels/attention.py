@@ -1,13 +1,14 @@
 """Attention: one public function; masks are descriptions; `choose` says what "auto" means."""
 
 import functools
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.kernels import blocked, reference, ring
 from olmo_jax.kernels.schedule import LANES
-from olmo_jax.sharding import BATCH_AXES, axis_size
+from olmo_jax.sharding import BATCH_AXES, axis_size, platform
 
 
 def attention(
@@ -17,6 +18,7 @@ def attention(
     *,
     window: int | None = None,
     segment_ids: jax.Array | None = None,
+    scale: float | None = None,
     impl: str = "auto",
 ) -> jax.Array:
     """Causal attention of queries over keys, within documents and within a window.
@@ -29,6 +31,7 @@ def attention(
       k, v: [batch, seq, n_kv_heads, head_dim]; n_heads is a multiple of n_kv_heads.
       window: positions visible to the left, the own one included; None for all.
       segment_ids: [batch, seq] int32, equal within a document; None for one document.
+      scale: of the products of queries and keys; None: head_dim ** -0.5.
       impl: "auto", "pallas", "blocked" or "reference". A named one never falls back.
 
     Returns:
@@ -39,7 +42,9 @@ def attention(
       ValueError: for heads, rows or positions that the mesh does not divide.
     """
     if impl == "auto":
-        impl = choose(_platform())
+        impl = choose(platform())
+    if scale is not None and impl != "pallas":
+        q = q * (scale * q.shape[3] ** 0.5)
     if impl == "reference":
         positions = ring.order(q.shape[1])
         out = reference.attention(
@@ -50,39 +55,39 @@ def attention(
         raise NotImplementedError(
             f"attention impl={impl!r}: there are auto, pallas, blocked and reference"
         )
-    if impl == "pallas" and (platform := _platform()) != "tpu":
+    if impl == "pallas" and platform() != "tpu":
         raise NotImplementedError(
-            f"attention impl='pallas': a TPU is needed, this is {platform}; use auto or blocked"
+            f"attention impl='pallas': a TPU is needed, this is {platform()}; use auto or blocked"
         )
     is_split = axis_size("context") > 1
     if impl == "blocked" and not is_split:
         return blocked.attention(q, k, v, segment_ids, window)
     _check_division(impl, q.shape, k.shape)
+    factor: float = q.shape[3] ** -0.5 if scale is None else scale
     if is_split:
         window = None if window is None or window >= q.shape[1] else window
-        kernel = _kernel(impl, q, segment_ids is not None or window is not None)
+        kernel = _kernel(impl, q, factor, segment_ids is not None or window is not None)
         return ring.attention(q, k, v, segment_ids, window, kernel)
     from olmo_jax.kernels import pallas_tpu
 
     tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
-    return pallas_tpu.attention(q, k, v, segment_ids, window, tuning)
+    return pallas_tpu.attention(q, k, v, segment_ids, window, factor, tuning)
 
 
-def choose(platform: str) -> str:
-    """What "auto" takes."""
-    return "pallas" if platform == "tpu" else "blocked"
+def choose(of: str) -> str:
+    """What "auto" takes on this platform."""
+    return "pallas" if of == "tpu" else "blocked"
 
 
-def _platform() -> str:
-    """What is compiled for: the platform of the mesh in force, be it on this machine or not."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
-
-
-def _kernel(impl: str, q: jax.Array, has_documents: bool) -> ring.Kernel:
+def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.Kernel:
     """What a ring computes with on each device."""
+    dim = q.shape[3]
     if impl == "blocked":
-        return ring.Kernel(blocked.forward, blocked.backward)
+        return ring.Kernel(
+            functools.partial(blocked.forward, head_dim=dim),
+            functools.partial(blocked.backward, head_dim=dim),
+            functools.partial(blocked.delta, head_dim=dim),
+        )
     from olmo_jax.kernels import pallas_tpu
 
     chunk = q.shape[1] // (2 * axis_size("context"))
@@ -91,10 +96,14 @@ def _kernel(impl: str, q: jax.Array, has_documents: bool) -> ring.Kernel:
             f"attention impl='pallas': seq={q.shape[1]} over 2 x mesh.context is chunks of {chunk},"
             f" no multiple of {LANES}; use blocked or another data.seq_len"
         )
-    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, has_documents).dividing(chunk)
-    forward = functools.partial(pallas_tpu.forward, tuning=tuning)
-    backward = functools.partial(pallas_tpu.backward, tuning=tuning)
-    return ring.Kernel(forward, backward, tuning.forward.q)
+    tuning = pallas_tpu.tuning(dim, q.dtype, has_documents).dividing(chunk)
+    options: dict[str, Any] = dict(head_dim=dim, scale=scale, tuning=tuning)
+    return ring.Kernel(
+        functools.partial(pallas_tpu.forward, **options),
+        functools.partial(pallas_tpu.backward, **options),
+        functools.partial(pallas_tpu.delta, head_dim=dim),
+        tuning.forward.q,
+    )
 
 
 def _check_division(impl: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
