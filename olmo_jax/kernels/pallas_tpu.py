@@ -249,7 +249,7 @@ def forward(
     plan = schedule.make(
         *lengths, blocks, by="q", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
     )
-    at = body.Index(heads, kv_heads, plan.pairs.shape[0])
+    at = body.Index(heads, kv_heads, plan.pairs.shape[0], plan.kinds)
     of_q = layout.block(blocks.q, lambda n, t, p: (*at.head(n), at.q(n, t, p)))
     of_kv = layout.block(blocks.kv, lambda n, t, p: (*at.kv_head(n), at.kv(n, t, p)))
     row = pl.BlockSpec((None, None, 1, blocks.q), lambda n, t, p: (*at.head(n), 0, at.q(n, t, p)))
@@ -325,7 +325,7 @@ def backward(
     )
     n_q = lengths[0] // blocks.q
     is_held = 4 * group * lengths[0] * head_dim <= tuning.dq_vmem
-    at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0])
+    at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0], plan.kinds)
 
     def head(n, g):
         return n // kv_heads, n % kv_heads * group + g

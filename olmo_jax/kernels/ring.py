@@ -209,9 +209,13 @@ def _joined(old, new):
     top = jnp.maximum(old_lse, new_lse)
     old, new = jnp.exp2(old_lse - top), jnp.exp2(new_lse - top)
     total = old + new
-    head_dim = old_out.shape[2] // total.shape[1]
-    old, new = (jnp.repeat(jnp.swapaxes(x / total, 1, 3)[:, :, 0], head_dim, 2) for x in (old, new))
-    return old * old_out + new * new_out, top + jnp.log2(total)
+    # A product spreads the number of a head over its columns; a broadcast would be written out by
+    # head on a TPU, and then copied.
+    heads = total.shape[1]
+    columns = jnp.repeat(jnp.eye(heads, dtype=F32), old_out.shape[2] // heads, axis=1)
+    spread = functools.partial(jnp.einsum, "bnot,nw->btw", precision=jax.lax.Precision.HIGHEST)
+    out = spread(old / total, columns) * old_out + spread(new / total, columns) * new_out
+    return out, top + jnp.log2(total)
 
 
 # --- who meets whom -------------------------------------------------------------------------------
