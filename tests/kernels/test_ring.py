@@ -168,8 +168,8 @@ def test_a_remat_policy_that_keeps_the_output_needs_no_second_forward_pass():
         with jax.set_mesh(make_mesh(MESHES[4])):
             return str(jax.make_jaxpr(grad)(*arrays)).count("dot_general")
 
-    # Own chunks, then five pairs: one at home, two in the loop, two at its end. Each has two products
-    # forward and five backward, each pair two to be joined; and there is delta.
+    # Own chunks, then five pairs: one at home, two in the loop, two at its end. Each has 2 products
+    # forward and 5 backward, each pair 2 to be joined; and there is delta.
     forward, backward = 6 * 2 + 5 * 2, 6 * 5 + 1
     assert products(policies.everything_saveable) == forward + backward
     assert products(policies.save_only_these_names("attention_out")) == forward + backward
