@@ -53,6 +53,7 @@ def _keep_compiled(name: str) -> None:
     except OSError as error:  # slower starts are no reason to end a run
         say(f"compute.compilation_cache: cannot write {folder}: {error.strerror or error}")
         return
+    say(f"compilation cache: {folder}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -109,9 +109,10 @@ class Transformer(nn.Module):
         embed_std = c.embed_init_std
         init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
         embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
-        # Looked up in a table sharded on d_model, XLA would rematerialise the whole output.
-        table = constrain(embed, ("vocab", None))
-        x = constrain(lookup(table, tokens, self.compute.dtype), ("batch", "seq", None))
+        with jax.named_scope("embed"):
+            # Looked up in a table sharded on d_model, XLA would rematerialise the whole output.
+            table = constrain(embed, ("vocab", None))
+            x = constrain(lookup(table, tokens, self.compute.dtype), ("batch", "seq", None))
 
         if positions is None:
             positions = jnp.arange(tokens.shape[1])
