@@ -18,11 +18,11 @@ config presets records processes distributed storage xla_flags
 schedules flops optim
 validate
 sharding progress data
-kernels metrics plot snapshot
+kernels metrics plot snapshot profiler
 nn losses
 step checkpoint
 generation evals convert
-summary report
+summary report program
 start
 loop
 train __init__
