@@ -240,7 +240,7 @@ class Run:
                 self.record(pending)
                 pending = None
                 with self.log.pause(at):
-                    self.trace.start(self.log.folder("profile"))
+                    self.trace.start(self.log.folder("profile"), state)
             with profiler.step(at):
                 batch_tokens, seen = position.tokens - seen, position.tokens
                 arrays = sharding.to_global(batch, self.mesh, batch_tokens // c.data.seq_len)
@@ -266,7 +266,7 @@ class Run:
                 pending = None
             if self.trace.ends_at(at):
                 with self.log.pause(at):
-                    self.trace.stop()
+                    self.trace.stop(state)
             is_last = at == self.plan.last
             if kind or stop or is_last:
                 usual = "permanent" if is_last else "ephemeral"

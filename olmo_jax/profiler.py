@@ -43,16 +43,23 @@ class Profiler:
         """Whether the trace is to end after step `at`."""
         return self._is_on and at + 1 == self._stop
 
-    def start(self, folder: pathlib.Path | None) -> None:
-        """Begin the trace, in a new folder under this one; None in all processes but one."""
+    def start(self, folder: pathlib.Path | None, state: Any) -> None:
+        """Begin the trace once `state` is there, on all devices.
+
+        Args:
+          folder: where the trace gets a new folder; None in all processes but one.
+          state: arrays that the step before makes.
+        """
+        jax.block_until_ready(state)
         self._is_on, self._folder = True, folder
         if folder is not None:
             jax.profiler.start_trace(folder)
 
-    def stop(self) -> None:
-        """End the trace, if there is one, and say where it lies."""
+    def stop(self, state: Any = ()) -> None:
+        """End the trace, if there is one, once `state` is there, and say where it lies."""
         if not self._is_on:
             return
+        jax.block_until_ready(state)
         self._is_on = False
         if self._folder is not None:
             jax.profiler.stop_trace()
