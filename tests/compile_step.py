@@ -68,7 +68,7 @@ def collectives(hlo: str) -> list[tuple[str, str, int]]:
 
 def group_size(groups: str) -> int:
     """Devices of a group, in the four ways in which XLA writes it; 0 for all devices."""
-    if groups.startswith("mesh"):  # mesh['a'=4,'b'=2] {'a'}, mesh[…], device_ids=([2,4]T(1,0)) {'a'}
+    if groups.startswith("mesh"):  # mesh['a'=4,'b'=2] {'a'}, or between them device_ids=(…)
         axes, _, used = groups.rpartition(" ")
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", used))
