@@ -24,10 +24,10 @@ def tokens(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture
-def place(tokens, tmp_path) -> list[str]:
-    """Options of a run without files that are not looked at, and without a kept program."""
+def place(tokens, compiled, tmp_path) -> list[str]:
+    """Options of a run without files that are not looked at."""
     return [f"data.paths={tokens}", f"dir={tmp_path / 'run'}", "checkpoint.step0=false",
-            "log.tensorboard=false", "compute.compilation_cache=none"]  # fmt: skip
+            "log.tensorboard=false", f"compute.compilation_cache={compiled}"]  # fmt: skip
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def no_cache():
 
 def test_a_step_is_compiled_once_and_described_before_it_runs(place, tmp_path, no_cache, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        result = runs.run(*place, "train.duration=3", "mesh.fsdp=4", "mesh.data=2")
+        mesh = "mesh.fsdp=4", "mesh.data=2", "compute.compilation_cache=none"
+        result = runs.run(*place, "train.duration=3", *mesh)
     assert result.code == 0, result.err
     start = "Finished XLA compilation of jit(train_step)"
     assert len([message for message in caplog.messages if message.startswith(start)]) == 1
