@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from olmo_jax import flops, xla_flags
 
-SLICES = {"TPU v4": "v4:2x2x1", "TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1",
+SLICES = {"TPU v4": "v4:2x2x1", "TPU v5 lite": "v5e:2x4", "TPU v5": "v5p:2x2x1",
           "TPU v6 lite": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}  # fmt: skip
 EINSUM, VMEM = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
 
@@ -70,15 +70,15 @@ def test_the_tpu_compiler_takes_the_flags_of_each_chip(kind):
 @pytest.mark.tpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "without", "with_flags"),
+    ("kind", "width", "without", "with_flags"),
     [
-        ("TPU v5 lite", "collective-permute", "%async_collective_fusion"),
-        ("TPU v5", None, "sparse"),
-        ("TPU v6 lite", None, "sparse"),
+        ("TPU v5 lite", 2048, "collective-permute", "%async_collective_fusion"),
+        ("TPU v5", 1024, None, "sparse"),
+        ("TPU v6 lite", 1024, None, "sparse"),
     ],
 )
-def test_the_flags_do_what_their_reasons_say(kind, without, with_flags):
-    program = lowered(kind, 1024)
+def test_the_flags_do_what_their_reasons_say(kind, width, without, with_flags):
+    program = lowered(kind, width)
     before = program.compile().as_text()
     after = program.compile(compiler_options=xla_flags.options(kind)).as_text()
     assert with_flags in after
