@@ -17,6 +17,9 @@ from olmo_jax.data.order import Position
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 
+# Options whose change makes no difference to what is trained.
+_SILENT = ("log.", "profile.", "compute.compilation")
+
 
 def resolve(config: Config) -> Config:
     """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
@@ -74,7 +77,7 @@ def starting_point(config: Config, source: Source | None) -> tuple[int, Position
     checkpoint.refuse_changes(changes, config.checkpoint.allow_changes, source.parts)
     if "step" not in source.parts:
         return 0, None
-    shown = [c for c in changes if not c.key.startswith(("log.", "compute.compilation"))]
+    shown = [c for c in changes if not c.key.startswith(_SILENT)]
     for change in shown if source.is_resume else ():
         say(f"changed since the checkpoint: {change}")
     position = Position(**meta["position"])
