@@ -69,7 +69,7 @@ class Program:
         say(f"compiled in {seconds:.1f} s{' (found in the compilation cache)' if hits else ''}")
         memory, tokens = memory_of(compiled, arguments), rows * self._config.data.seq_len
         there = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
-        say(f"  memory per device: {_memory_words(memory, there.get('bytes_limit'))}")
+        say(f"  memory per device: {memory_words(memory, there.get('bytes_limit'))}")
         by_formula = flops.flops_per_token(self._config.model, self._config.data.seq_len) * tokens
         by_formula /= self._mesh.size
         by_compiler = (compiled.cost_analysis() or {}).get("flops", math.nan)
@@ -147,8 +147,13 @@ def _shard_bytes(tree: Any) -> int:
     )
 
 
-def _memory_words(memory: dict[str, int], limit: int | None) -> str:
-    """`12.1 GiB of 95.7: parameters 1.7, optimizer 3.4, …`, or in MiB."""
+def memory_words(memory: dict[str, int], limit: int | None) -> str:
+    """`12.1 GiB of 95.7: parameters 1.7, optimizer 3.4, …`, or in MiB.
+
+    Args:
+      memory: bytes by name, from `memory_of`.
+      limit: bytes that the device has, where it tells.
+    """
     unit, size = ("GiB", GIB) if memory["total"] > GIB / 4 else ("MiB", GIB // 1024)
     of = f" of {limit / size:.4g}" if limit else ""
     parts = [f"{name} {n / size:.3g}" for name, n in memory.items() if name != "total"]

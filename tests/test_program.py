@@ -116,6 +116,13 @@ def test_memory_is_that_of_the_formula_and_of_the_compiler(compiled_step):
     assert found["total"] > arguments + found["temporary"]
 
 
+def test_memory_is_told_beside_what_the_device_has():
+    sizes = {"parameters": 3 << 29, "temporary": 7 << 30, "total": 17 << 29}
+    assert program.memory_words(sizes, 90 << 30) == "8.5 GiB of 90: parameters 1.5, temporary 7"
+    small = {name: size >> 10 for name, size in sizes.items()}
+    assert program.memory_words(small, None) == "8.5 MiB: parameters 1.5, temporary 7"
+
+
 def test_collectives_are_counted_as_a_second_way_counts_them(compiled_step):
     text = compiled_step[2].as_text()
     kinds = [operation for operation, _, _ in compile_step.collectives(text)]
