@@ -64,8 +64,8 @@ class Profiler:
         if self._folder is not None:
             jax.profiler.stop_trace()
             self.line = (
-                f"profile: {self._folder}; to look at it: pip install xprof, then"
-                f" xprof --logdir={self._folder}, or open its .trace.json.gz at ui.perfetto.dev"
+                f"profile: {self._folder}; to look at it: pip install xprof, then xprof server"
+                f" --logdir={self._folder}, or open its .trace.json.gz at ui.perfetto.dev"
             )
             say(self.line)
 

@@ -58,7 +58,7 @@ def test_a_trace_has_whole_steps_and_the_names_of_the_model(place, tmp_path):
         assert name.encode() in held, name
     lines = [line for line in result.out.splitlines() if line.startswith("profile: ")]
     assert len(set(lines)) == 1
-    assert f"xprof --logdir={tmp_path / 'run' / 'profile'}" in lines[0]
+    assert f"xprof server --logdir={tmp_path / 'run' / 'profile'}" in lines[0]
 
 
 def test_a_signal_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
