@@ -121,14 +121,14 @@ class Transformer(nn.Module):
         embed_std = c.embed_init_std
         init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
         embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
-        x = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
-        x = constrain(x, ("batch", "seq", None))
+        with jax.named_scope("embed"):
+            x = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
+            x = constrain(x, ("batch", "seq", None))
 
         if positions is None:
             seq = tokens.shape[1]
             positions = (ring.order(seq) if is_split else jnp.arange(seq))[None]
-        kinds = rope.kinds(c)
-        tables = rope.tables(c, positions)
+        kinds, tables = rope.kinds(c), rope.tables(c, positions)
         layer = {
             "kind": jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32),
             "index": jnp.arange(c.n_layers, dtype=jnp.int32),
