@@ -40,7 +40,7 @@ def main(topology: str, path: str, *options: str) -> None:
     c = config.load(path, dict(option.split("=", 1) for option in options))
     there = devices(topology)
     validate.validate(c, len(there))
-    compiled = program.compile_step(c, sharding.make_mesh(c.mesh, there), {})
+    compiled = program.compile_step(c, sharding.make_mesh(c.mesh, there))
     memory = compiled.memory_analysis()
     names = ("argument", "output", "alias", "temp", "generated_code")
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in names}

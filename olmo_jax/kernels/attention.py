@@ -1,6 +1,7 @@
 """Attention: one public function; masks are descriptions; `choose` says what "auto" means."""
 
 import functools
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -62,26 +63,31 @@ def attention(
     if impl == "blocked" and not is_split:
         return blocked.attention(q, k, v, segment_ids, window)
     _check_division(impl, q.shape, k.shape)
+    factor: float = q.shape[3] ** -0.5 if scale is None else scale
     if is_split:
         window = None if window is None or window >= q.shape[1] else window
-        kernel = _kernel(impl, q, segment_ids is not None or window is not None, scale)
+        kernel = _kernel(impl, q, factor, segment_ids is not None or window is not None)
         return ring.attention(q, k, v, segment_ids, window, kernel)
     from olmo_jax.kernels import pallas_tpu
 
     tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    return pallas_tpu.attention(q, k, v, segment_ids, window, scale, tuning)
+    return pallas_tpu.attention(q, k, v, segment_ids, window, factor, tuning)
 
 
 def choose(of: str) -> str:
-    """What "auto" takes on a platform."""
+    """What "auto" takes on this platform."""
     return "pallas" if of == "tpu" else "blocked"
 
 
-def _kernel(impl: str, q: jax.Array, has_documents: bool, scale: float | None) -> ring.Kernel:
+def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.Kernel:
     """What a ring computes with on each device."""
+    dim = q.shape[3]
     if impl == "blocked":
-        return ring.Kernel(blocked.forward, blocked.backward)
+        return ring.Kernel(
+            functools.partial(blocked.forward, head_dim=dim),
+            functools.partial(blocked.backward, head_dim=dim),
+            functools.partial(blocked.delta, head_dim=dim),
+        )
     from olmo_jax.kernels import pallas_tpu
 
     chunk = q.shape[1] // (2 * axis_size("context"))
@@ -90,13 +96,14 @@ def _kernel(impl: str, q: jax.Array, has_documents: bool, scale: float | None) -
             f"attention impl='pallas': seq={q.shape[1]} over 2 x mesh.context is chunks of {chunk},"
             f" no multiple of {LANES}; use blocked or another data.seq_len"
         )
-    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, has_documents).dividing(chunk)
-    options = dict(tuning=tuning, scale=q.shape[3] ** -0.5 if scale is None else scale)
-    forward, backward = (
-        functools.partial(pallas_tpu.by_head(run), **options)
-        for run in (pallas_tpu.forward, pallas_tpu.backward)
+    tuning = pallas_tpu.tuning(dim, q.dtype, has_documents).dividing(chunk)
+    options: dict[str, Any] = dict(head_dim=dim, scale=scale, tuning=tuning)
+    return ring.Kernel(
+        functools.partial(pallas_tpu.forward, **options),
+        functools.partial(pallas_tpu.backward, **options),
+        functools.partial(pallas_tpu.delta, head_dim=dim),
+        tuning.forward.q,
     )
-    return ring.Kernel(forward, backward, tuning.forward.q)
 
 
 def _check_division(impl: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:

@@ -30,7 +30,9 @@ from olmo_jax.plan.chips import ENVIRONMENT, Slice
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 # What a compiled step depends on, of the package and of a config.
-SOURCES = ("config.py", "sharding.py", "losses.py", "optim.py", "step.py", "nn", "kernels")
+SOURCES = (
+    "config.py", "sharding.py", "losses.py", "optim.py", "step.py", "xla_flags.py", "nn", "kernels",
+)  # fmt: skip
 _OF_A_CONFIG = ("model", "compute", "optim", "mesh")
 _OF_THE_DATA = ("seq_len", "global_batch_size", "document_mask")
 _OF_TRAINING = ("z_loss", "load_balancing_loss", "router_z_loss", "router_loss_form",
@@ -65,15 +67,6 @@ class DoesNotFitError(Exception):
         self.needs = needs
 
 
-def options(kind: str) -> dict[str, str]:
-    """XLA's options for a chip: FSDP by whole gathers, and room for large fusions."""
-    room = {"TPU v5": 49152, "TPU v5 lite": 98304, "TPU v6 lite": 98304}
-    found = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-    if kind in room:
-        found["xla_tpu_scoped_vmem_limit_kib"] = str(room[kind])
-    return found
-
-
 def lower(config: Config, mesh: Mesh) -> Any:
     """The training step on abstract arrays, as `jax.jit(…).lower` gives it."""
     shape = (config.data.global_batch_size // config.data.seq_len, config.data.seq_len)
@@ -88,14 +81,19 @@ def lower(config: Config, mesh: Mesh) -> Any:
         return update.jitted.lower(state, batch, scalar, scalar)  # type: ignore[attr-defined]
 
 
-def compile_step(config: Config, mesh: Mesh, flags: dict[str, str]) -> Any:
+def compile_step(config: Config, mesh: Mesh, flags: dict[str, str] | None = None) -> Any:
     """Compile the step for the devices of a mesh, in this process.
+
+    Args:
+      config: of the step.
+      mesh: over devices that need not be here.
+      flags: options of the compiler besides those that the step itself gives it.
 
     Raises:
       DoesNotFitError: if it needs more memory than a device has.
     """
     try:
-        return lower(config, mesh).compile(compiler_options=flags)
+        return lower(config, mesh).compile(compiler_options=dict(flags or {}))
     except jax.errors.JaxRuntimeError as error:
         if found := _OUT_OF_MEMORY.search(str(error)):
             raise DoesNotFitError(_size(found[1])) from error
@@ -127,7 +125,6 @@ class Store:
             task = {
                 "config": configs.to_dict(config),
                 "topology": where.name,
-                "options": options(where.chip.kind),
                 "path": str(path),
             }
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +156,7 @@ class Store:
         reaches = [plain[name] for name in _OF_A_CONFIG]
         reaches += [plain["data"][name] for name in _OF_THE_DATA]
         reaches += [plain["train"][name] for name in _OF_TRAINING]
-        what = [reaches, where.name, options(where.chip.kind), _versions(), _sources(SOURCES)]
+        what = [reaches, where.name, _versions(), _sources(SOURCES)]
         return self.folder / f"step-{_digest(what)}.json.gz"
 
 
@@ -211,7 +208,7 @@ def _child(task: dict[str, Any]) -> None:
     mesh = sharding.make_mesh(config.mesh, where.devices())
     start = time.monotonic()
     try:
-        compiled = compile_step(config, mesh, task["options"])
+        compiled = compile_step(config, mesh)
     except DoesNotFitError as error:
         made = Program("", {}, error.needs, time.monotonic() - start)
     else:
