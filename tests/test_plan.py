@@ -135,6 +135,22 @@ def test_bytes_of_collectives_are_those_of_the_whole_array():
     }
 
 
+def test_a_collective_on_another_core_is_found():
+    text = "\n".join([
+        "%called (q: f32[8]) -> f32[2] {",
+        "  %q = f32[8]{0} parameter(0)",
+        "  ROOT %r = f32[2]{0} reduce-scatter(%q), replica_groups={{0,1,2,3}}, dimensions={0}",
+        '}, execution_thread="sparsecore"',
+        "ENTRY %main (p: f32[8]) -> f32[2] {",
+        "  %p = f32[8]{0} parameter(0)",
+        "  %start = ((f32[8]{0}), f32[2]{0}) call-start(%p), async_execution_thread="
+        '"sparsecore", to_apply=%called',
+        "  ROOT %done = f32[2]{0} call-done(%start)",
+        "}",
+    ])  # fmt: skip
+    assert hlo.totals(text).collectives == {Collective("reduce-scatter", 32, (0, 1, 2, 3)): 1}
+
+
 def test_a_reduction_that_keeps_a_part_is_a_reduce_scatter():
     text = "\n".join([
         "%all-reduce-scatter.1 (q: f32[8]) -> f32[2] {",

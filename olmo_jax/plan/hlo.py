@@ -182,7 +182,7 @@ class _Program:
 
     def _called(self, i: Instruction) -> str | None:
         """The computation that stands inside an instruction and runs once with it."""
-        if i.opcode not in ("fusion", "call", "async-start", "custom-call"):
+        if i.opcode not in ("fusion", "call", "call-start", "async-start", "custom-call"):
             return None
         found = re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", i.line)
         return found[1] if found and found[1] in self.computations else None
