@@ -110,10 +110,12 @@ def bundles(command: list[str]) -> Iterator[Any]:
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
             " --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
         )
-        environment = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+        here = {"LIBTPU_INIT_ARGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = os.environ | ENVIRONMENT | here
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
-            raise RuntimeError(child.stderr.strip()[-400:])
+            said = child.stderr.strip().splitlines() or [f"signal {-child.returncode}"]
+            raise RuntimeError(said[-1][-400:])
 
         def dump(name: str) -> str:
             found = glob.glob(f"{folder}/*{name}*packed-bundles-post-ra.txt")
