@@ -8,6 +8,7 @@ when both have used it. All three learn from `ranges` which steps there are and 
 In a matrix of scores rows are own positions, columns are those that are met.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -73,7 +74,7 @@ def forward(
             of_ids = _at(own_ids, me), _at(ring_ids, slot)
             scores = _hide(scores * scale, start - i * sizes.met, of_ids, kind.window)
             peak = scores.max(axis=1)
-        plgpu.barrier_arrive(free_k.at[slot])
+        _release(free_k.at[slot], kind)
         now = jnp.maximum(top, peak)
         fade = jnp.exp2(top - now)
         weights = jnp.exp2(scores - _along(now, scores, 0))
@@ -85,7 +86,7 @@ def forward(
         plgpu.barrier_wait(ready_v.at[slot])
         take_turns()
         (acc,) = _add_products((acc,), ((weights, ring_v.at[slot]),), kind)
-        plgpu.barrier_arrive(free_v.at[slot])
+        _release(free_v.at[slot], kind)
         return acc, now, total
 
     @pl.when(me < WORKERS)
@@ -143,7 +144,7 @@ def d_queries(
         weights = jnp.exp2(scores - _along(of_lse, scores, 0))
         d_scores = (weights * (d_weights - _along(of_delta, scores, 0))).astype(q.dtype)
         (total,) = _add_products((total,), ((d_scores, ring_k.at[slot]),), kind)
-        plgpu.barrier_arrive(free.at[slot])
+        _release(free.at[slot], kind)
         return total, of_lse, of_delta
 
     @pl.when(me < WORKERS)
@@ -203,7 +204,7 @@ def d_keys_and_values(
         d_weights -= _along(_vector(ring_delta.at[slot], BY_COLUMN), scores, 1)
         d_scores = (weights * d_weights).astype(q.dtype), ring_q.at[slot]
         sums = _add_products(sums, (d_scores, (weights.astype(q.dtype), ring_d_out.at[slot])), kind)
-        plgpu.barrier_arrive(free.at[slot])
+        _release(free.at[slot], kind)
         return sums
 
     @pl.when(me < WORKERS)
@@ -283,6 +284,12 @@ def _refill(t: Any, sizes: Sizes, free: Any, ready: Any, *copies: Any) -> None:
     _copy(slot, ready, *copies)
 
 
+def _release(free: Any, kind: Kind) -> None:
+    if kind.is_interpreted:  # asks for a fence before what was read may be copied over
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(free)
+
+
 def _write(*copies: Any) -> None:
     plgpu.commit_smem()
     for source, into in copies:
@@ -305,8 +312,9 @@ def _products(*pairs: Any, then: Callable[[], None] | None = None) -> list[jax.A
 
 def _add_products(sums: Any, pairs: Any, kind: Kind) -> Any:
     """Each sum with a product added to it, in the same registers."""
-    if kind.is_interpreted:  # there accumulators begin with zeros
-        return tuple(x + _products(pair)[0] for x, pair in zip(sums, pairs, strict=True))
+    if kind.is_interpreted:  # there a product takes nothing from registers and begins with zeros
+        dot = functools.partial(jnp.dot, preferred_element_type=F32)
+        return tuple(x + dot(a, b[...]) for x, (a, b) in zip(sums, pairs, strict=True))
 
     def run(refs):
         for into, pair in zip(refs, pairs, strict=True):

@@ -197,7 +197,8 @@ def ranges(
         kinds = kinds.swapaxes(1, 2)
     live, clear, at = kinds != SKIP, kinds == FULL, np.arange(kinds.shape[2])
     first, stop = live.argmax(2), _last(live, 2) + 1
-    start = xp.where(clear.any(2), clear.argmax(2), stop)
+    none = first if by == "q" else stop  # the diagonal is at the end of a row, or its beginning
+    start = xp.where(clear.any(2), clear.argmax(2), none)
     after = ~clear & (at >= start[:, :, None])
     end = xp.where(after.any(2), after.argmax(2), stop)
     return xp.stack([first, start, xp.minimum(end, stop), stop], -1).astype(np.int32)
