@@ -106,6 +106,21 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any) -> Any:
+    """Call on the part of the arrays that a device of the mesh in force has.
+
+    Args:
+      run: returns a tuple.
+      into, out_of: the logical axes of each argument, and of each result.
+      arrays: the arguments; each may be None.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(*arrays)
+    return jax.shard_map(
+        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
+    )(*arrays)
+
+
 @functools.lru_cache(maxsize=8)
 def local_rows(mesh: Mesh, n_rows: int) -> np.ndarray:
     """The rows of a global batch of `n_rows` that this process' devices hold, ascending.

@@ -1,9 +1,11 @@
 """Attention: one public function; masks are descriptions; `choose` says what "auto" means."""
 
+from typing import Any
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.kernels import blocked, reference
+from olmo_jax.kernels import blocked, cudnn, reference
 from olmo_jax.sharding import BATCH_AXES, axis_size
 
 
@@ -23,7 +25,8 @@ def attention(
       k, v: [batch, seq, n_kv_heads, head_dim]; n_heads is a multiple of n_kv_heads.
       window: positions visible to the left, the own one included; None for all.
       segment_ids: [batch, seq] int32, equal within a document; None for one document.
-      impl: "auto", "pallas", "blocked" or "reference". A named one never falls back.
+      impl: "auto", "pallas" (our kernels for TPU, or for Hopper GPUs), "cudnn", "blocked" or
+        "reference". A named one never falls back.
 
     Returns:
       [batch, seq, n_heads, head_dim], in the dtype of q; softmax in fp32.
@@ -32,45 +35,59 @@ def attention(
       NotImplementedError: for an implementation that does not exist, or cannot run here.
       ValueError: for heads or rows that the mesh does not divide.
     """
+    device, of_kernel = _device(), (q.dtype, q.shape[3], segment_ids is not None)
     if impl == "auto":
-        impl = choose(_platform(), axis_size("context"))
+        impl = choose(device, axis_size("context"), *of_kernel)
     if impl == "reference":
         out = reference.attention(q, k, v, window=window, segment_ids=segment_ids)
         return checkpoint_name(out, "attention_out")
     if impl == "blocked":
         return blocked.attention(q, k, v, segment_ids, window)
+    if impl == "cudnn":
+        _check(impl, cudnn.obstacle(device, *of_kernel), q.shape, k.shape)
+        return cudnn.attention(q, k, v, window)
+    if impl == "pallas" and device.platform == "gpu":
+        from olmo_jax.kernels import pallas_gpu
+
+        _check(impl, pallas_gpu.obstacle(device, *of_kernel[:2]), q.shape, k.shape)
+        return pallas_gpu.attention(q, k, v, segment_ids, window)
     if impl == "pallas":
-        _check_pallas(_platform(), q.shape, k.shape)
+        other = f"a TPU or a Hopper GPU is needed, this is {device.platform}"
+        _check(impl, None if device.platform == "tpu" else other, q.shape, k.shape)
         from olmo_jax.kernels import pallas_tpu
 
         tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
         return pallas_tpu.attention(q, k, v, segment_ids, window, tuning)
     raise NotImplementedError(
-        f"attention impl={impl!r}: there are auto, pallas, blocked and reference"
+        f"attention impl={impl!r}: there are auto, pallas, cudnn, blocked and reference"
     )
 
 
-def choose(platform: str, context_ways: int) -> str:
-    """What "auto" takes: kernels and blocks need a sequence that is whole on each device."""
+def choose(device: Any, context_ways: int, dtype: Any, head_dim: int, has_documents: bool) -> str:
+    """What "auto" takes: kernels and blocks need a sequence that is whole on each device.
+
+    On a GPU that is cuDNN where it can; our kernel is not until it has been measured there.
+    """
     if context_ways > 1:
         return "reference"
-    return "pallas" if platform == "tpu" else "blocked"
+    if device.platform == "tpu":
+        return "pallas"
+    return "blocked" if cudnn.obstacle(device, dtype, head_dim, has_documents) else "cudnn"
 
 
-def _platform() -> str:
-    """What is compiled for: the platform of the mesh in force, be it on this machine or not."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
+def _device() -> Any:
+    """What is compiled for: a device of the mesh in force, be it on this machine or not."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def _check_pallas(platform: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
-    if platform != "tpu":
-        raise NotImplementedError(
-            f"attention impl='pallas': a TPU is needed, this is {platform}; use auto or blocked"
-        )
+def _check(
+    impl: str, obstacle: str | None, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]
+) -> None:
+    if obstacle is not None:
+        raise NotImplementedError(f"attention impl={impl!r}: {obstacle}; use auto or blocked")
     if (ways := axis_size("context")) > 1:
         raise NotImplementedError(
-            f"attention impl='pallas': mesh.context={ways} splits sequences; use auto or reference"
+            f"attention impl={impl!r}: mesh.context={ways} splits sequences; use auto or reference"
         )
     for name, size, axes in (
         ("batch", q_shape[0], BATCH_AXES),
@@ -80,6 +97,6 @@ def _check_pallas(platform: str, q_shape: tuple[int, ...], kv_shape: tuple[int, 
         if size % axis_size(*axes):
             over = " x ".join(f"mesh.{axis}" for axis in axes)
             raise ValueError(
-                f"attention impl='pallas': {name}={size} is not divisible by"
+                f"attention impl={impl!r}: {name}={size} is not divisible by"
                 f" {over}={axis_size(*axes)}"
             )

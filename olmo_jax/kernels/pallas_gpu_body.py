@@ -22,8 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 F32 = jnp.float32
 LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # finite, so that a row without anything visible gives no NaN
+ACC = plgpu.WGMMAAccumulatorRef
 WORKERS = 2  # warpgroups that compute
-WORKER_REGISTERS, COPIER_REGISTERS = 232, 40  # of a thread; 2 * 232 + 40 of the 512 that there are
+WORKER_REGISTERS, COPIER_REGISTERS = 240, 24  # of a thread; a block has 2 * 240 + 24 + 8
 AXES, WARPGROUP = ("batch", "head", "block"), "warpgroup"
 MATRIX = plgpu.Layout.WGMMA  # how products lie in registers, and vectors along their two sides
 BY_ROW, BY_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
@@ -307,7 +308,7 @@ def _products(*pairs: Any, then: Callable[[], None] | None = None) -> list[jax.A
             then()
         return [x[...] for x in sums]
 
-    return pl.run_scoped(run, *(plgpu.ACC((a.shape[0], b.shape[1]), F32) for a, b in pairs))
+    return pl.run_scoped(run, *(ACC((a.shape[0], b.shape[1]), F32) for a, b in pairs))
 
 
 def _add_products(sums: Any, pairs: Any, kind: Kind) -> Any:
@@ -320,7 +321,7 @@ def _add_products(sums: Any, pairs: Any, kind: Kind) -> Any:
         for into, pair in zip(refs, pairs, strict=True):
             plgpu.wgmma(into, *pair)
 
-    return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in sums))
+    return pl.run_state(run)(tuple(ACC.init(x) for x in sums))
 
 
 def _hide(
@@ -330,13 +331,13 @@ def _hide(
 
     offset: position of the first row less that of the first column; ids: those of both, or Nones.
     """
-    row, column = (plgpu.broadcasted_iota(jnp.int32, scores.shape, i, layout=MATRIX) for i in (0, 1))
-    distance = row - column + offset  # of the query from the key
-    if own_is_key:
-        distance = -distance
-    seen = distance >= 0
+    # Vectors, since the compiler keeps what does not change: a matrix of distances would not fit.
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, dimension=0)
+    row = _along(iota(scores.shape[:1], layout=BY_ROW) + offset, scores, 0)
+    column = _along(iota(scores.shape[1:], layout=BY_COLUMN), scores, 1)
+    seen = column >= row if own_is_key else column <= row
     if window is not None:
-        seen &= distance < window
+        seen &= column < row + window if own_is_key else column > row - window
     if ids[0] is not None:
         of_row, of_column = _vector(ids[0], BY_ROW), _vector(ids[1], BY_COLUMN)
         seen &= _along(of_row, scores, 0) == _along(of_column, scores, 1)

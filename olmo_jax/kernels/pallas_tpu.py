@@ -15,7 +15,6 @@ keys and give and take the logsumexp: what a ring of devices needs.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN, LOG2E
 from olmo_jax.kernels.schedule import LANES, Blocks
-from olmo_jax.sharding import Axes, spec
+from olmo_jax.sharding import Axes, on_each_device
 
 
 class Tuning(NamedTuple):
@@ -82,7 +81,7 @@ def _forward(q, k, v, segment_ids, window, tuning, interpret):
         )  # fmt: skip
         return _turned(out), lse
 
-    out, lse = _on_each_device(
+    out, lse = on_each_device(
         run, (_OF_Q, _OF_KV, _OF_KV, _IDS), (_OF_Q, _ROW), q, k, v, segment_ids
     )
     # Named here, so that a remat policy that keeps them needs no second forward pass.
@@ -101,7 +100,7 @@ def _backward(window, tuning, interpret, residuals, d_out):
         return tuple(map(_turned, grads))
 
     into = (_OF_Q, _OF_KV, _OF_KV, _IDS, _OF_Q, _ROW, _OF_Q)
-    return *_on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
+    return *on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
 
 
 attention.defvjp(_forward, _backward)
@@ -110,15 +109,6 @@ _OF_Q: Axes = ("batch", None, "heads", None)
 _OF_KV: Axes = ("batch", None, "kv_heads", None)
 _IDS: Axes = ("batch", None)
 _ROW: Axes = ("batch", "heads", None, None)
-
-
-def _on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any) -> Any:
-    """Call on the part of the arrays that a device of the mesh in force has."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(*arrays)
-    return jax.shard_map(
-        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
-    )(*arrays)
 
 
 def _turned(x: jax.Array) -> jax.Array:
