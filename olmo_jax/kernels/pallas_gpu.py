@@ -32,7 +32,11 @@ from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_gpu_body import AXES, F32, WARPGROUP, WORKERS, Kind, Sizes
 from olmo_jax.sharding import Axes, on_each_device
 
-HEAD_DIMS = (64, 128)  # a tile of shared memory is 64 wide; more than 128 needs too many registers
+SWIZZLE = 128  # bytes, the width of a tile of shared memory
+TILE, MAX_HEAD_DIM = (
+    64,
+    128,
+)  # heads are padded to tiles; wider ones need too many registers
 DTYPES = ("bfloat16", "float16")
 
 
@@ -59,7 +63,7 @@ def attention(
 ) -> jax.Array:
     """Causal attention on a Hopper GPU; see `kernels.attention.attention` for the contract.
 
-    bf16 or fp16, head dimensions of HEAD_DIMS. `interpret` (`InterpretGPUParams` of JAX 0.12) runs
+    bf16 or fp16, heads of up to MAX_HEAD_DIM. `interpret` (`InterpretGPUParams` of JAX 0.12) runs
     the kernels on any platform, slowly: for tests.
     """
     return _forward(q, k, v, segment_ids, window, tuning, interpret)[0]
@@ -115,14 +119,13 @@ def forward(
     Returns: `[batch, seq, heads, head_dim]` in the dtype of q, and `[batch, heads, seq]` fp32, to
       the base 2.
     """
-    (batch, seq, heads, _), sizes = q.shape, tuning.forward
-    window = None if window is None or window >= seq else window
-    kind = Kind(window, ids is not None, heads // k.shape[2], interpret is not None)
+    (batch, seq, heads, dim), sizes = q.shape, tuning.forward
+    kind = _kind(q, k, ids, window, interpret)
     q, k, v, ids = _pad(seq, (sizes,), q, k, v, ids)
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     out, lse = _call(
         functools.partial(body.forward, sizes=sizes, kind=kind),
-        (q, k, v, _ranges("q", q, sizes, window, ids), ids),
+        (q, k, v, _ranges("q", q, sizes, kind.window, ids), ids),
         [q, jax.ShapeDtypeStruct((batch, heads, q.shape[1]), F32)],
         (
             *(own.matrix(), own.ids(), own.row(), ring.matrix(), ring.matrix(), ring.ids()),
@@ -132,7 +135,7 @@ def forward(
         (batch, heads, q.shape[1] // (WORKERS * sizes.own)),
         interpret,
     )
-    return out[:, :seq], lse[:, :, :seq]
+    return out[:, :seq, :, :dim], lse[:, :, :seq]
 
 
 def backward(
@@ -147,7 +150,7 @@ def backward(
     window: int | None,
     tuning: Tuning = TUNING,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Gradients of q, k and v, in their dtypes.
 
     Args: as of `forward`, and
@@ -155,9 +158,8 @@ def backward(
       delta: [batch, heads, seq] fp32, the products of output and its gradient, summed.
       d_out: [batch, seq, heads, head_dim].
     """
-    (batch, seq, heads, _), kv_heads = q.shape, k.shape[2]
-    window = None if window is None or window >= seq else window
-    kind = Kind(window, ids is not None, heads // kv_heads, interpret is not None)
+    (batch, seq, heads, dim), kv_heads = q.shape, k.shape[2]
+    kind = _kind(q, k, ids, window, interpret)
     q, k, v, d_out, ids = _pad(seq, tuning[1:], q, k, v, d_out, ids)
     lse, delta = (jnp.pad(x, [(0, 0), (0, 0), (0, q.shape[1] - seq)]) for x in (lse, delta))
     arrays = q, k, v, d_out, lse, delta
@@ -166,7 +168,7 @@ def backward(
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     (dq,) = _call(
         functools.partial(body.d_queries, sizes=sizes, kind=kind),
-        (*arrays, _ranges("q", q, sizes, window, ids), ids),
+        (*arrays, _ranges("q", q, sizes, kind.window, ids), ids),
         [q],
         (
             *(own.matrix(), own.matrix(), own.row(), own.row(), own.ids()),
@@ -180,7 +182,7 @@ def backward(
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     dk, dv = _call(
         functools.partial(body.d_keys_and_values, sizes=sizes, kind=kind),
-        (*arrays, _ranges("kv", q, sizes, window, ids), ids),
+        (*arrays, _ranges("kv", q, sizes, kind.window, ids), ids),
         [k, v],
         (
             *(own.matrix(), own.matrix(), own.ids()),
@@ -190,7 +192,7 @@ def backward(
         (batch, kv_heads, q.shape[1] // (WORKERS * sizes.own)),
         interpret,
     )
-    return dq[:, :seq], dk[:, :seq], dv[:, :seq]
+    return tuple(x[:, :seq, :, :dim] for x in (dq, dk, dv))
 
 
 def obstacle(device: Any, dtype: Any, head_dim: int) -> str | None:
@@ -199,9 +201,15 @@ def obstacle(device: Any, dtype: Any, head_dim: int) -> str | None:
         return f"a TPU or a Hopper GPU (H100, H200) is needed, this is {device.device_kind}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"{' or '.join(DTYPES)} is needed, this is {jnp.dtype(dtype).name}"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim} is not {' or '.join(map(str, HEAD_DIMS))}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim={head_dim} is more than {MAX_HEAD_DIM}"
     return None
+
+
+def _kind(q: jax.Array, k: jax.Array, ids: Any, window: int | None, interpret: Any) -> Kind:
+    window = None if window is None or window >= q.shape[1] else window
+    group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    return Kind(window, ids is not None, group, scale, interpret is not None)
 
 
 class _Shared(NamedTuple):
@@ -214,7 +222,8 @@ class _Shared(NamedTuple):
 
     def matrix(self) -> Any:
         shape = (self.n, self.positions, self.like.shape[3])
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        tile = plgpu.TilingTransform((8, SWIZZLE // self.like.dtype.itemsize))
+        transforms = (tile, plgpu.SwizzleTransform(SWIZZLE))
         return plgpu.SMEM(shape, self.like.dtype, transforms=transforms)
 
     def row(self) -> Any:
@@ -253,11 +262,12 @@ def _ranges(by: str, q: jax.Array, sizes: Sizes, window: int | None, ids: Any) -
 
 
 def _pad(seq: int, sizes: tuple[Sizes, ...], *arrays: jax.Array | None) -> list[Any]:
-    """Arrays `[batch, seq, heads, head_dim]` and ids `[batch, seq]`, to whole blocks."""
+    """Arrays `[batch, seq, heads, head_dim]` and ids `[batch, seq]`, to whole blocks and tiles."""
     unit = max(max(WORKERS * x.own, x.met) for x in sizes)
 
     def pad(x):
-        widths = [(0, 0), (0, -seq % unit), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.pad(x, widths, mode="edge" if x.ndim == 2 else "constant")
+        if x.ndim == 2:
+            return jnp.pad(x, [(0, 0), (0, -seq % unit)], mode="edge")
+        return jnp.pad(x, [(0, 0), (0, -seq % unit), (0, 0), (0, -x.shape[3] % TILE)])
 
     return [None if x is None else pad(x) for x in arrays]

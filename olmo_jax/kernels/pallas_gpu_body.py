@@ -39,11 +39,12 @@ class Sizes(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Of a kernel: its mask, the query heads of a KV head, and whether it is interpreted."""
+    """Of a kernel: its mask, query heads of a KV head, scale, and whether it is interpreted."""
 
     window: int | None
     has_documents: bool
     group: int
+    scale: float
     is_interpreted: bool
 
 
@@ -58,7 +59,7 @@ def forward(
     first, clear, border, stop = _bounds(ranges, batch, block)
     start = (block * WORKERS + me) * sizes.own
     own = pl.ds(start, sizes.own)
-    scale = q.shape[3] ** -0.5 * LOG2E
+    scale = kind.scale * LOG2E
 
     def take_turns():  # one works with the tensor cores while the other takes exponentials
         plgpu.barrier_arrive(turn)
@@ -129,7 +130,6 @@ def d_queries(
     first, clear, border, stop = _bounds(ranges, batch, block)
     start = (block * WORKERS + me) * sizes.own
     own = pl.ds(start, sizes.own)
-    scale = q.shape[3] ** -0.5
 
     def step(i, carry, is_clear):
         total, of_lse, of_delta = carry
@@ -138,7 +138,7 @@ def d_queries(
         scores, d_weights = _products(
             (own_q.at[me], _turned(ring_k.at[slot])), (own_d_out.at[me], _turned(ring_v.at[slot]))
         )
-        scores *= scale * LOG2E
+        scores *= kind.scale * LOG2E
         if not is_clear:
             of_ids = _at(own_ids, me), _at(ring_ids, slot)
             scores = _hide(scores, start - i * sizes.met, of_ids, kind.window)
@@ -162,7 +162,7 @@ def d_queries(
         rows = _vector(own_lse.at[me], BY_ROW), _vector(own_delta.at[me], BY_ROW)
         loops = (first, clear, False), (clear, border, True), (border, stop, False)
         total, _, _ = _loops(loops if _has_edge(kind) else loops[1:], step, (total, *rows))
-        own_q.at[me][...] = (total * scale).astype(dq.dtype)
+        own_q.at[me][...] = (total * kind.scale).astype(dq.dtype)
         _write((own_q.at[me], dq.at[batch, own, head]))
 
     @pl.when(me == WORKERS)
@@ -189,7 +189,7 @@ def d_keys_and_values(
     first, clear, border, stop = _bounds(ranges, batch, block)
     start = (block * WORKERS + me) * sizes.own
     own = pl.ds(start, sizes.own)
-    n, scale = stop - first, k.shape[3] ** -0.5
+    n = stop - first
 
     def step(g, i, sums, is_clear):
         slot = lax.rem(g * n + i - first, sizes.slots)
@@ -197,7 +197,7 @@ def d_keys_and_values(
         scores, d_weights = _products(
             (own_k.at[me], _turned(ring_q.at[slot])), (own_v.at[me], _turned(ring_d_out.at[slot]))
         )
-        scores *= scale * LOG2E
+        scores *= kind.scale * LOG2E
         if not is_clear:
             of_ids = _at(own_ids, me), _at(ring_ids, slot)
             scores = _hide(scores, start - i * sizes.met, of_ids, kind.window, own_is_key=True)
@@ -225,7 +225,7 @@ def d_keys_and_values(
             return _loops(loops, lambda i, x, is_clear: step(g, i, x, is_clear), sums)
 
         sum_k, sum_v = lax.fori_loop(0, kind.group, of_head, (zeros, zeros))
-        own_k.at[me][...] = (sum_k * scale).astype(dk.dtype)
+        own_k.at[me][...] = (sum_k * kind.scale).astype(dk.dtype)
         own_v.at[me][...] = sum_v.astype(dv.dtype)
         to_k, to_v = (x.at[batch, own, kv_head] for x in (dk, dv))
         _write((own_k.at[me], to_k), (own_v.at[me], to_v))

@@ -195,7 +195,7 @@ def ranges(
         kinds = _with_documents(kinds, ids, ids, n_q, n_kv)
     if by == "kv":
         kinds = kinds.swapaxes(1, 2)
-    live, clear, at = kinds != SKIP, kinds == FULL, np.arange(kinds.shape[2])
+    live, clear, at = kinds != SKIP, kinds == FULL, np.arange(kinds.shape[2])[None, None]
     first, stop = live.argmax(2), _last(live, 2) + 1
     none = first if by == "q" else stop  # the diagonal is at the end of a row, or its beginning
     start = xp.where(clear.any(2), clear.argmax(2), none)
