@@ -1,5 +1,6 @@
-"""Compiles attention for an H100 that is not here: `python compile_gpu.py CASES` (JSON) prints what
-came of each; ptxas writes what it has to say to stderr.
+"""Compiles attention for H100s that are not here.
+
+`python compile_gpu.py CASES` (JSON) prints a line of JSON for each, beside what ptxas has to say.
 
 Needs: JAX's CUDA plugin and ptxas, which `ai2.cuda` installs; no GPU and no driver.
 """

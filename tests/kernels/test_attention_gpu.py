@@ -62,8 +62,8 @@ def values_and_gradients(run, q, k, v, d_out):
     ("seq", "heads", "dim", "window", "packed", "tuning"),
     [
         (1, (1, 1), 48, None, None, SMALL),
-        (300, (2, 1), 64, 131, "three", SMALL),
-        (200, (1, 1), 128, None, "in any order", Tuning()),
+        (200, (2, 1), 64, 70, "three", SMALL),
+        pytest.param(200, (1, 1), 128, None, "in any order", Tuning(), marks=pytest.mark.slow),
         pytest.param(300, (4, 2), 64, None, None, SMALL, marks=pytest.mark.slow),
         pytest.param(600, (1, 1), 64, 256, None, Tuning(), marks=pytest.mark.slow),
         pytest.param(300, (1, 1), 64, 5, "of length 1", Tuning(), marks=pytest.mark.slow),
@@ -148,16 +148,17 @@ def test_nvidias_compiler_takes_the_kernels_and_finds_registers_for_them(pytestc
     command = [sys.executable, str(ROOT / "tests/kernels/compile_gpu.py"), json.dumps(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
     assert len(results) == len(CASES)
     for case, result in zip(CASES, results, strict=True):
         assert not result["moved"]
         rows, seq, heads, dim = case["shape"]
         assert result["temp"] < 4 * rows * seq * heads * dim * 2  # a few arrays, no scores
-    assert "serialized" not in done.stderr + done.stdout
-    spilled = re.findall(r"(\d+) bytes spill stores", done.stderr)
-    assert len(spilled) >= 3
-    assert max(map(int, spilled)) < 100  # of a thread's 255 x 4
+    # What ptxas says of each kernel.
+    spilled = [int(n) for n in re.findall(r"stack frame, (\d+) bytes spill", done.stdout)]
+    assert len(spilled) == 3 * len(CASES)
+    assert max(spilled) < 128  # registers of 4 bytes; a thread has 240
+    assert "serialized" not in done.stdout  # products that it cannot overlap
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 300, 5000])
