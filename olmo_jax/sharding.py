@@ -99,6 +99,16 @@ def axis_size(*names: str) -> int:
     return math.prod(shape.get(name, 1) for name in names)
 
 
+def device() -> Any:
+    """What is compiled for: a device of the mesh in force, be it on this machine or not."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def platform() -> str:
+    """The platform of what is compiled for."""
+    return device().platform
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin the sharding of an intermediate array; does nothing without a mesh in force."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -119,6 +129,21 @@ def on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any
     return jax.shard_map(
         run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
     )(*arrays)
+
+
+def sum_gradient(x: jax.Array, axis: int) -> jax.Array:
+    """Add up, inside of `shard_map`, what each device found for a weight that all of them have.
+
+    Args:
+      x: the gradient by the tokens of this device.
+      axis: the dimension of `x` that the weight is sharded on over `fsdp`.
+
+    Returns: the part of the sum that this device keeps.
+    """
+    if axis_size("fsdp") > 1:
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
+    others = tuple(a for a in ("data", "expert", "context") if axis_size(a) > 1)
+    return jax.lax.psum(x, others) if others else x
 
 
 @functools.lru_cache(maxsize=8)

@@ -158,7 +158,7 @@ def test_a_run_ends_with_the_factor_that_it_needs(tmp_path):
     assert found <= advised < found + 0.0105
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand  # two runs of 80 seconds of a core
 def test_the_load_balancing_loss_keeps_every_expert_busy(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # those of the tests make slow code
     busiest, idlest = {}, {}

@@ -32,8 +32,7 @@ def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) ->
 
     table = [read("embed", (slice(int(t), int(t) + 1), slice(None)))[0] for t in tokens.flat]
     x = jnp.asarray(np.stack(table).reshape(*tokens.shape, c.d_model))
-    kinds = sorted(set(c.layer_kinds))
-    tables = {kind: rope.table(c, kind, jnp.arange(tokens.shape[1])) for kind in kinds}
+    kinds, tables = rope.kinds(c), rope.tables(c, jnp.arange(tokens.shape[1])[None])
     layered = [row.ours for row in rows(c, "Hugging Face") if row.is_layered]
     for i, kind in enumerate(c.layer_kinds):
         params: dict = {}

@@ -4,8 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from olmo_jax.sharding import BATCH_AXES, axis_size, constrain
+from olmo_jax.sharding import BATCH_AXES, axis_size, constrain, spec, sum_gradient
 
 Sums = dict[str, jax.Array]
 
@@ -44,64 +45,90 @@ def cross_entropy(
 
 
 def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
-    """(loss, parts) and, if `grad_dtype` is given, (dx, d_head)."""
+    """(loss, parts) and, if `grad_dtype` is given, (dx, d_head).
+
+    Each device works on its own tokens and columns, and the sums over devices come last: left to
+    XLA, the gradient of the head would be summed over the mesh in every chunk.
+    """
     with_grads = grad_dtype is not None
-    n = _n_chunks(x.shape, chunk)
-    split = functools.partial(_split, n=n)
     w = constrain(head.astype(x.dtype), (None, "vocab"))  # gathered once, not in each chunk
 
-    def body(carry, inputs):
-        x, targets, weights = inputs
-        sums, dw = carry
-        logits = jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32)
-        logits = constrain(logits, ("batch", "seq", "vocab"))
-        if vocab_size < head.shape[1]:
-            scores = jnp.arange(head.shape[1]) < vocab_size
-            logits = jnp.where(scores[None, None], logits, jnp.finfo(jnp.float32).min)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        parts = {"ce": jnp.sum(weights * (lse - picked)), "z": jnp.sum(weights * lse**2)}
-        sums = jax.tree.map(jnp.add, sums, parts)
+    def here(x, w, targets, weights):
+        tokens = x.shape[0] * x.shape[1]
+        n = _n_chunks(tokens, chunk)
+        columns = jnp.arange(w.shape[1]) + _index("tensor") * w.shape[1]
+
+        def body(carry, inputs):
+            sums, dw = carry
+            parts, dx, more = _of_chunk(
+                *inputs, w, columns, vocab_size, z_loss, grad_dtype if with_grads else None
+            )
+            sums = jax.tree.map(jnp.add, sums, parts)
+            return (sums, dw + more if with_grads else dw), dx
+
+        zero = jnp.zeros((), jnp.float32)
+        dw = jnp.zeros(w.shape, grad_dtype) if with_grads else zero
+        chunks = [a.reshape(n, tokens // n, *a.shape[2:]) for a in (x, targets, weights)]
+        (sums, dw), dx = jax.lax.scan(body, ({"ce": zero, "z": zero}, dw), tuple(chunks))
+        sums = _sum(sums, *BATCH_AXES, "context")
         if not with_grads:
-            return (sums, dw), None
-        scale = weights if z_loss is None else weights * (1.0 + 2.0 * z_loss * lse)
-        p = jnp.exp(logits - lse[..., None]) * scale[..., None]
-        hit = jnp.arange(head.shape[1])[None, None] == targets[..., None]
-        d_logits = (p - jnp.where(hit, weights[..., None], 0.0)).astype(x.dtype)
-        dx = jnp.einsum("btv,dv->btd", d_logits, w)
-        dtype = jnp.dtype(grad_dtype)
-        dw = dw + jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=dtype)
-        return (sums, dw), dx
+            return (sums,)
+        return sums, _sum(dx.reshape(x.shape), "tensor"), sum_gradient(dw, 0)
 
-    zero = jnp.zeros((), jnp.float32)
-    dw = jnp.zeros(head.shape, grad_dtype) if with_grads else zero
-    carry, inputs = ({"ce": zero, "z": zero}, dw), (split(x), split(targets), split(weights))
-    if n == 1:
-        (sums, dw), dx = body(carry, jax.tree.map(lambda a: a[0], inputs))
-    else:
-        (sums, dw), dx = jax.lax.scan(body, carry, inputs)
-        dx = None if dx is None else _join(dx)
+    rows = spec(("batch", "seq"))
+    results = (PartitionSpec(), spec(("batch", "seq", None)), spec(("embed", "vocab")))
+    if not jax.sharding.get_abstract_mesh().empty:
+        here = jax.shard_map(
+            here,
+            in_specs=(spec(("batch", "seq", None)), spec((None, "vocab")), rows, rows),
+            out_specs=results if with_grads else results[:1],
+            check_vma=False,
+        )
+    sums, *grads = here(x, w, targets, weights)
     loss = sums["ce"] + (z_loss or 0.0) * sums["z"]
-    return (loss, sums), (dx, dw)
+    return (loss, sums), tuple(grads)
 
 
-def _n_chunks(shape: tuple[int, ...], chunk: int | None) -> int:
-    """Chunks along the sequence: the fewest that hold at most `chunk` tokens per device."""
-    batch, seq = shape[0] // axis_size(*BATCH_AXES), shape[1] // axis_size("context")
-    if chunk is None or batch * seq <= chunk:
-        return 1
-    need = -(-batch * seq // chunk)
-    return next((n for n in range(need, seq) if seq % n == 0), seq)
+def _of_chunk(x, targets, weights, w, columns, vocab_size, z_loss, grad_dtype):
+    """Sums, dx (of these columns) and dw of tokens `x [n, d_model]` and `columns` of the head."""
+    logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    scores = (columns < vocab_size)[None]
+    logits = jnp.where(scores, logits, jnp.finfo(jnp.float32).min)
+    top = _over_columns(jax.lax.pmax, logits.max(1, keepdims=True))
+    lse = top + jnp.log(_over_columns(jax.lax.psum, jnp.exp(logits - top).sum(1, keepdims=True)))
+    targets, weights = targets[:, None], weights[:, None]
+    at = targets - columns[0]
+    is_here = (at >= 0) & (at < columns.size)
+    picked = jnp.take_along_axis(logits, jnp.clip(at, 0, columns.size - 1), axis=1)
+    picked = _over_columns(jax.lax.psum, jnp.where(is_here, picked, 0.0))
+    parts = {"ce": jnp.sum(weights * (lse - picked)), "z": jnp.sum(weights * lse**2)}
+    if grad_dtype is None:
+        return parts, None, None
+    scale = weights if z_loss is None else weights * (1.0 + 2.0 * z_loss * lse)
+    of_target = jnp.where(columns[None] == targets, weights, 0.0)
+    d_logits = (jnp.exp(logits - lse) * scale - of_target).astype(x.dtype)
+    dw = jnp.matmul(x.T, d_logits, preferred_element_type=jnp.dtype(grad_dtype))
+    return parts, d_logits @ w.T, dw
 
 
-def _split(x: jax.Array, n: int) -> jax.Array:
-    """[batch, seq, …] -> [n, batch, seq / n, …], strided, which keeps the shards of `seq` whole."""
-    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // n, n, *x.shape[2:]), 2, 0)
+def _over_columns(reduce, x):
+    return reduce(x, "tensor") if axis_size("tensor") > 1 else x
 
 
-def _join(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _sum(tree, *axes):
+    """Summed over those of these mesh axes that split anything."""
+    axes = tuple(axis for axis in axes if axis_size(axis) > 1)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def _index(axis):
+    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
+
+
+def _n_chunks(tokens: int, chunk: int | None) -> int:
+    """The fewest chunks that hold at most `chunk` tokens and are of one size."""
+    need = 1 if chunk is None else -(-tokens // chunk)
+    return next(n for n in range(need, tokens + 1) if tokens % n == 0)
 
 
 def _forward(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):

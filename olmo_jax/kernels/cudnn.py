@@ -24,6 +24,7 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     window: int | None,
+    scale: float,
     implementation: Any = "cudnn",
 ) -> jax.Array:
     """Causal attention by cuDNN; see `kernels.attention.attention` for the contract.
@@ -36,7 +37,7 @@ def attention(
 
     def run(q, k, v):
         out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True,
+            q, k, v, is_causal=True, scale=scale,
             local_window_size=left_and_right, implementation=implementation,
         )  # fmt: skip
         return (out,)

@@ -51,13 +51,14 @@ class Tuning(NamedTuple):
 TUNING = Tuning()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
     window: int | None,
+    scale: float,
     tuning: Tuning = TUNING,
     interpret: Any = None,
 ) -> jax.Array:
@@ -66,11 +67,12 @@ def attention(
     bf16 or fp16, heads of up to MAX_HEAD_DIM. `interpret` (`InterpretGPUParams` of JAX 0.12) runs
     the kernels on any platform, slowly: for tests.
     """
-    return _forward(q, k, v, segment_ids, window, tuning, interpret)[0]
+    return _forward(q, k, v, segment_ids, window, scale, tuning, interpret)[0]
 
 
-def _forward(q, k, v, segment_ids, window, tuning, interpret):
-    run = functools.partial(forward, window=window, tuning=tuning, interpret=interpret)
+def _forward(q, k, v, segment_ids, window, scale, tuning, interpret):
+    options = dict(window=window, scale=scale, tuning=tuning, interpret=interpret)
+    run = functools.partial(forward, **options)
     into = (_OF_Q, _OF_KV, _OF_KV, _IDS)
     out, lse = on_each_device(run, into, (_OF_Q, _ROW), q, k, v, segment_ids)
     # Named here, so that a remat policy that keeps them needs no second forward pass.
@@ -78,10 +80,10 @@ def _forward(q, k, v, segment_ids, window, tuning, interpret):
     return out, (q, k, v, segment_ids, out, lse)
 
 
-def _backward(window, tuning, interpret, residuals, d_out):
+def _backward(window, scale, tuning, interpret, residuals, d_out):
     def run(q, k, v, ids, out, lse, d_out):
         delta = jnp.einsum("bsnh,bsnh->bns", d_out, out, preferred_element_type=F32)
-        options = dict(window=window, tuning=tuning, interpret=interpret)
+        options = dict(window=window, scale=scale, tuning=tuning, interpret=interpret)
         return backward(q, k, v, ids, lse, delta, d_out, **options)
 
     into = (_OF_Q, _OF_KV, _OF_KV, _IDS, _OF_Q, _ROW, _OF_Q)
@@ -103,6 +105,7 @@ def forward(
     ids: jax.Array | None = None,
     *,
     window: int | None,
+    scale: float,
     tuning: Tuning = TUNING,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -113,6 +116,7 @@ def forward(
       k, v: [batch, seq, kv_heads, head_dim].
       ids: [batch, seq] int32, equal within a document; or None.
       window: positions visible to the left, the own one included; None for all.
+      scale: of the scores.
       tuning: sizes.
       interpret: None, or `InterpretGPUParams`.
 
@@ -120,7 +124,7 @@ def forward(
       the base 2.
     """
     (batch, seq, heads, dim), sizes = q.shape, tuning.forward
-    kind = _kind(q, k, ids, window, interpret)
+    kind = _kind(q, k, ids, window, scale, interpret)
     q, k, v, ids = _pad(seq, (sizes,), q, k, v, ids)
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     out, lse = _call(
@@ -148,6 +152,7 @@ def backward(
     d_out: jax.Array,
     *,
     window: int | None,
+    scale: float,
     tuning: Tuning = TUNING,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
@@ -159,7 +164,7 @@ def backward(
       d_out: [batch, seq, heads, head_dim].
     """
     (batch, seq, heads, dim), kv_heads = q.shape, k.shape[2]
-    kind = _kind(q, k, ids, window, interpret)
+    kind = _kind(q, k, ids, window, scale, interpret)
     q, k, v, d_out, ids = _pad(seq, tuning[1:], q, k, v, d_out, ids)
     lse, delta = (jnp.pad(x, [(0, 0), (0, 0), (0, q.shape[1] - seq)]) for x in (lse, delta))
     arrays = q, k, v, d_out, lse, delta
@@ -206,9 +211,9 @@ def obstacle(device: Any, dtype: Any, head_dim: int) -> str | None:
     return None
 
 
-def _kind(q: jax.Array, k: jax.Array, ids: Any, window: int | None, interpret: Any) -> Kind:
+def _kind(q: jax.Array, k: jax.Array, ids: Any, window: Any, scale: float, interpret: Any) -> Kind:
     window = None if window is None or window >= q.shape[1] else window
-    group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    group = q.shape[2] // k.shape[2]
     return Kind(window, ids is not None, group, scale, interpret is not None)
 
 

@@ -65,17 +65,22 @@ def backward(
     pairs, q, k, v, d_out, lse, delta, q_ids, kv_ids,
     dq, dk, dv, spilled,
     dq_sum, dk_sum, dv_sum, ids, ready, spill,
-    *, at, blocks, window, group,
+    *, at, blocks, window, group, scale,
 ):  # fmt: skip
     """A step of the backward kernel: a block of keys meets a block of queries of one head."""
     n, t, g = (pl.program_id(i) for i in range(3))
     pair = at.pair(n, t, pairs)
     block = schedule.q_block(pair)
-    where = (at.batch(n), at.kv_head_of(n) * group + g)
+    where = (at.batch(n), head := at.kv_head_of(n) * group + g)
     slot = 0 if spill else g * (dq_sum.shape[0] // group) + block
     is_live = schedule.kind(pair) != schedule.SKIP
     opens, closes = pair & schedule.OPENS != 0, pair & schedule.CLOSES != 0
-    to_dq = dq.at[*where, pl.ds(block * blocks.q, blocks.q)]
+    dim, rows_of_dq = q.shape[1], pl.ds(block * blocks.q, blocks.q)
+    to_dq = (
+        dq.at[*where, rows_of_dq]
+        if len(dq.shape) == 4
+        else dq.at[where[0], rows_of_dq, pl.ds(pl.multiple_of(head * dim, dim), dim)]
+    )
 
     @pl.when((t == 0) & (g == 0))
     def _():
@@ -136,7 +141,7 @@ def backward(
     def _():
         ready.wait(to_dq)
         whole = spill.buffer[...] if spill else dq_sum[slot]
-        ready.buffer[...] = (whole * q.shape[1] ** -0.5).T.astype(dq.dtype)
+        ready.buffer[...] = (whole * scale).T.astype(dq.dtype)
         ready.write(to_dq)
 
     @pl.when((pair & schedule.LAST != 0) & (g == group - 1))
@@ -149,6 +154,13 @@ def backward(
         ready.wait(to_dq)
         if spill:
             spill.wait(spilled.at[*where, block])
+
+
+def delta(out, d_out, sums):
+    """A step of the kernel for the sums of products: a block of queries of one head."""
+    products = out[...].astype(F32) * d_out[...].astype(F32)
+    total = products.sum(1, keepdims=True)
+    sums[...] = jnp.broadcast_to(total, (products.shape[0], LANES)).T[:1, :]
 
 
 class Copy(NamedTuple):

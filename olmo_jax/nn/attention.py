@@ -1,6 +1,7 @@
 """Self-attention of every OLMo generation: projections, QK-norm, clipping, RoPE, attention."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.kernels import rotary
 from olmo_jax.kernels.attention import attention
 from olmo_jax.nn import rope
 from olmo_jax.nn.layers import constant, einsum, matrix_init, rms_norm, weight
@@ -26,16 +28,16 @@ class Attention(nn.Module):
         x: jax.Array,
         kind: jax.Array,
         layer: jax.Array,
-        tables: dict[str, rope.Table],
+        tables: rope.Table,
         segment_ids: jax.Array | None,
     ) -> jax.Array:
         """Mix positions.
 
         Args:
           x: [batch, seq, d_model].
-          kind: int32, which entry of `tables` this layer is.
+          kind: int32, which of `rope.kinds` this layer is.
           layer: int32, the layer's index, for the initial scale.
-          tables: RoPE tables per kind of layer that the model has.
+          tables: of RoPE per kind of layer, as `rope.tables` makes them.
           segment_ids: [batch, seq], or None.
 
         Returns: [batch, seq, d_model].
@@ -49,37 +51,72 @@ class Attention(nn.Module):
         out_init = matrix_init(c, n * h, layer)
         wo = weight(self, "wo", (n, h, d), ("heads", "head_dim", "embed"), out_init)
 
-        q = product("btd,dnh->btnh", x, wq)
-        key = product("btd,dkh->btkh", x, wk)
-        value = product("btd,dkh->btkh", x, wv)
+        # Flat, as the products make them and as a TPU's kernels take them.
+        q, key, value = (
+            product(into, x, w).reshape(*x.shape[:2], -1)
+            for into, w in (("btd,dnh->btnh", wq), ("btd,dkh->btkh", wk), ("btd,dkh->btkh", wv))
+        )
         if c.clip_qkv is not None:
             q, key, value = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (q, key, value))
-        if c.qk_norm == "full":  # over all heads together; under tensor sharding XLA sums squares
-            q_norm = weight(self, "q_norm", (n, h), ("heads", "head_dim"), constant(1.0))
-            k_norm = weight(self, "k_norm", (k, h), ("kv_heads", "head_dim"), constant(1.0))
-            q, key = rms_norm(q, q_norm, c.norm_eps), rms_norm(key, k_norm, c.norm_eps)
+        q_gain = k_gain = None
+        if c.qk_norm == "full":
+            q_gain = weight(self, "q_norm", (n, h), ("heads", "head_dim"), constant(1.0))
+            k_gain = weight(self, "k_norm", (k, h), ("kv_heads", "head_dim"), constant(1.0))
+        # What a remat policy may keep; norm and rotation cost less than memory for their results.
         q, key, value = (
             checkpoint_name(y, f"attention_{name}")
             for y, name in ((q, "q"), (key, "k"), (value, "v"))
         )
-
         if self.is_initializing():  # one token, which no mesh can split
             return x
 
-        def core(name: str, q: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            q = constrain(rope.rotate(q, tables[name]), ("batch", "seq", "heads", None))
-            # Under context parallelism every query shard needs all keys: gathered here.
-            key = constrain(rope.rotate(key, tables[name]), ("batch", None, "kv_heads", None))
-            value = constrain(value, ("batch", None, "kv_heads", None))
-            window = c.window if name == "sliding" else None
-            impl = self.compute.attention
-            return attention(q, key, value, window=window, segment_ids=segment_ids, impl=impl)
+        cos, sin = (table[kind] for table in tables)
+        # The scale of the scores, and the kernel's base of 2, go into the rotation of the queries.
+        is_fused = rotary.fits(h)
+        scale = math.log(2) if is_fused else h**-0.5
+        factor = h**-0.5 / scale
+        q = norm_rotate(q, q_gain, (factor * cos, factor * sin), n, c.norm_eps, is_fused)
+        key = norm_rotate(key, k_gain, (cos, sin), k, c.norm_eps, is_fused)
 
-        branches = [functools.partial(core, name) for name in tables]
+        def core(window: int | None, *flat: jax.Array) -> jax.Array:
+            q, key, value = (y.reshape(*y.shape[:2], -1, h) for y in flat)
+            q = constrain(q, ("batch", "seq", "heads", None))
+            # Under context parallelism every query shard needs all keys: gathered here.
+            key = constrain(key, ("batch", None, "kv_heads", None))
+            value = constrain(value, ("batch", None, "kv_heads", None))
+            impl = self.compute.attention
+            out = attention(
+                q, key, value, window=window, segment_ids=segment_ids, scale=scale, impl=impl
+            )
+            return out.reshape(*x.shape[:2], -1)
+
+        windows = [c.window if name == "sliding" else None for name in rope.kinds(c)]
+        branches = [functools.partial(core, window) for window in windows]
         # No weights inside the switch: their gradients would be reduced in each branch.
         mixed = (
             branches[0](q, key, value)
             if len(branches) == 1
             else jax.lax.switch(kind, branches, q, key, value)
         )
-        return product("btnh,nhd->btd", mixed, wo)
+        return product("btnh,nhd->btd", mixed.reshape(*x.shape[:2], n, h), wo)
+
+
+def norm_rotate(
+    x: jax.Array, gain: jax.Array | None, table: rope.Table, n: int, eps: float, is_fused: bool
+) -> jax.Array:
+    """QK-norm and RoPE of flat queries or keys.
+
+    Args:
+      x: [batch, seq, n · head_dim].
+      gain: [n, head_dim] of the norm over all heads together; None: no norm.
+      table: cos and sin, `[1 or batch, seq, head_dim / 2]`.
+      n: heads.
+      eps: of the norm.
+      is_fused: by the kernel for TPUs; otherwise XLA does it, and sums over split heads.
+    """
+    if is_fused:
+        return rotary.norm_rotate(x, None if gain is None else gain.reshape(-1), *table, eps)
+    y = x.reshape(*x.shape[:2], n, -1)
+    if gain is not None:
+        y = rms_norm(y, gain, eps)
+    return rope.rotate(y, table).reshape(x.shape)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
-from olmo_jax.sharding import Axes, axis_size
+from olmo_jax.sharding import Axes, axis_size, constrain, spec, sum_gradient
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -122,25 +122,49 @@ def _einsum_backward(equation, grad_dtype, residuals, dy):
     dy = dy.reshape(-1, math.prod(w.shape[n:]))
     dx = (dy @ w.astype(dy.dtype).reshape(size, -1).T).reshape(x.shape)
     dw = jnp.matmul(x.reshape(-1, size).T, dy, preferred_element_type=dtype)
+    if w.ndim > 2:  # XLA would reshape, and so copy, the activations in the place of the gradient
+        dw = jax.lax.optimization_barrier(dw)
     return dx, dw.reshape(w.shape).astype(w.dtype)
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
-    """Rows of `table [vocab, d_model]` at `tokens [batch, seq]`, in `dtype`; fp32 gradient."""
-    return jnp.take(table.astype(dtype), tokens, axis=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(
+    table: jax.Array, tokens: jax.Array, dtype: str, grad_dtype: str = "float32"
+) -> jax.Array:
+    """Rows of `table [vocab, d_model]` at `tokens [batch, seq]`, in `dtype`.
+
+    Its gradient is added up in fp32 on each device, and over the mesh in `grad_dtype`.
+    """
+    # Looked up in a table sharded on d_model, XLA would rematerialise the whole output.
+    return jnp.take(constrain(table, ("vocab", None)).astype(dtype), tokens, axis=0)
 
 
-def _lookup_forward(table, tokens, dtype):
-    return lookup(table, tokens, dtype), (table, tokens)
+def _lookup_forward(table, tokens, dtype, grad_dtype):
+    return lookup(table, tokens, dtype, grad_dtype), (table, tokens)
 
 
-def _lookup_backward(dtype, residuals, dy):
+def _lookup_backward(dtype, grad_dtype, residuals, dy):
     table, tokens = residuals
-    return jnp.zeros_like(table).at[tokens].add(dy.astype(table.dtype)), None
+    n_rows = table.shape[0] // axis_size("tensor")
+
+    def here(tokens, dy):
+        row = tokens - (jax.lax.axis_index("tensor") * n_rows if axis_size("tensor") > 1 else 0)
+        row = jnp.where(row < 0, n_rows, row)  # beyond the end: dropped
+        sums = jnp.zeros((n_rows, dy.shape[-1]), jnp.float32)
+        sums = sums.at[row].add(dy.astype(jnp.float32), mode="drop").astype(grad_dtype)
+        return sum_gradient(sums, 1)
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        here = jax.shard_map(
+            here,
+            in_specs=(spec(("batch", "seq")), spec(("batch", "seq", None))),
+            out_specs=spec(("vocab", "embed")),
+            check_vma=False,
+        )
+    return here(tokens, dy).astype(table.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

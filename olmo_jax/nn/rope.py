@@ -37,11 +37,22 @@ def frequencies(config: ModelConfig, kind: str) -> tuple[np.ndarray, float]:
 
 
 def table(config: ModelConfig, kind: str, positions: jax.Array) -> Table:
-    """cos and sin, fp32 `[(batch,) seq, 1, head_dim / 2]`, at `positions [(batch,) seq]`."""
+    """cos and sin, fp32 `[1 or batch, seq, head_dim / 2]`, at `positions [1 or batch, seq]`."""
     inverse, factor = frequencies(config, kind)
-    inverse = jnp.asarray(inverse, jnp.float32).reshape((1,) * positions.ndim + (-1,))
-    angles = (positions.astype(jnp.float32)[..., None] * inverse)[..., None, :]
+    inverse = jnp.asarray(inverse, jnp.float32)[None, None]
+    angles = positions.astype(jnp.float32)[..., None] * inverse
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def kinds(config: ModelConfig) -> list[str]:
+    """The kinds of layers that the model has, in the order of `tables`."""
+    return sorted(set(config.layer_kinds))
+
+
+def tables(config: ModelConfig, positions: jax.Array) -> Table:
+    """`table` of each kind of layer, `[kinds, 1 or batch, seq, head_dim / 2]`."""
+    cos, sin = zip(*(table(config, kind, positions) for kind in kinds(config)), strict=True)
+    return jnp.stack(cos), jnp.stack(sin)
 
 
 def rotate(x: jax.Array, cos_sin: Table) -> jax.Array:
@@ -49,6 +60,6 @@ def rotate(x: jax.Array, cos_sin: Table) -> jax.Array:
 
     Dimension i is paired with i + head_dim / 2 (the "half" or NeoX form).
     """
-    cos, sin = (t if t.ndim == x.ndim else t[None] for t in cos_sin)
+    cos, sin = (t[:, :, None] for t in cos_sin)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

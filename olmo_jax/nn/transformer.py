@@ -6,6 +6,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
 from olmo_jax.nn import rope
@@ -29,7 +30,7 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         layer: dict[str, jax.Array],
-        tables: dict[str, rope.Table],
+        tables: rope.Table,
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """`x [batch, seq, d_model]` -> the same shape, and this layer's statistics if asked for.
@@ -37,7 +38,7 @@ class Block(nn.Module):
         Args:
           x: the residual stream.
           layer: int32 `kind` (entry of `tables`) and `index` of this layer.
-          tables: RoPE tables per kind.
+          tables: of RoPE, per kind.
           segment_ids: [batch, seq], or None.
         """
         c = self.config
@@ -46,6 +47,7 @@ class Block(nn.Module):
 
         y = norm(self, "attn_norm", x, c) if before else x
         y = attend(y, layer["kind"], layer["index"], tables, segment_ids)
+        y = checkpoint_name(y, "attention_projected")
         x = x + (y if before else norm(self, "attn_norm", y, c, gain))
         x = constrain(x, ("batch", "seq", None))
 
@@ -54,6 +56,7 @@ class Block(nn.Module):
             y, stats = MoE(c, self.compute, name="moe")(y, layer["index"])
         else:
             y, stats = MLP(c, self.compute, name="mlp")(y, layer["index"]), {}
+        y = checkpoint_name(y, "mlp_projected")
         x = x + (y if before else norm(self, "mlp_norm", y, c, gain))
         x = constrain(x, ("batch", "seq", None))
         if self.stats:
@@ -61,12 +64,15 @@ class Block(nn.Module):
         return x, stats
 
 
-# What the backward pass finds saved; the rest is computed again. Names are set in `nn/`.
-_QKV = ("attention_q", "attention_k", "attention_v", "attention_out")
+# What the backward pass finds saved; the rest is computed again. Names are set in `nn/` and in
+# `kernels/`. For its memory the output of the MLP saves the most work, where a norm follows it.
+_QKV = ("attention_q", "attention_k", "attention_v", "attention_out", "mlp_projected")
 _REMAT: dict[str, Any] = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out"),
     "qkv": jax.checkpoint_policies.save_only_these_names(*_QKV),
-    "qkv_mlp": jax.checkpoint_policies.save_only_these_names(*_QKV, "gate", "up"),
+    "qkv_mlp": jax.checkpoint_policies.save_only_these_names(
+        *_QKV, "attention_projected", "gate", "up"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -109,14 +115,13 @@ class Transformer(nn.Module):
         embed_std = c.embed_init_std
         init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
         embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
-        # Looked up in a table sharded on d_model, XLA would rematerialise the whole output.
-        table = constrain(embed, ("vocab", None))
-        x = constrain(lookup(table, tokens, self.compute.dtype), ("batch", "seq", None))
+        x = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
+        x = constrain(x, ("batch", "seq", None))
 
         if positions is None:
-            positions = jnp.arange(tokens.shape[1])
-        kinds = sorted(set(c.layer_kinds))  # the order that `tables` has as a tree
-        tables = {kind: rope.table(c, kind, positions) for kind in kinds}
+            positions = jnp.arange(tokens.shape[1])[None]
+        kinds = rope.kinds(c)
+        tables = rope.tables(c, positions)
         layer = {
             "kind": jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32),
             "index": jnp.arange(c.n_layers, dtype=jnp.int32),

@@ -23,7 +23,9 @@ def interpreted(tuning, interpret=True):
     """The TPU kernels on a CPU."""
 
     def run(q, k, v, *, window=None, segment_ids=None):
-        return pallas_tpu.attention(q, k, v, segment_ids, window, tuning, interpret)
+        return pallas_tpu.attention(
+            q, k, v, segment_ids, window, q.shape[3] ** -0.5, tuning, interpret
+        )
 
     return run
 
@@ -170,9 +172,9 @@ def test_auto_takes_kernels_on_tpu_blocks_elsewhere_and_neither_where_context_is
 
 def test_a_named_implementation_says_why_it_cannot_run():
     q, k, v, _ = inputs(32)
-    with pytest.raises(NotImplementedError, match="there are auto, pallas, blocked and reference"):
+    with pytest.raises(NotImplementedError, match="there are auto, pallas, cudnn, blocked and"):
         attention(q, k, v, impl="flash")
-    with pytest.raises(NotImplementedError, match="a TPU is needed, this is cpu; use auto"):
+    with pytest.raises(NotImplementedError, match="a Hopper GPU is needed, this is cpu"):
         attention(q, k, v, impl="pallas")
     mesh = tpu_mesh(context=2)
     with (
@@ -228,27 +230,30 @@ def test_with_a_split_context_keys_keep_their_own_documents():
         assert not np.array_equal(a[:, :10], c[:, :10])
 
 
-def test_parts_of_the_keys_with_their_distance_add_up_to_the_whole():
+@pytest.mark.parametrize("dim", [16, 128])  # heads as arrays of their own, and as columns
+def test_parts_of_the_keys_with_their_distance_add_up_to_the_whole(dim):
     """What a ring does: each device meets the keys of all, and only the logsumexp is shared."""
     part, n = 256, 3
-    q, k, v, d_out = (jnp.swapaxes(x, 1, 2) for x in inputs(part * n, heads=2, kv_heads=1))
+    q, k, v, d_out = (
+        x.reshape(*x.shape[:2], -1) for x in inputs(part * n, heads=2, kv_heads=1, dim=dim)
+    )
     ids = documents("three", part * n)
-    window, run = 300, dict(tuning=SMALL, interpret=True)
-    whole, whole_lse = pallas_tpu.forward(q, k, v, ids, ids, window=window, **run)
-    delta = jnp.sum(d_out * whole, -1)[:, :, None]
-    want = pallas_tpu.backward(
-        q, k, v, ids, ids, whole_lse, delta, d_out, window=window, **run
-    )  # fmt: skip
+    run = dict(head_dim=dim, window=300, scale=dim**-0.5, tuning=SMALL, interpret=True)
+    whole, whole_lse = pallas_tpu.forward(q, k, v, ids, ids, **run)
+    delta = pallas_tpu.delta(whole, d_out, dim, interpret=True)
+    by_head = (d_out * whole).reshape(*d_out.shape[:2], 2, dim).sum(-1)
+    np.testing.assert_allclose(delta[:, :, 0], by_head.swapaxes(1, 2), atol=1e-5)
+    want = pallas_tpu.backward(q, k, v, ids, ids, whole_lse, delta, d_out, **run)
     of = [slice(i * part, (i + 1) * part) for i in range(n)]
 
     @jax.jit
     def meet(i, j):  # traced, as on the devices of a ring
-        def cut(x, at, axis):
+        def cut(x, at, axis=1):
             return jax.lax.dynamic_slice_in_dim(x, at * part, part, axis)
 
-        mine = cut(q, i, 2), cut(k, j, 2), cut(v, j, 2), cut(ids, i, 1), cut(ids, j, 1)
-        rest = cut(whole_lse, i, 3), cut(delta, i, 3), cut(d_out, i, 2)
-        options = dict(window=window, offset=(i - j) * part, **run)
+        mine = cut(q, i), cut(k, j), cut(v, j), cut(ids, i), cut(ids, j)
+        rest = cut(whole_lse, i, 3), cut(delta, i, 3), cut(d_out, i)
+        options = dict(offset=(i - j) * part, **run)
         out, lse = pallas_tpu.forward(*mine, **options)
         return out, lse, pallas_tpu.backward(*mine, *rest, **options)
 
@@ -257,17 +262,45 @@ def test_parts_of_the_keys_with_their_distance_add_up_to_the_whole():
         outs, lses = [], []
         for s in of:
             out, lse, (dq, dk, dv) = meet(of.index(t), of.index(s))
-            outs.append(out)
-            lses.append(lse)
-            grads[0] = grads[0].at[:, :, t].add(dq)
+            outs.append(out.reshape(*out.shape[:2], 2, dim))
+            lses.append(lse[:, :, 0].swapaxes(1, 2)[..., None])
+            grads[0] = grads[0].at[:, t].add(dq)
             grads[1], grads[2] = (
-                g.at[:, :, s].add(d) for g, d in zip(grads[1:], (dk, dv), strict=True)
+                g.at[:, s].add(d) for g, d in zip(grads[1:], (dk, dv), strict=True)
             )
         weights = jax.nn.softmax(jnp.stack(lses) * np.log(2), axis=0)
-        out = (jnp.swapaxes(weights, 3, 4) * jnp.stack(outs)).sum(0)
-        np.testing.assert_allclose(out, whole[:, :, t], atol=3e-6, rtol=1e-5)
+        out = (weights * jnp.stack(outs)).sum(0).reshape(whole[:, t].shape)
+        np.testing.assert_allclose(out, whole[:, t], atol=3e-6, rtol=1e-5)
     for a, b in zip(grads, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5)
+        np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("impl", ["pallas", "cudnn"])
+@pytest.mark.parametrize(
+    ("seq", "heads", "window", "packed"),
+    [*CASES, (4096, (8, 2), None, None), (4096, (8, 2), 1000, "three"), (5000, (4, 4), 512, None)],
+)
+def test_a_gpu_errs_about_as_much_as_the_reference_in_bf16(impl, seq, heads, window, packed, dim):
+    """On the machine itself, beside dense attention in fp32 and in bf16."""
+    if jax.devices()[0].platform != "gpu":
+        pytest.skip("no GPU here, or OLMO_JAX_TESTS_ON=cuda is not set")
+    if impl == "cudnn" and packed:
+        pytest.skip("cuDNN knows no documents")
+    options = dict(window=window, segment_ids=documents(packed, seq))
+    arrays = inputs(seq, *heads, dim=dim, dtype=jnp.bfloat16)
+    with jax.default_matmul_precision("highest"):
+        exact = [x.astype(jnp.float32) for x in arrays]
+        exact = values_and_gradients(reference.attention, *exact, **options)
+    got, want = (
+        values_and_gradients(run, *arrays, **options)
+        for run in (functools.partial(attention, impl=impl), reference.attention)
+    )
+    for a, b, c in zip(got, want, exact, strict=True):
+        errors = [np.abs(np.asarray(x, np.float32) - c) for x in (a, b)]
+        assert errors[0].mean() <= 1.25 * errors[1].mean() + 1e-6
+        assert errors[0].max() <= 2 * errors[1].max() + 1e-5
 
 
 def test_blocks_cover_the_sequence_and_hold_the_visible_keys():

@@ -75,7 +75,7 @@ def test_the_interpreted_kernels_equal_the_reference(seq, heads, dim, window, pa
     arrays, ids = inputs(seq, heads, dim), documents(packed, seq)
 
     def ours(q, k, v):
-        return pallas_gpu.attention(q, k, v, ids, window, tuning, params)
+        return pallas_gpu.attention(q, k, v, ids, window, dim**-0.5, tuning, params)
 
     got = values_and_gradients(ours, *arrays)
     run = functools.partial(reference.attention, window=window, segment_ids=ids)
@@ -189,7 +189,7 @@ def test_cudnn_is_asked_for_the_right_mask(window):
     got, want = (
         values_and_gradients(run, *arrays)
         for run in (
-            functools.partial(cudnn.attention, window=window, implementation="xla"),
+            functools.partial(cudnn.attention, window=window, scale=0.25, implementation="xla"),
             functools.partial(reference.attention, window=window),
         )
     )

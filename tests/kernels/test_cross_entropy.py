@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from olmo_jax.config import MeshConfig
 from olmo_jax.kernels.cross_entropy import cross_entropy
+from olmo_jax.sharding import make_mesh
 
 
 def naive(x, head, targets, weights, vocab_size, z_loss):
@@ -84,3 +86,47 @@ def test_only_one_chunk_of_logits_is_held():
 
     assert temp(None) > tokens * vocab * 4
     assert temp(32) < temp(None) / 5
+
+
+@pytest.mark.parametrize(
+    "axes", [dict(tensor=4), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=4)]
+)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_devices_with_parts_of_tokens_and_vocabulary_find_the_same(batch, axes, chunk):
+    x, head, _, weights = batch
+    x, weights = jnp.tile(x, (2, 1, 1)), jnp.tile(weights, (2, 1))
+    targets = jnp.asarray(np.random.default_rng(1).integers(0, 37, (4, 12)))  # in every part
+
+    def ours(x, head):
+        return cross_entropy(x, head, targets, weights, 37, 1e-2, chunk)[0]
+
+    want = jax.value_and_grad(naive, argnums=(0, 1))(x, head, targets, weights, 37, 1e-2)
+    with jax.set_mesh(make_mesh(MeshConfig(**axes))):
+        got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, head)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6)
+
+
+def test_the_gradient_of_the_head_is_as_exact_as_its_dtype():
+    """The scores' gradients are rounded to bf16: 0.10 %. A bf16 sum rounds it again: 0.20 % in one
+    chunk, 0.70 % in 32."""
+    rng = np.random.default_rng(0)
+    tokens, d, vocab = 2048, 64, 512
+    x = jnp.asarray(rng.normal(size=(1, tokens, d)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(d, vocab)) * d**-0.5, jnp.bfloat16).astype(jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (1, tokens)))
+    weights = jnp.full((1, tokens), 1 / tokens)
+    want = jax.grad(naive, argnums=1)(
+        x.astype(jnp.float32), head, targets, weights, vocab, 0.0
+    )  # fmt: skip
+
+    def error(dtype, chunk):
+        def loss(head):
+            return cross_entropy(x, head, targets, weights, vocab, None, chunk, dtype)[0]
+
+        return float(jnp.linalg.norm(jax.grad(loss)(head) - want) / jnp.linalg.norm(want))
+
+    one, many = error("float32", None), error("float32", 64)
+    assert one < 0.0012 and abs(many - one) < 1e-5
+    assert 0.0015 < error("bfloat16", None) < 0.0025
+    assert 0.004 < error("bfloat16", 64) < 0.009

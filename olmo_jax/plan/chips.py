@@ -1,0 +1,135 @@
+"""TPU chips: what they can do, slices of them, and how fast a group of them exchanges data."""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+# What libtpu must find before it starts on a machine that has no TPU.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # else it waits for a server of Google's cloud
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as JAX counts them: a chip, or for tpu7x one of its two cores.
+
+    Attributes:
+      kind: JAX's `device_kind`.
+      clock: of the compiler's estimates, cycles per second.
+      peak: bf16 FLOP/s of the data sheet, what MFU is a share of.
+      hbm: bytes that the compiler lets a program use.
+      bandwidth: of HBM, bytes/s.
+      link: bytes/s that a device sends in one direction of one axis of the torus.
+      wraps: length from which an axis is a ring, and not a line.
+      cores: that share the heads of an attention kernel.
+      hosts: chips of a host, where the topology must be told.
+    """
+
+    kind: str
+    clock: float
+    peak: float
+    hbm: float
+    bandwidth: float
+    link: float
+    wraps: int
+    cores: int = 1
+    hosts: tuple[int, int, int] | None = None
+
+
+_GIB = 2**30
+CHIPS = {
+    "v4": Chip("TPU v4", 1.05e9, 275e12, 30.75 * _GIB, 1.2e12, 45e9, 4, cores=2),
+    "v5e": Chip("TPU v5 lite", 1.5e9, 197e12, 15.75 * _GIB, 0.82e12, 45e9, 16, hosts=(2, 2, 1)),
+    "v5p": Chip("TPU v5", 1.75e9, 459e12, 95.73 * _GIB, 2.765e12, 90e9, 4, cores=2),
+    "v6e": Chip("TPU v6 lite", 1.75e9, 918e12, 31.24 * _GIB, 1.64e12, 90e9, 16, hosts=(2, 2, 1)),
+    "tpu7x": Chip("TPU7x", 2.2e9, 1153e12, 94.75 * _GIB, 3.69e12, 90e9, 4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice of TPU chips such as v5p:4x4x8."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, name: str) -> "Slice":
+        """From its name.
+
+        Raises:
+          ValueError: if no such slice is known.
+        """
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+        if found is None or found[1] not in CHIPS:
+            raise ValueError(
+                f"topology {name!r}: needed is CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8, with a"
+                f" chip of {', '.join(CHIPS)}"
+            )
+        chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
+        if (wanted := 2 if chip.hosts else 3) != len(shape):
+            raise ValueError(f"topology {name!r}: slices of {found[1]} have {wanted} dimensions")
+        return cls(name, chip, shape)
+
+    @property
+    def n_devices(self) -> int:
+        """As JAX counts them."""
+        return math.prod(self.shape) * (2 if self.chip.kind == "TPU7x" else 1)
+
+    def devices(self) -> list[Any]:
+        """The devices, which are not here: to compile for, not to run on.
+
+        Raises:
+          ValueError: if libtpu is missing or does not know the slice.
+        """
+        options: dict[str, Any] = {}
+        if self.chip.hosts:
+            options["chips_per_host_bounds"] = tuple(
+                min(of_slice, of_host)
+                for of_slice, of_host in zip((*self.shape, 1), self.chip.hosts, strict=True)
+            )
+        if self.chip.kind == "TPU v4":
+            options["chip_config_name"] = "megacore"
+        os.environ |= ENVIRONMENT
+        try:
+            there = topologies.get_topology_desc(self.name, "tpu", **options)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            raise ValueError(
+                f"topology {self.name!r}: {reason} (the TPU compiler comes with `jax[tpu]`)"
+            ) from error
+        return list(there.devices)
+
+    def exchange(self, places: Sequence[tuple[int, ...]]) -> float:
+        """Bytes/s that each device of a group sends, in all directions that the group spans.
+
+        Args:
+          places: coordinates of the group's devices in the torus.
+        """
+        sent = 0.0
+        for axis, length in enumerate(self.shape):
+            used = len({place[axis] for place in places})
+            if used > 1:
+                is_ring = used == length >= self.chip.wraps
+                sent += self.chip.link * (2 if is_ring else 1)
+        return sent or self.chip.link  # two cores of one chip
+
+
+def by_kind(kind: str) -> Chip:
+    """The chip that JAX calls `kind`.
+
+    Raises:
+      KeyError: for one that is not in the table.
+    """
+    return next(chip for chip in CHIPS.values() if chip.kind == kind)

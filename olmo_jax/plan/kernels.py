@@ -1,0 +1,205 @@
+"""How long our attention kernels take on a TPU, from the compiler's own schedule.
+
+The compiler has no estimate for a Pallas kernel, but can write down its final bundles of
+instructions: one bundle is a cycle. A kernel is compiled for one chip, in a process of its own
+whose environment asks for the bundles; those of each branch of a step are counted and multiplied by
+how often a head takes it: once per pair of blocks of its kind, at the ends of rows, or always. That
+knows neither waiting for memory nor what XLA does before and after the kernel.
+"""
+
+import glob
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from olmo_jax.config import MeshConfig
+from olmo_jax.kernels import pallas_tpu, schedule
+from olmo_jax.kernels.schedule import Blocks
+from olmo_jax.plan.chips import CHIPS, ENVIRONMENT, Slice
+from olmo_jax.sharding import make_mesh
+
+NAMES = ("attention_forward", "attention_backward")  # of the kernels, in HLO and in dumps
+ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1",
+             "tpu7x": "tpu7x:2x2x1"}  # fmt: skip
+_SMALL = 48  # branches of fewer bundles are counted as always taken
+# Room for large blocks of other kernels; ours ask for it themselves.
+ROOM = {"xla_tpu_scoped_vmem_limit_kib": "61440"}
+
+
+class Case(NamedTuple):
+    """A layer's attention on one chip, bf16, for one row."""
+
+    chip: str
+    seq: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    n_documents: int = 0  # of unequal lengths; 0: no documents
+    forward: Sequence[int] | None = None  # sizes of blocks; None: as the kernel chooses
+    backward: Sequence[int] | None = None
+
+    def tuning(self) -> pallas_tpu.Tuning:
+        """As the kernel chooses it for this chip, but for sizes that were asked for."""
+        chip = jax.sharding.AbstractDevice(CHIPS[self.chip].kind, 1, "tpu")
+        mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip)
+        with jax.sharding.use_abstract_mesh(mesh):
+            tuning = pallas_tpu.tuning(self.head_dim, "bfloat16", self.n_documents > 0)
+        asked = {w: Blocks(*x) for w in ("forward", "backward") if (x := getattr(self, w))}
+        return tuning._replace(**asked)
+
+    def document_ids(self) -> np.ndarray:
+        """[1, seq] int32."""
+        ends = np.random.default_rng(0).choice(
+            np.arange(1, self.seq), self.n_documents - 1, replace=False
+        )
+        ids = np.searchsorted(np.sort(ends), np.arange(self.seq), side="right")
+        return ids[None].astype(np.int32)
+
+
+def seconds(case: Case) -> tuple[float, float]:
+    """What one row takes, forward and backward.
+
+    Raises:
+      RuntimeError: if the kernel does not compile, or has another form than is known here.
+    """
+    command = [sys.executable, "-m", "olmo_jax.plan.kernels", json.dumps(case._asdict())]
+    with bundles(command) as dump:
+        forward, backward = (
+            _seconds(case, way, dump(name))
+            for way, name in zip(("forward", "backward"), NAMES, strict=True)
+        )
+    return forward, backward
+
+
+def _seconds(case: Case, way: str, path: str) -> float:
+    taken, always = branches(path)
+    times, steps = counts(case, way)
+    if len(taken) != len(times):
+        raise RuntimeError(f"{way}: the kernel has {len(taken)} branches, {len(times)} expected")
+    cycles = sum(n * t for (n, _), t in zip(taken, times, strict=True)) + always * steps
+    return per_row(case, cycles)
+
+
+def per_row(case: Case, cycles: float) -> float:
+    """Seconds for the heads of a row, of cycles for one head."""
+    chip = CHIPS[case.chip]
+    return cycles * case.n_heads / chip.cores / chip.clock
+
+
+@contextmanager
+def bundles(command: list[str]) -> Iterator[Any]:
+    """Run a program that compiles; gives a function from a kernel's name to its bundles' file.
+
+    Raises:
+      RuntimeError: if it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+            " --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+        )
+        environment = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if child.returncode:
+            raise RuntimeError(child.stderr.strip()[-400:])
+
+        def dump(name: str) -> str:
+            found = glob.glob(f"{folder}/*{name}*packed-bundles-post-ra.txt")
+            (path,) = [x for x in found if "schedule-analysis" not in x]
+            return path
+
+        yield dump
+
+
+def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
+    """What a step of a kernel's grid does: (bundles, whether it has products) of each branch, in
+    order, and the bundles that are always passed."""
+    products, jumps = [], []
+    for line in pathlib.Path(path).read_text().splitlines():
+        if not (found := re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)):
+            continue
+        here = int(found[1], 16)
+        if "vmatmul" in line or "vmatpush" in line:
+            products.append(here)
+        if to := re.search(r"sbr\.rel.*?target bundleno = (\d+)", line):
+            jumps.append((here, int(to[1])))
+    start, stop = max(((to, at) for at, to in jumps if to <= at), key=lambda x: x[1] - x[0])
+    inside = sorted((at, to) for at, to in jumps if start <= at < to <= stop)
+    length = stop - start
+    while (top := _outermost(inside)) and (wide := [x for x in top if x[1] - x[0] > 0.9 * length]):
+        inside.remove(wide[0])
+    taken = [(to - at, any(at < p < to for p in products)) for at, to in _outermost(inside)]
+    taken = [x for x in taken if x[0] >= _SMALL]
+    return taken, length - sum(n for n, _ in taken)
+
+
+def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for at, to in sorted(spans, key=lambda x: (x[0], -x[1])):
+        if not found or at >= found[-1][1]:
+            found.append((at, to))
+    return found
+
+
+def counts(case: Case, way: str) -> tuple[list[int], int]:
+    """How often each branch of our kernel is taken by a head, and how many steps there are."""
+    blocks = getattr(case.tuning(), way).fit(case.seq, case.seq)
+    ids = case.document_ids() if case.n_documents else None
+    plan = schedule.make(
+        case.seq, case.seq, blocks, by="q" if way == "forward" else "kv",
+        window=case.window, q_ids=ids, kv_ids=ids,
+    )  # fmt: skip
+    kinds = np.asarray(schedule.kind(plan.pairs[0, : int(plan.count)]))
+    n_kinds = 1 + (ids is not None) + len(schedule.borders(blocks, case.window))
+    bodies = [int((kinds == schedule.FULL + i).sum()) for i in range(n_kinds)]
+    of_q, of_kv = case.seq // blocks.q, case.seq // blocks.kv
+    ends = ([1, of_q], [of_q]) if way == "forward" else ([of_kv, of_q], [of_q, of_kv])
+    return [*ends[0], *bodies, *ends[1]], len(kinds)
+
+
+def compile_kernels(case: Case, run: Any = None) -> None:
+    """Compile attention, forward and backward, for one chip.
+
+    Args:
+      case: what to compile.
+      run: `(q, k, v, segment_ids) -> out` on `[heads, seq, head_dim]`; None: ours.
+    """
+    device = Slice.parse(ONE_CHIP[case.chip]).devices()[0]
+    mesh = make_mesh(MeshConfig(), [device])
+    whole = jax.NamedSharding(mesh, jax.P())
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
+        q, k, v = (jnp.swapaxes(x, 0, 1)[None] for x in (q, k, v))
+        out = pallas_tpu.attention(
+            q, k, v, ids, case.window, case.head_dim**-0.5, case.tuning()
+        )
+        return jnp.swapaxes(out[0], 0, 1)
+
+    def both(q: Any, k: Any, v: Any, ids: Any, d_out: Any) -> Any:
+        out, pull = jax.vjp(lambda q, k, v: (run or ours)(q, k, v, ids), q, k, v)
+        return out, pull(d_out)
+
+    q = array(case.n_heads, case.seq, case.head_dim)
+    kv = array(case.n_kv_heads, case.seq, case.head_dim)
+    ids = array(1, case.seq, dtype=jnp.int32) if case.n_documents else None
+    with jax.set_mesh(mesh):
+        jax.jit(both).lower(q, kv, kv, ids, q).compile(compiler_options=ROOM)
+
+
+if __name__ == "__main__":
+    compile_kernels(Case(**json.loads(sys.argv[1])))

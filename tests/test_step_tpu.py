@@ -1,0 +1,76 @@
+"""What the TPU compiler makes of the training step: which collectives it holds, and which not."""
+
+import math
+import re
+
+import pytest
+
+from olmo_jax import config, flops, sharding
+from olmo_jax.plan import chips, hlo, program
+
+pytestmark = [pytest.mark.tpu, pytest.mark.slow]
+DATA, FSDP = 2, 8
+MODEL = dict(
+    n_layers=2, d_model=1024, n_heads=8, n_kv_heads=8, d_ff=2816, vocab_size=8192,
+    padded_vocab_size=8192, max_seq_len=2048, layer_types=["full"],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def step():
+    """(config, text of the program) of a small Olmo 3 on 16 chips, 4 rows each."""
+    options = {f"model.{name}": str(value) for name, value in MODEL.items()}
+    options |= {
+        "data.seq_len": "2048", "data.global_batch_size": str(64 * 2048),
+        "mesh.data": str(DATA), "mesh.fsdp": str(FSDP),
+        "compute.remat": "qkv", "compute.accumulate": "1", "compute.grad_dtype": "bfloat16",
+    }  # fmt: skip
+    c = config.load("configs/olmo3_7b.py", options)
+    mesh = sharding.make_mesh(c.mesh, chips.Slice.parse("v5p:2x2x4").devices())
+    # Without this XLA takes the gathers apart, and multiplies each piece when it arrives.
+    flags = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    return c, program.compile_step(c, mesh, flags).as_text()
+
+
+def bytes_over(text, size, *kinds):
+    """Of the collectives of these kinds among so many devices, in a step."""
+    found = hlo.totals(text).collectives.items()
+    return sum(c.n_bytes * n for c, n in found if c.kind in kinds and len(c.devices) == size)
+
+
+def of_matrices(c, layers, rest):
+    """Bytes in bf16 of all matrices, those of layers and the two tables so often."""
+    sizes = {path: math.prod(n for n, _ in dims) for path, dims in flops.weights(c.model).items()}
+    return 2 * sum(
+        n * (layers if path.startswith("layers") else rest)
+        for path, n in sizes.items()
+        if "norm" not in path
+    )
+
+
+def test_weights_are_gathered_once_in_each_direction_and_nothing_else_is(step):
+    c, text = step
+    want = of_matrices(c, layers=2, rest=1)
+    assert bytes_over(text, FSDP, "all-gather") == pytest.approx(want, rel=0.01)
+    assert bytes_over(text, DATA, "all-gather") == bytes_over(text, 16, "all-gather") == 0
+
+
+def test_gradients_are_reduced_once_and_activations_never(step):
+    c, text = step
+    want = of_matrices(c, layers=1, rest=1)
+    over_fsdp = bytes_over(text, FSDP, "all-reduce", "reduce-scatter")
+    assert over_fsdp == pytest.approx(want, rel=0.02)  # some are padded
+    over_data = bytes_over(text, DATA, "all-reduce", "reduce-scatter")
+    assert over_data == pytest.approx(want / FSDP, rel=0.02)  # of the part that is kept
+    rest = bytes_over(text, DATA * FSDP, "all-reduce")  # gains of norms, scalars
+    assert rest < 100 * 4 * c.model.d_model
+    assert "all-to-all" not in text
+
+
+def test_gradients_are_scattered(step):
+    """Mostly in a fusion of a reduction and a slice, which the compiler runs as one."""
+    c, text = step
+    fused = re.findall(r"^%all-reduce-scatter[\w.]* \(\w[\w.]*: ([^)]*)\)", text, re.MULTILINE)
+    of_a_layer = (of_matrices(c, 1, 1) - of_matrices(c, 0, 1)) / c.model.n_layers
+    scattered = sum(map(hlo.n_bytes, fused))
+    assert scattered > 0.5 * of_a_layer, (scattered, of_a_layer)
