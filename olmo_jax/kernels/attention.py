@@ -40,9 +40,11 @@ def attention(
     target, of_kernel = device(), (q.dtype, q.shape[3], segment_ids is not None)
     if impl == "auto":
         impl = choose(target, axis_size("context"), *of_kernel)
-    if scale is not None and impl in ("reference", "blocked"):
-        q = q * (scale * q.shape[3] ** 0.5)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    usual = q.shape[3] ** -0.5
+    if scale is None:
+        scale = usual
+    elif impl in ("reference", "blocked"):
+        q = q * (scale / usual)
     if impl == "reference":
         out = reference.attention(q, k, v, window=window, segment_ids=segment_ids)
         return checkpoint_name(out, "attention_out")
