@@ -40,7 +40,7 @@ def attention(
     target, of_kernel = device(), (q.dtype, q.shape[3], segment_ids is not None)
     if impl == "auto":
         impl = choose(target, axis_size("context"), *of_kernel)
-    usual = q.shape[3] ** -0.5
+    usual: float = q.shape[3] ** -0.5
     if scale is None:
         scale = usual
     elif impl in ("reference", "blocked"):

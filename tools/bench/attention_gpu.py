@@ -6,9 +6,9 @@ Run:   python tools/bench/attention_gpu.py [--masks=causal,window,documents]
 Needs: an NVIDIA GPU; for the side `torch` (scaled_dot_product_attention) PyTorch with CUDA. On
        another machine `--sides=blocked` shows that the program runs.
 
-A measurement is the mean of `calls` calls in a row; of `repeats` of them, the sides taking turns, it
-prints the median and the range. FLOPs are those of visible pairs alone: 4 · head_dim forward for each
-pair and head, 2.5 times that backward. bf16. A side that cannot do a mask says why.
+A measurement is the mean of `calls` calls in a row; of `repeats` of them, the sides taking turns,
+it prints the median and the range. FLOPs are those of visible pairs alone: 4 · head_dim forward for
+each pair and head, 2.5 times that backward. bf16. A side that cannot do a mask says why.
 """
 
 import argparse
