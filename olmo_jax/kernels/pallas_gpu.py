@@ -1,7 +1,7 @@
 """Attention for NVIDIA's Hopper GPUs in Pallas (Mosaic GPU): one kernel forward, two backward.
 
-**It has not run on a GPU yet.** It lowers for an H100, and its numbers were compared in JAX's GPU
-interpreter, which knows neither registers nor speed: so it is there by its name only.
+**It has not run on a GPU yet.** NVIDIA's compiler takes it for an H100, and its numbers are compared
+in JAX's interpreter, where sums are not kept in registers: so it is there by its name only.
 
 Forward, two warpgroups of a block have 64 queries each and meet the keys with a running maximum,
 one of them in the tensor cores while the other takes exponentials (FlashAttention-3, arXiv
