@@ -1,7 +1,7 @@
 """Attention for NVIDIA's Hopper GPUs in Pallas (Mosaic GPU): one kernel forward, two backward.
 
-**It has not run on a GPU yet.** NVIDIA's compiler takes it for an H100, and its numbers are compared
-in JAX's interpreter, where sums are not kept in registers: so it is there by its name only.
+**It has not run on a GPU yet**, so it is there by its name only. NVIDIA's compiler takes it for an
+H100, and its numbers are compared in JAX's interpreter, which keeps no sums in registers.
 
 Forward, two warpgroups of a block have 64 queries each and meet the keys with a running maximum,
 one of them in the tensor cores while the other takes exponentials (FlashAttention-3, arXiv
@@ -128,6 +128,7 @@ def forward(
     q, k, v, ids = _pad(seq, (sizes,), q, k, v, ids)
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     out, lse = _call(
+        "attention_forward",
         functools.partial(body.forward, sizes=sizes, kind=kind),
         (q, k, v, _ranges("q", q, sizes, kind.window, ids), ids),
         [q, jax.ShapeDtypeStruct((batch, heads, q.shape[1]), F32)],
@@ -172,6 +173,7 @@ def backward(
     sizes = tuning.d_queries
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     (dq,) = _call(
+        "attention_d_queries",
         functools.partial(body.d_queries, sizes=sizes, kind=kind),
         (*arrays, _ranges("q", q, sizes, kind.window, ids), ids),
         [q],
@@ -186,6 +188,7 @@ def backward(
     sizes = tuning.d_keys
     own, ring = _Shared(WORKERS, sizes.own, q, ids), _Shared(sizes.slots, sizes.met, q, ids)
     dk, dv = _call(
+        "attention_d_keys",
         functools.partial(body.d_keys_and_values, sizes=sizes, kind=kind),
         (*arrays, _ranges("kv", q, sizes, kind.window, ids), ids),
         [k, v],
@@ -245,7 +248,7 @@ class _Shared(NamedTuple):
         return plgpu.Barrier(num_arrivals=WORKERS, num_barriers=self.n)
 
 
-def _call(kernel, operands, results, scratch, grid, interpret):
+def _call(name, kernel, operands, results, scratch, grid, interpret):
     options = {} if interpret is None else dict(interpret=interpret)
     return plgpu.kernel(
         kernel,
@@ -255,6 +258,7 @@ def _call(kernel, operands, results, scratch, grid, interpret):
         grid_names=AXES,
         num_threads=WORKERS + 1,
         thread_name=WARPGROUP,
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **options,
     )(*operands)
