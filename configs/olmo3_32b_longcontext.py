@@ -7,6 +7,8 @@ Data:   OLMo-longmino-mix-0925/*.npy under data.root: uint32 dolma2 tokens. Name
 Needs:  256 chips of TPU v5p (v5p-512) are sensible; 386.8 GB of fp32 parameters and moments in
         all, and the average of both mid-trainings in checkpoint.load_path. With 8 KV heads
         mesh.tensor can be 1, 2, 4 or 8. Official: 1,024 H100, 8 to a row, sharded 8 ways.
+Mesh:   a row lies on 8 chips (mesh.context) in 16 chunks of 4,096, as long as the window: sliding
+        layers fetch one chunk of keys from a neighbour, full layers pass theirs around in a ring.
 Expect: speed not measured here yet. Official: 1,300 tokens/s per H100; loss unknown. 11,921 steps.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-32B-long-context.py; there the
         merged mid-training checkpoint stands in a comment only. Attention stays within documents.

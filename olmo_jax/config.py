@@ -207,7 +207,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     expert: int = 1
-    context: int = 1
+    context: int = 1  # parts of each sequence, whose keys go around in a ring
     tensor: int = 1
 
 

@@ -56,10 +56,10 @@ def train(config: Config) -> int:
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
         if config.compute.attention == "auto":
-            has_documents = config.data.document_mask != "none"
+            ways, has_documents = mesh.shape["context"], config.data.document_mask != "none"
             of_kernel = config.compute.dtype, config.model.head_dim, has_documents
-            device, ways = mesh.devices.flat[0], mesh.shape["context"]
-            say(f"attention: {attention.choose(device, ways, *of_kernel)}")
+            kernel = attention.choose(mesh.devices.flat[0], ways > 1, *of_kernel)
+            say(f"attention: {kernel}" + (f" in a ring of {ways}" if ways > 1 else ""))
 
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)

@@ -58,8 +58,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             " only `data` may cross slices"
         )
     inner = (shape["data"] // len(slices), *list(shape.values())[1:])
-    blocks = [mesh_utils.create_device_mesh(inner, slices[i]) for i in sorted(slices)]
+    blocks = [_along_the_torus(inner, slices[i]) for i in sorted(slices)]
     return Mesh(np.concatenate(blocks), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _along_the_torus(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of a slice as a mesh; its axes share one of the torus only if they must."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec(axes: Axes) -> PartitionSpec:

@@ -240,8 +240,6 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
         ("model.n_kv_heads", c.model.n_kv_heads, "tensor"),
         ("model.d_ff", c.model.d_ff, "tensor"),
         ("model.d_model", c.model.d_model, "fsdp"),
-        ("data.seq_len", c.data.seq_len, "context"),
-        ("eval.seq_len", c.eval.seq_len or 0, "context"),  # not set: data.seq_len
         ("model.n_experts", c.model.n_experts, "expert"),
     ):
         if size % shape[axis]:
@@ -249,6 +247,13 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
                 f"config.{name}={size} is not divisible by mesh.{axis}={shape[axis]};"
                 f" use {_divisors(size)}"
             )
+    chunks = 2 * shape["context"] if shape["context"] > 1 else 1
+    problems += [
+        f"config.{name}={size} is not divisible by 2 x mesh.context={chunks}, the chunks that a"
+        f" sequence is cut into; use {-(-size // chunks) * chunks}"
+        for name, size in (("data.seq_len", c.data.seq_len), ("eval.seq_len", c.eval.seq_len))
+        if size is not None and size % chunks
+    ]
     if c.model.vocab_rows % shape["tensor"]:
         block = math.lcm(128, shape["tensor"])
         problems.append(

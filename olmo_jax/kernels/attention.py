@@ -1,11 +1,13 @@
 """Attention: one public function; masks are descriptions; `choose` says what "auto" means."""
 
+import functools
 from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.kernels import blocked, cudnn, reference
+from olmo_jax.kernels import blocked, cudnn, reference, ring
+from olmo_jax.kernels.schedule import LANES
 from olmo_jax.sharding import BATCH_AXES, axis_size, device
 
 
@@ -21,6 +23,9 @@ def attention(
 ) -> jax.Array:
     """Causal attention of queries over keys, within documents and within a window.
 
+    On a mesh that splits sequences (`mesh.context`) positions are in the order of `ring.order`, and
+    the implementation named computes inside of a ring.
+
     Args:
       q: [batch, seq, n_heads, head_dim].
       k, v: [batch, seq, n_kv_heads, head_dim]; n_heads is a multiple of n_kv_heads.
@@ -35,70 +40,108 @@ def attention(
 
     Raises:
       NotImplementedError: for an implementation that does not exist, or cannot run here.
-      ValueError: for heads or rows that the mesh does not divide.
+      ValueError: for heads, rows or positions that the mesh does not divide.
     """
-    target, of_kernel = device(), (q.dtype, q.shape[3], segment_ids is not None)
+    target, is_split = device(), axis_size("context") > 1
+    of_kernel = q.dtype, q.shape[3], segment_ids is not None
     if impl == "auto":
-        impl = choose(target, axis_size("context"), *of_kernel)
+        impl = choose(target, is_split, *of_kernel)
     usual: float = q.shape[3] ** -0.5
     if scale is None:
         scale = usual
     elif impl in ("reference", "blocked"):
         q = q * (scale / usual)
     if impl == "reference":
-        out = reference.attention(q, k, v, window=window, segment_ids=segment_ids)
+        positions = ring.order(q.shape[1])
+        out = reference.attention(
+            q, k, v, window=window, segment_ids=segment_ids, positions=positions
+        )
         return checkpoint_name(out, "attention_out")
-    if impl == "blocked":
+    if obstacle := _obstacle(impl, target, is_split, *of_kernel):
+        raise NotImplementedError(f"attention impl={impl!r}: {obstacle}")
+    if impl == "blocked" and not is_split:
         return blocked.attention(q, k, v, segment_ids, window)
+    _check_division(impl, q.shape, k.shape)
+    if is_split:
+        window = None if window is None or window >= q.shape[1] else window
+        kernel = _kernel(impl, q, segment_ids is not None or window is not None, scale)
+        return ring.attention(q, k, v, segment_ids, window, kernel)
     if impl == "cudnn":
-        _check(impl, cudnn.obstacle(target, *of_kernel), q.shape, k.shape)
         return cudnn.attention(q, k, v, window, scale)
-    if impl == "pallas" and target.platform == "gpu":
+    if target.platform == "gpu":
         from olmo_jax.kernels import pallas_gpu
 
-        _check(impl, pallas_gpu.obstacle(target, *of_kernel[:2]), q.shape, k.shape)
         return pallas_gpu.attention(q, k, v, segment_ids, window, scale)
-    if impl == "pallas":
-        other = f"a TPU or a Hopper GPU is needed, this is {target.platform}"
-        _check(impl, None if target.platform == "tpu" else other, q.shape, k.shape)
-        from olmo_jax.kernels import pallas_tpu
+    from olmo_jax.kernels import pallas_tpu
 
-        tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
-        return pallas_tpu.attention(q, k, v, segment_ids, window, scale, tuning)
-    raise NotImplementedError(
-        f"attention impl={impl!r}: there are auto, pallas, cudnn, blocked and reference"
-    )
+    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
+    return pallas_tpu.attention(q, k, v, segment_ids, window, scale, tuning)
 
 
-def choose(target: Any, context_ways: int, dtype: Any, head_dim: int, has_documents: bool) -> str:
-    """What "auto" takes: kernels and blocks need a sequence that is whole on each device.
+def choose(target: Any, is_split: bool, dtype: Any, head_dim: int, has_documents: bool) -> str:
+    """What "auto" takes on a device, for sequences that are split over devices or not.
 
-    On a GPU that is cuDNN where it can; our kernels are not until they have been measured there.
+    On a GPU our own kernels are not among it until they have been measured there.
     """
-    if context_ways > 1:
-        return "reference"
     if target.platform == "tpu":
         return "pallas"
-    return "blocked" if cudnn.obstacle(target, dtype, head_dim, has_documents) else "cudnn"
+    is_hard = _obstacle("cudnn", target, is_split, dtype, head_dim, has_documents)
+    return "blocked" if is_hard else "cudnn"
 
 
-def _check(
-    impl: str, obstacle: str | None, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]
-) -> None:
-    if obstacle is not None:
-        raise NotImplementedError(f"attention impl={impl!r}: {obstacle}; use auto or blocked")
-    if (ways := axis_size("context")) > 1:
-        raise NotImplementedError(
-            f"attention impl={impl!r}: mesh.context={ways} splits sequences; use auto or reference"
+def _obstacle(
+    impl: str, target: Any, is_split: bool, dtype: Any, head_dim: int, has_documents: bool
+) -> str | None:
+    """Why an implementation cannot compute this on a device, in words; None if it can."""
+    if impl not in ("pallas", "cudnn", "blocked"):
+        return "there are auto, pallas, cudnn, blocked and reference"
+    found = None
+    if impl == "cudnn":
+        found = cudnn.obstacle(target, dtype, head_dim, has_documents)
+    elif impl == "pallas" and target.platform == "gpu":
+        from olmo_jax.kernels import pallas_gpu
+
+        found = pallas_gpu.obstacle(target, dtype, head_dim)
+    elif impl == "pallas" and target.platform != "tpu":
+        found = f"a TPU or a Hopper GPU is needed, this is {target.platform}"
+    if is_split and impl != "blocked" and target.platform == "gpu":
+        found = found or f"mesh.context={axis_size('context')} splits sequences"
+    return found and f"{found}; use auto or blocked"
+
+
+def _kernel(impl: str, q: jax.Array, has_documents: bool, scale: float) -> ring.Kernel:
+    """What a ring computes with on each device."""
+    if impl == "blocked":
+        return ring.Kernel(blocked.forward, blocked.backward)
+    from olmo_jax.kernels import pallas_tpu
+
+    chunk = q.shape[1] // (2 * axis_size("context"))
+    if chunk % LANES:
+        raise ValueError(
+            f"attention impl='pallas': seq={q.shape[1]} over 2 x mesh.context is chunks of {chunk},"
+            f" no multiple of {LANES}; use blocked or another data.seq_len"
         )
-    for name, size, axes in (
-        ("batch", q_shape[0], BATCH_AXES),
-        ("n_heads", q_shape[2], ("tensor",)),
-        ("n_kv_heads", kv_shape[2], ("tensor",)),
+    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, has_documents).dividing(chunk)
+    options = dict(tuning=tuning, scale=scale)
+    forward, backward = (
+        functools.partial(pallas_tpu.by_head(run), **options)
+        for run in (pallas_tpu.forward, pallas_tpu.backward)
+    )
+    return ring.Kernel(forward, backward, tuning.forward.q)
+
+
+def _check_division(impl: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
+    """Each device has whole rows and heads, and two chunks of a sequence that is split."""
+    chunks = 2 if axis_size("context") > 1 else 1
+    for name, size, axes, times in (
+        ("batch", q_shape[0], BATCH_AXES, 1),
+        ("seq", q_shape[1], ("context",), chunks),
+        ("n_heads", q_shape[2], ("tensor",), 1),
+        ("n_kv_heads", kv_shape[2], ("tensor",), 1),
     ):
-        if size % axis_size(*axes):
-            over = " x ".join(f"mesh.{axis}" for axis in axes)
+        if size % (times * axis_size(*axes)):
+            over = " x ".join(["2"] * (times > 1) + [f"mesh.{axis}" for axis in axes])
             raise ValueError(
                 f"attention impl={impl!r}: {name}={size} is not divisible by"
-                f" {over}={axis_size(*axes)}"
+                f" {over}={times * axis_size(*axes)}"
             )

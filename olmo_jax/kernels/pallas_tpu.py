@@ -43,6 +43,16 @@ class Tuning(NamedTuple):
     vmem: int = 60 << 20  # bytes of a core that a kernel may take
     dq_vmem: int = 24 << 20  # bytes of fp32 dq that stay in VMEM; more goes to HBM
 
+    def dividing(self, seq: int) -> "Tuning":
+        """The same with blocks, as large for keys as for queries, that divide a multiple of LANES.
+
+        Lengths and offsets that are multiples of such a block need no padding.
+        """
+        sizes = range(LANES, min(self.forward.q, seq) + 1, LANES)
+        block = max(size for size in sizes if seq % size == 0)
+        blocks = Blocks(block, block, *(min(x, block) for x in self.forward[2:]))
+        return self._replace(forward=blocks, backward=blocks)
+
 
 LARGE, MEDIUM = Blocks(2048, 2048, 512, 256), Blocks(1024, 1024, 512, 256)
 
@@ -359,6 +369,24 @@ def backward(
         )  # fmt: skip
         dq, dk, dv = jnp.where(of_q, dq, 0), jnp.where(of_kv, dk, 0), jnp.where(of_kv, dv, 0)
     return dq, dk, dv
+
+
+def by_head(run: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`forward` or `backward` on arrays `[batch, heads, seq, head_dim]`, as a ring has them."""
+
+    def flat(x: Any) -> Any:
+        is_turned = x is not None and x.ndim == 4 and x.shape[2] != 1  # not a row per query
+        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1) if is_turned else x
+
+    def turned(q: jax.Array, *arrays: Any, **options: Any) -> tuple[jax.Array, ...]:
+        dim = q.shape[3]
+        results = run(*map(flat, (q, *arrays)), head_dim=dim, **options)
+        return tuple(
+            jnp.swapaxes(x.reshape(*x.shape[:2], -1, dim), 1, 2) if x.ndim == 3 else x
+            for x in results
+        )
+
+    return turned
 
 
 def _scaled(q: jax.Array, scale: float) -> jax.Array:

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         """Mix positions.
 
         Args:
-          x: [batch, seq, d_model].
+          x: [batch, seq, d_model], positions in `ring.order`.
           kind: int32, which of `rope.kinds` this layer is.
           layer: int32, the layer's index, for the initial scale.
           tables: of RoPE per kind of layer, as `rope.tables` makes them.
@@ -81,9 +81,8 @@ class Attention(nn.Module):
         def core(window: int | None, *flat: jax.Array) -> jax.Array:
             q, key, value = (y.reshape(*y.shape[:2], -1, h) for y in flat)
             q = constrain(q, ("batch", "seq", "heads", None))
-            # Under context parallelism every query shard needs all keys: gathered here.
-            key = constrain(key, ("batch", None, "kv_heads", None))
-            value = constrain(value, ("batch", None, "kv_heads", None))
+            key = constrain(key, ("batch", "seq", "kv_heads", None))
+            value = constrain(value, ("batch", "seq", "kv_heads", None))
             impl = self.compute.attention
             out = attention(
                 q, key, value, window=window, segment_ids=segment_ids, scale=scale, impl=impl

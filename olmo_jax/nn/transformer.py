@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.kernels import ring
 from olmo_jax.nn import rope
 from olmo_jax.nn.attention import Attention
 from olmo_jax.nn.layers import MLP, einsum, lookup, matrix_init, norm, normal, weight
 from olmo_jax.nn.moe import MoE
-from olmo_jax.sharding import constrain
+from olmo_jax.sharding import axis_size, constrain
 
 Params = dict[str, Any]
 
@@ -112,6 +113,11 @@ class Transformer(nn.Module):
           without experts. stats: the same with `activation rms`.
         """
         c = self.config
+        # Inside, a split sequence is in the order of the ring; outside nobody needs to know.
+        is_split = axis_size("context") > 1 and not self.is_initializing()
+        if is_split:
+            given = tokens, positions, segment_ids
+            tokens, positions, segment_ids = jax.tree.map(ring.to_zigzag, given)
         embed_std = c.embed_init_std
         init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
         embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
@@ -119,9 +125,9 @@ class Transformer(nn.Module):
         x = constrain(x, ("batch", "seq", None))
 
         if positions is None:
-            positions = jnp.arange(tokens.shape[1])[None]
-        kinds = rope.kinds(c)
-        tables = rope.tables(c, positions)
+            seq = tokens.shape[1]
+            positions = (ring.order(seq) if is_split else jnp.arange(seq))[None]
+        kinds, tables = rope.kinds(c), rope.tables(c, positions)
         layer = {
             "kind": jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32),
             "index": jnp.arange(c.n_layers, dtype=jnp.int32),
@@ -141,6 +147,7 @@ class Transformer(nn.Module):
         blocks = scan(c, self.compute, output == "stats", name="layers")
         x, stats = blocks(x, layer, tables, segment_ids)
         x = norm(self, "final_norm", x, c)
+        x = ring.from_zigzag(x) if is_split else x
 
         if self.is_initializing() and not c.tie_embeddings:
             head_std = c.head_init_std

@@ -202,12 +202,13 @@ def test_cudnn_is_asked_for_the_right_mask(window):
 
 def test_auto_takes_cudnn_on_a_gpu_where_it_can_and_blocks_where_not():
     of_olmo = ("bfloat16", 128)
-    assert choose(H100, 1, *of_olmo, False) == "cudnn"
-    assert choose(H100, 1, *of_olmo, True) == "blocked"  # documents
-    assert choose(H100, 1, "float32", 128, False) == "blocked"
-    assert choose(H100, 1, "bfloat16", 256, False) == "blocked"
+    assert choose(H100, False, *of_olmo, False) == "cudnn"
+    assert choose(H100, False, *of_olmo, True) == "blocked"  # documents
+    assert choose(H100, False, "float32", 128, False) == "blocked"
+    assert choose(H100, False, "bfloat16", 256, False) == "blocked"
+    assert choose(H100, True, *of_olmo, False) == "blocked"  # in a ring
     amd = AbstractDevice("AMD Instinct MI300X", 304, "gpu")
-    assert choose(amd, 1, *of_olmo, False) == "blocked"
+    assert choose(amd, False, *of_olmo, False) == "blocked"
 
 
 REFUSALS = [

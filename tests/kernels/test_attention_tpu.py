@@ -1,6 +1,8 @@
 """The TPU kernels through the real TPU compiler, which needs no TPU; and their schedule."""
 
 import functools
+import math
+import re
 
 import compile_step
 import jax
@@ -15,6 +17,7 @@ from olmo_jax.kernels.attention import attention
 from olmo_jax.kernels.schedule import Blocks
 from olmo_jax.sharding import make_mesh, spec
 
+NAMES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "s32": jnp.int32}
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
@@ -28,14 +31,14 @@ def compiled(
     mesh, shape, kv_heads, window=None, has_documents=False, policy=None, dtype=jnp.bfloat16
 ):
     """Forward and backward of `attention` on the mesh; `shape`: batch, seq, heads, head_dim."""
-    axes = ("batch", None, "heads", None)
+    axes = ("batch", "seq", "heads", None)
 
     def array(shape, dtype, axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(axes)))
 
     q = array(shape, dtype, axes)
     k = array((*shape[:2], kv_heads, shape[3]), dtype, axes)
-    ids = array(shape[:2], jnp.int32, ("batch", None)) if has_documents else None
+    ids = array(shape[:2], jnp.int32, ("batch", "seq")) if has_documents else None
 
     def both(q, k, v, ids, d_out):
         run = functools.partial(attention, window=window, segment_ids=ids)
@@ -105,6 +108,29 @@ def test_a_kept_output_needs_no_second_forward_kernel(kept, forwards):
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), chips("v5e"))
     policy = jax.checkpoint_policies.save_only_these_names(kept)
     assert calls(compiled(mesh, (4, 1024, 8, 128), 4, policy=policy)) == (forwards, 1)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_in_a_ring_a_window_sends_little_and_nobody_gathers_whole_sequences():
+    mesh, sent = make_mesh(MeshConfig(fsdp=1, context=4), chips("v5p")), {}
+    for window in (None, 4096):
+        program = compiled(mesh, (1, 65536, 8, 128), 8, window, has_documents=True)
+        found = compile_step.collectives(program.as_text())
+        assert {operation for operation, _, _ in found} == {"collective-permute"}
+        arrays = [re.match(r"\(?(\w+)\[([\d,]+)\]", shape).groups() for _, shape, _ in found]
+        sent[window] = sum(
+            math.prod(map(int, shape.split(","))) * jnp.dtype(NAMES[dtype]).itemsize
+            for dtype, shape in arrays
+        )
+        # Own queries and keys, those on the way, and their gradients in fp32; no scores.
+        array = 65536 // 4 * 8 * 128 * 2
+        assert program.memory_analysis().temp_size_in_bytes < 36 * array
+    # Each chunk of 8,192 gets the 4,096 keys and values before it; their gradients come back. The
+    # two chunks of the ring go around whole, and their gradients in fp32; its loop counts once.
+    halo = 2 * 2 * (4096 * 8 * 128 * 2)
+    assert sent[4096] <= 1.01 * 2 * halo
+    assert sent[None] >= 8 * sent[4096] / 1.01
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 256, 300, 512, 5000])
