@@ -166,6 +166,30 @@ def test_a_reduction_that_keeps_a_part_is_a_reduce_scatter():
     assert hlo.totals(text).collectives == {Collective("reduce-scatter", 32, (0, 1, 2, 3)): 1}
 
 
+@pytest.mark.parametrize(
+    ("line", "left", "right"),
+    [
+        ("f32[4,8,32] dot(%l, %r), lhs_batch_dims={0}, rhs_batch_dims={0}", "4,8,16", "4,16,32"),
+        (
+            "f32[4,8,32] convolution(%l, %r), window={size=4 stride=3 lhs_dilate=4},"
+            " dim_labels=0fb_0io->0bf",
+            "4,16,8",
+            "4,16,32",
+        ),
+        ("f32[32,32] dot(%l, %r), lhs_contracting_dims={1}", "32,16", "16,32"),
+    ],
+)
+def test_products_beside_each_other_are_counted_once_each(line, left, right):
+    text = "\n".join([
+        "ENTRY %main (l: f32[], r: f32[]) -> f32[] {",
+        f"  %l = f32[{left}] parameter(0)",
+        f"  %r = f32[{right}] parameter(1)",
+        f"  ROOT %x = {line}",
+        "}",
+    ])  # fmt: skip
+    assert hlo.totals(text).flops == pytest.approx(4 * 2 * 8 * 16 * 32)
+
+
 def test_kernels_are_named_and_products_of_experts_counted():
     text = "\n".join([
         "ENTRY %main (p: bf16[64,8]) -> bf16[64,16] {",

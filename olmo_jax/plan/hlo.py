@@ -188,11 +188,15 @@ class _Program:
         return found[1] if found and found[1] in self.computations else None
 
     def _flops(self, i: Instruction, shapes: dict[str, str]) -> float:
-        """2 m n k of a product `[m, k] x [k, n]`: twice the root of the three sizes' product."""
+        """2 m n k of a product `[m, k] x [k, n]`: twice the root of the three sizes' product.
+
+        A dimension that all three have, of a batch, is in that product three times and not twice.
+        """
         if i.opcode not in ("convolution", "dot"):
             return 0.0
-        sizes = [math.prod(dims(x)) for x in (i.result, *(shapes[o] for o in i.operands[:2]))]
-        return 2.0 * math.sqrt(math.prod(sizes))
+        arrays = [dims(x) for x in (i.result, *(shapes[o] for o in i.operands[:2]))]
+        sizes = math.prod(n for array in arrays for n in array)
+        return 2.0 * math.sqrt(sizes / _batch(i, arrays[1]))
 
     def _collective(self, kind: str, i: Instruction, shapes: dict[str, str]) -> Collective:
         taken = sum(n_bytes(shapes.get(o, "")) for o in i.operands)
@@ -234,6 +238,20 @@ def _named(line: str, attribute: str) -> str:
     if found is None:
         raise ValueError(f"no HLO program: {attribute} is missing in {line[:80]!r}")
     return found[1]
+
+
+def _batch(i: Instruction, left: list[int]) -> int:
+    """Products that are done beside each other; a convolution has them as strides in its window."""
+    if i.opcode == "dot":
+        found = re.search(r"lhs_batch_dims=\{([\d,]*)\}", i.line)
+        return math.prod(left[n] for n in _numbers(found[1])) if found else 1
+    sizes, dilated = (
+        _numbers(found[1])
+        if (found := re.search(rf"window=\{{.*?\b{name}=([\dx]+)", i.line))
+        else []
+        for name in ("size", "lhs_dilate")
+    )
+    return math.prod(n for n, m in zip(sizes, dilated, strict=False) if n == m)
 
 
 def _branches(line: str) -> list[str]:
