@@ -10,7 +10,7 @@ Mesh:   a row lies on 8 chips (mesh.context) in 16 chunks of 4,096, as long as t
         layers fetch one chunk of keys from a neighbour, full layers pass theirs around in a ring.
 Plan:   --config.mesh.fsdp=32 --config.mesh.context=4 --config.compute.remat=qkv_mlp
           --config.compute.accumulate=2
-        on v5p:4x4x8; by formula: 63 of 96 GiB, 5.21 to 5.86 s a step, estimated; nothing ran. See
+        on v5p:4x4x8; compiled: 71 of 96 GiB, 6.17 to 7.33 s a step, estimated; nothing ran. See
         docs/plans.md.
 Expect: speed not measured here yet. Official: 4,000 tokens/s per H100, with float8; loss unknown.
         11,921 steps.

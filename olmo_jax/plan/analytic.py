@@ -91,9 +91,14 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
     share, again = START.get(chip.kind, START["GPU"]), _again(config)
     parts = _weights(m)
     done = 2 * sum(n * (3 + (part in again)) for part, n in parts.items()) * m.n_layers
+    if m.n_experts and chip.kind.startswith("TPU"):
+        # The compiler has no kernel for the gradient of the experts' weights: it multiplies all
+        # rows that a device can take with all of its experts.
+        dense = m.n_experts / shape["expert"] * _room(config, shape)
+        done += 2 * (parts["into"] + parts["down"]) * (dense - 1) * m.n_layers
     done = tokens * (done + 6 * m.d_model * m.vocab_rows) / shape["tensor"]
     sizes = flops.state_bytes(m, shape, config.compute.grad_dtype)
-    touched = _PASSES * _kept(config, "none", shape["tensor"])
+    touched = _PASSES * _kept(config, "none", shape)
     if shape["tensor"] > 1 or m.head_dim % 128:
         qk = (m.n_heads + m.n_kv_heads) * m.head_dim / shape["tensor"]
         touched += _UNFUSED * _item(config) * qk
@@ -193,13 +198,14 @@ def _item(config: Config) -> int:
     return 2 if config.compute.dtype == "bfloat16" else 4
 
 
-def _kept(config: Config, remat: str, tensor: int) -> float:
+def _kept(config: Config, remat: str, shape: dict[str, int]) -> float:
     """Bytes of a token and layer that the forward pass keeps."""
-    m, item = config.model, _item(config)
+    m, item, tensor = config.model, _item(config), shape["tensor"]
     q, kv = m.n_heads * m.head_dim / tensor, m.n_kv_heads * m.head_dim / tensor
-    ff, lse = m.d_ff / tensor * (m.n_experts_per_token if m.n_experts else 1), 4 * m.n_heads
+    taken = m.n_experts_per_token * _room(config, shape) if m.n_experts else 1
+    ff, lse = m.d_ff / tensor * taken, 4 * m.n_heads
     # Of experts: the rows into them, out of them and in the order of tokens, and of gate times up.
-    rows = 3 * m.d_model * m.n_experts_per_token + ff if m.n_experts else 0
+    rows = 3 * m.d_model * taken + ff if m.n_experts else 0
     x = item * m.d_model
     attended = x + item * q + lse / tensor
     # An output is kept where the norm after it needs it.
@@ -218,9 +224,7 @@ def _kept(config: Config, remat: str, tensor: int) -> float:
 def kept_bytes(config: Config, shape: dict[str, int]) -> float:
     """Bytes that the forward pass of a micro-batch keeps on a device for the backward pass."""
     return (
-        _tokens(config, shape)
-        * config.model.n_layers
-        * _kept(config, config.compute.remat, shape["tensor"])
+        _tokens(config, shape) * config.model.n_layers * _kept(config, config.compute.remat, shape)
     )
 
 
@@ -230,14 +234,19 @@ def _tokens(config: Config, shape: dict[str, int]) -> float:
     return config.data.global_batch_size / ways / config.compute.accumulate
 
 
+def _room(config: Config, shape: dict[str, int]) -> float:
+    """Rows that the experts of a device can take, in terms of the balanced load."""
+    ways, k = shape["expert"], config.model.n_experts_per_token
+    if ways == 1:
+        return 1.0
+    return config.compute.expert_buffer or ways * min(k, config.model.n_experts // ways) / k
+
+
 def _working_bytes(config: Config, shape: dict[str, int], gradients: float) -> float:
     """What a layer's and the head's passes hold at once, weights as gathered, and gradients."""
     m, item, tensor = config.model, _item(config), shape["tensor"]
     tokens, table = _tokens(config, shape), m.d_model * m.vocab_rows / tensor
-    rows = m.n_experts_per_token if m.n_experts else 1
-    if shape["expert"] > 1:
-        ways, k = shape["expert"], m.n_experts_per_token
-        rows *= config.compute.expert_buffer or ways * min(k, m.n_experts // ways) / k
+    rows = m.n_experts_per_token * _room(config, shape) if m.n_experts else 1
     dense, experts = _stored(m)
     layer = tokens * item * (20 * m.d_model + 6 * rows * m.d_ff / tensor)
     if m.n_experts:
