@@ -109,6 +109,8 @@ class ComputeConfig:
     expert_buffer: float | None = None
     deterministic: bool = False  # GPU: bit-exact resume, at some speed
     compilation_cache: str | None = "~/.cache/olmo_jax/xla"  # None: compile anew in each process
+    # NAME=VALUE, over what `xla_flags.py` has for the chip; NAME=none takes a flag away.
+    xla_flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,13 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """What is traced, for XProf."""
+
+    steps: tuple[int, int] | None = None  # [start, stop): [10, 13] is 10, 11, 12; from 1
+
+
+@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -291,6 +300,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def run_dir(self) -> str:

@@ -20,6 +20,8 @@ from olmo_jax import (
     metrics,
     optim,
     processes,
+    profiler,
+    program,
     records,
     schedules,
     sharding,
@@ -89,6 +91,8 @@ def train(config: Config) -> int:
         state = start.initial_state(config, mesh, source, first)
         loading = time.perf_counter() - loading
 
+        trace = profiler.Profiler(config.profile.steps, first, plan.last)
+
         # From here on things are written.
         stack.enter_context(processes.only_writer(config.run_dir))
         if not is_resume:
@@ -111,11 +115,14 @@ def train(config: Config) -> int:
         stack.callback(log.close)
         if source is not None:
             log.write(first + 1, {"checkpoint/load_duration_s": loading})
-        run = Run(config, mesh, log, checkpointer, evaluator, loader, plan, preemption, watchdog)
+        run = Run(
+            config, mesh, log, checkpointer, evaluator, loader, plan, preemption, watchdog, trace
+        )
         try:
             if not is_done:
                 say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
-                state = run.steps(state, first)
+                with trace:
+                    state = run.steps(state, first)
             watchdog.beat("the end of the run")
             run.finish(state, time.perf_counter() - began)
         except Stopped as stopped:
@@ -208,6 +215,7 @@ class Run:
     plan: Plan
     preemption: processes.Preemption
     watchdog: distributed.Watchdog
+    trace: profiler.Profiler
     nonfinite: int = 0  # steps in a row
 
     def steps(self, state: TrainState, first: int) -> TrainState:
@@ -217,7 +225,7 @@ class Run:
           Stopped: after a signal.
         """
         c, at = self.config, first
-        update = step.make_train_step(c, self.mesh)
+        update = program.Program(c, self.mesh, self.log)
         norms = step.make_norms(c, self.mesh) if c.log.norms_interval else None
         slowest = sharding.make_max(self.mesh)
         if first == 0 and (kind := self.checkpointer.due(0)):
@@ -230,26 +238,37 @@ class Run:
         for batch, position in self.loader:
             at += 1
             self.watchdog.beat(f"step {at}")
-            batch_tokens, seen = position.tokens - seen, position.tokens
-            arrays = sharding.to_global(batch, self.mesh, batch_tokens // c.data.seq_len)
-            if norms is not None and at % c.log.norms_interval == 0:  # type: ignore[operator]
+            if self.trace.begins_at(at):
+                self.record(pending)
+                pending = None
                 with self.log.pause(at):
-                    self.log.write(at, jax.device_get(norms(state.params, arrays)))
-            lr, clip = self.plan.rates(at, seen, batch_tokens)
-            if self.plan.is_skipped(at):
-                state = dataclasses.replace(state, step=state.step + jnp.int32(1))
-                device_metrics = {}
-            else:
-                state, device_metrics = update(state, arrays, np.float32(lr), np.float32(clip))
-            self.record(pending)
-            wait = slowest(self.loader.wait_s)
-            pending = at, device_metrics, lr, seen, batch_tokens, wait
+                    self.trace.start(self.log.folder("profile"), state)
+            with profiler.step(at):
+                batch_tokens, seen = position.tokens - seen, position.tokens
+                arrays = sharding.to_global(batch, self.mesh, batch_tokens // c.data.seq_len)
+                if norms is not None and at % c.log.norms_interval == 0:  # type: ignore[operator]
+                    with self.log.pause(at):
+                        self.log.write(at, jax.device_get(norms(state.params, arrays)))
+                lr, clip = self.plan.rates(at, seen, batch_tokens)
+                if self.plan.is_skipped(at):
+                    state = dataclasses.replace(state, step=state.step + jnp.int32(1))
+                    device_metrics = {}
+                else:
+                    state, device_metrics = update(
+                        at, state, arrays, np.float32(lr), np.float32(clip)
+                    )
+                self.record(pending)
+                wait = slowest(self.loader.wait_s)
+                pending = at, device_metrics, lr, seen, batch_tokens, wait
 
             kind, stop = self.checkpointer.due(at), self.preemption.requested()
             due_eval = self.due_eval(at)
-            if kind or stop or due_eval or at == self.plan.last:
+            if kind or stop or due_eval or at == self.plan.last or self.trace.ends_at(at):
                 self.record(pending)
                 pending = None
+            if self.trace.ends_at(at):
+                with self.log.pause(at):
+                    self.trace.stop(state)
             is_last = at == self.plan.last
             if kind or stop or is_last:
                 usual = "permanent" if is_last else "ephemeral"
@@ -373,6 +392,8 @@ class Run:
         c, last = self.config, int(state.step)
         self.settle(last)
         say(f"checkpoint: {self.checkpointer.folder_of(last)}")
+        if self.trace.line:
+            say(self.trace.line)
         scores = self.evaluate(state, last, None) if c.eval.at_finish or c.train.summary else {}
         self.log.sync()
         if c.train.summary:

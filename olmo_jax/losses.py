@@ -81,6 +81,7 @@ def router(
     return loss + (t.router_z_loss or 0.0) * parts["router z"], parts
 
 
+@jax.named_scope("loss")
 def next_token(
     hidden: jax.Array, head: jax.Array, batch: Batch, config: Config
 ) -> tuple[jax.Array, dict[str, Any]]:

@@ -165,6 +165,10 @@ class Writer:
         if name is not None:
             self.write(step, {name: seconds})
 
+    def folder(self, name: str) -> pathlib.Path | None:
+        """Where process 0 may put files that go along with the records; None in the others."""
+        return self._folder.local / name if self._on else None
+
     def sync(self) -> None:
         """Bring the records to disk, and to the run's URL. Call it before each checkpoint."""
         if self._on:

@@ -17,6 +17,9 @@ from olmo_jax.data.order import Position
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 
+# Options whose change makes no difference to what is trained.
+_SILENT = ("log.", "profile.", "compute.compilation")
+
 
 def resolve(config: Config) -> Config:
     """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
@@ -53,6 +56,7 @@ def _keep_compiled(name: str) -> None:
     except OSError as error:  # slower starts are no reason to end a run
         say(f"compute.compilation_cache: cannot write {folder}: {error.strerror or error}")
         return
+    say(f"compilation cache: {folder}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -73,7 +77,7 @@ def starting_point(config: Config, source: Source | None) -> tuple[int, Position
     checkpoint.refuse_changes(changes, config.checkpoint.allow_changes, source.parts)
     if "step" not in source.parts:
         return 0, None
-    shown = [c for c in changes if not c.key.startswith(("log.", "compute.compilation"))]
+    shown = [c for c in changes if not c.key.startswith(_SILENT)]
     for change in shown if source.is_resume else ():
         say(f"changed since the checkpoint: {change}")
     position = Position(**meta["position"])

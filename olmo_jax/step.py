@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from olmo_jax import losses, optim
+from olmo_jax import losses, optim, xla_flags
 from olmo_jax.config import Config
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
@@ -83,23 +83,25 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
     """The compiled update `(state, batch, lr, max_grad_norm) -> (state, metrics)`.
 
     The state is donated and keeps its shardings. Metrics are device scalars by OLMo-core's names,
-    for the host to read later. `batch` holds global `[batch, seq]` arrays; a new shape compiles.
+    for the host to read later. `batch` holds global `[batch, seq]` arrays; a new shape compiles,
+    with the flags of `xla_flags` for these devices.
     """
     model = build_model(config)
     ranks = config.train.loss_ranks or data_parallel_ways(mesh)
     state_spec, whole = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
 
-    def update(
+    def train_step(
         state: TrainState, batch: Batch, lr: jax.Array, max_grad_norm: jax.Array
     ) -> tuple[TrainState, Metrics]:
         weights = batch["loss_weights"]
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
         grads, parts = _gradients(config, model, state.params, batch | {"loss_weights": scaled})
         is_whole = _is_whole(config, parts)
-        params, opt_state, metrics = optim.update(
-            config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
-            parts["ce"], (weights.sum() > 0) & is_whole,
-        )  # fmt: skip
+        with jax.named_scope("optimizer"):
+            params, opt_state, metrics = optim.update(
+                config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
+                parts["ce"], (weights.sum() > 0) & is_whole,
+            )  # fmt: skip
         if config.model.router_bias_gamma is not None:
             # OLMo: moves it after a skipped step too.
             gamma = config.model.router_bias_gamma * (1.0 - metrics["optim/step skipped"])
@@ -118,10 +120,13 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
 
     rows = NamedSharding(mesh, spec(("batch", "seq")))
     return _under(mesh, jax.jit(
-        update,
+        train_step,
         in_shardings=(state_spec, rows, whole, whole),
         out_shardings=(state_spec, whole),
         donate_argnums=0,
+        compiler_options=xla_flags.options(
+            mesh.devices.flat[0].device_kind, config.compute.xla_flags
+        ),
     ))  # fmt: skip
 
 

@@ -225,11 +225,18 @@ def _training(c: Config) -> list[str]:
     for name, seed in (("data.seed", c.data.seed), ("train.seed", c.train.seed)):
         if not 0 <= seed < 2**32:
             problems.append(f"config.{name}={seed}: need 0 to {2**32 - 1}")
-    for start, stop in c.train.skip_steps:
-        if not 1 <= start < stop:
-            problems.append(
-                f"config.train.skip_steps: [{start}, {stop}) is empty; steps start at 1"
-            )
+    traced = () if c.profile.steps is None else (c.profile.steps,)
+    for name, spans in (("train.skip_steps", c.train.skip_steps), ("profile.steps", traced)):
+        problems += [
+            f"config.{name}: [{start}, {stop}) is empty; steps start at 1"
+            for start, stop in spans
+            if not 1 <= start < stop
+        ]
+    problems += [
+        f"config.compute.xla_flags: found {word!r}, need NAME=VALUE as in xla_some_flag=true"
+        for word in c.compute.xla_flags
+        if not re.fullmatch(r"[a-z]\w*=.+", word)
+    ]
     return problems
 
 

@@ -56,7 +56,8 @@ def collectives(hlo: str) -> list[tuple[str, str, int]]:
     found = []
     pattern = (
         rf" = (.*?) ({COLLECTIVES})(?:-start)?\(.*?"
-        r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\] \{.*?\}|\{\{.*?\}|\{\}|\[[\d,]*\])"
+        r"(?:replica_groups|source_target_pairs)="
+        r"(mesh\[.*?\](?:, device_ids=\(.*?\))? \{.*?\}|\{\{.*?\}|\{\}|\[[\d,]*\])"
     )
     for line in hlo.splitlines():
         if match := re.search(pattern, line):
@@ -67,8 +68,8 @@ def collectives(hlo: str) -> list[tuple[str, str, int]]:
 
 def group_size(groups: str) -> int:
     """Devices of a group, in the four ways in which XLA writes it; 0 for all devices."""
-    if groups.startswith("mesh"):  # mesh['a'=4,'b'=2] {'a'}
-        axes, used = groups.split("] ")
+    if groups.startswith("mesh"):  # mesh['a'=4,'b'=2] {'a'}, or between them device_ids=(…)
+        axes, _, used = groups.rpartition(" ")
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", used))
     numbers = [int(n) for n in re.findall(r"\d+", groups)]

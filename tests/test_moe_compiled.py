@@ -65,8 +65,10 @@ def test_weights_of_experts_are_gathered_over_fsdp_only(topology):
     sizes = [numbers(shape) for shape, _ in floats]
     assert sizes.count(of_a_device) == 6  # gate, up and down, forward and backward
     assert max(sizes) == of_a_device
-    scattered = [(numbers(shape), devices) for shape, devices in found["reduce-scatter"]]
-    assert scattered == [(of_a_device // 4, 4)] * 3
+    scattered = [numbers(s) for s, devices in found["reduce-scatter"] if devices == 4]
+    assert len(scattered) == len(found["reduce-scatter"])  # a TPU scatters other gradients too
+    assert scattered.count(of_a_device // 4) == 3
+    assert max(scattered) == of_a_device // 4
 
 
 # Of the full OLMoE-1B-7B: rows of 4,096 tokens on a chip, and GiB that a chip has. A compilation

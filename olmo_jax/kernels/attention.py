@@ -64,7 +64,7 @@ def attention(
     _check_division(impl, q.shape, k.shape)
     if is_split:
         window = None if window is None or window >= q.shape[1] else window
-        kernel = _kernel(impl, q, segment_ids is not None or window is not None, scale)
+        kernel = _kernel(impl, q, scale, segment_ids is not None or window is not None)
         return ring.attention(q, k, v, segment_ids, window, kernel)
     if impl == "cudnn":
         return cudnn.attention(q, k, v, window, scale)
@@ -109,10 +109,15 @@ def _obstacle(
     return found and f"{found}; use auto or blocked"
 
 
-def _kernel(impl: str, q: jax.Array, has_documents: bool, scale: float) -> ring.Kernel:
+def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.Kernel:
     """What a ring computes with on each device."""
+    dim = q.shape[3]
     if impl == "blocked":
-        return ring.Kernel(blocked.forward, blocked.backward)
+        return ring.Kernel(
+            functools.partial(blocked.forward, head_dim=dim),
+            functools.partial(blocked.backward, head_dim=dim),
+            functools.partial(blocked.delta, head_dim=dim),
+        )
     from olmo_jax.kernels import pallas_tpu
 
     chunk = q.shape[1] // (2 * axis_size("context"))
@@ -121,13 +126,14 @@ def _kernel(impl: str, q: jax.Array, has_documents: bool, scale: float) -> ring.
             f"attention impl='pallas': seq={q.shape[1]} over 2 x mesh.context is chunks of {chunk},"
             f" no multiple of {LANES}; use blocked or another data.seq_len"
         )
-    tuning = pallas_tpu.tuning(q.shape[3], q.dtype, has_documents).dividing(chunk)
-    options = dict(tuning=tuning, scale=scale)
-    forward, backward = (
-        functools.partial(pallas_tpu.by_head(run), **options)
-        for run in (pallas_tpu.forward, pallas_tpu.backward)
+    tuning = pallas_tpu.tuning(dim, q.dtype, has_documents).dividing(chunk)
+    options: dict[str, Any] = dict(head_dim=dim, scale=scale, tuning=tuning)
+    return ring.Kernel(
+        functools.partial(pallas_tpu.forward, **options),
+        functools.partial(pallas_tpu.backward, **options),
+        functools.partial(pallas_tpu.delta, head_dim=dim),
+        tuning.forward.q,
     )
-    return ring.Kernel(forward, backward, tuning.forward.q)
 
 
 def _check_division(impl: str, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:

@@ -69,18 +69,20 @@ def forward(
     q_ids: jax.Array | None = None,
     kv_ids: jax.Array | None = None,
     *,
+    head_dim: int,
     window: int | None,
     offset: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Output and logsumexp of queries over keys: the contract of `pallas_tpu.forward`.
 
-    The offset is 0 or more and is not traced. Each block of queries must reach some key; a query
-    that sees none has a logsumexp near the lowest number.
+    The scale is head_dim ** -0.5; the offset is 0 or more and is not traced. Each block of queries
+    must reach some key; a query that sees none has a logsumexp near the lowest number.
     """
-    qs, ks, vs = (_rows(jnp.swapaxes(x, 1, 2), k.shape[1]) for x in (q, k, v))
-    out, lse = _attend(qs, ks, vs, Mask(window, q_ids, kv_ids, offset), q.shape[2])
-    out, lse = (_heads(x, q.shape[1]) for x in (out, lse))
-    return out.astype(q.dtype), jnp.swapaxes(lse, 2, 3) * LOG2E
+    q, k, v = (_by_head(x, head_dim) for x in (q, k, v))
+    qs, ks, vs = (_rows(x, k.shape[2]) for x in (q, k, v))
+    out, lse = _attend(qs, ks, vs, Mask(window, q_ids, kv_ids, offset), q.shape[1])
+    lse = _positions(lse, jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32))
+    return _flat(_positions(out, q)), lse.transpose(0, 2, 3, 1) * LOG2E
 
 
 def backward(
@@ -93,20 +95,23 @@ def backward(
     delta: jax.Array,
     d_out: jax.Array,
     *,
+    head_dim: int,
     window: int | None,
     offset: int = 0,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, in their dtypes: the contract of `pallas_tpu.backward`."""
-    lse, delta = (jnp.swapaxes(x, 2, 3) for x in (lse / LOG2E, delta))
-    qs, ks, vs, lse, delta, d_outs = (
-        _rows(jnp.swapaxes(x, 1, 2), k.shape[1]) for x in (q, k, v, lse, delta, d_out)
-    )
+    q, k, v, d_out = (_by_head(x, head_dim) for x in (q, k, v, d_out))
+    lse, delta = (x.transpose(0, 3, 1, 2) for x in (lse / LOG2E, delta))
+    qs, ks, vs, lse, delta, d_outs = (_rows(x, k.shape[2]) for x in (q, k, v, lse, delta, d_out))
     mask = Mask(window, q_ids, kv_ids, offset)
-    grads = _gradients(qs, ks, vs, lse, delta, d_outs, mask, q.shape[2])
-    return tuple(
-        _heads(x, like.shape[1]).astype(like.dtype)
-        for x, like in zip(grads, (q, k, v), strict=True)
-    )
+    dq, dk, dv = _gradients(qs, ks, vs, lse, delta, d_outs, mask, q.shape[1])
+    return _flat(_positions(dq, q)), _flat(_positions(dk, k)), _flat(_positions(dv, v))
+
+
+def delta(out: jax.Array, d_out: jax.Array, *, head_dim: int) -> jax.Array:
+    """The products of output and its gradient, summed: the contract of `pallas_tpu.delta`."""
+    out, d_out = (_by_head(x, head_dim) for x in (out, d_out))
+    return jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32)[:, :, None]
 
 
 def _attend(q, k, v, mask, seq):
@@ -175,15 +180,16 @@ def _rows(x: jax.Array, kv_heads: int) -> jax.Array:
     return jnp.moveaxis(x, 2, 1).reshape(batch, kv_heads, -1, dim)
 
 
-def _positions(x: jax.Array, like: jax.Array) -> jax.Array:
+def _positions(x: jax.Array, like: Any) -> jax.Array:
     """The way back from `_rows`, to the shape and dtype of `like`."""
     batch, seq, heads, dim = like.shape
     x = x.reshape(batch, x.shape[1], seq, heads // x.shape[1], dim)
     return jnp.moveaxis(x, 1, 2).reshape(like.shape).astype(like.dtype)
 
 
-def _heads(x: jax.Array, heads: int) -> jax.Array:
-    """Rows to [batch, heads, seq, dim]."""
-    batch, kv_heads, _, dim = x.shape
-    x = x.reshape(batch, kv_heads, -1, heads // kv_heads, dim)
-    return jnp.swapaxes(x, 2, 3).reshape(batch, heads, -1, dim)
+def _by_head(x: jax.Array, head_dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:2], -1)

@@ -240,7 +240,7 @@ def forward(
     plan = schedule.make(
         *lengths, blocks, by="q", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
     )
-    at = body.Index(heads, kv_heads, plan.pairs.shape[0])
+    at = body.Index(heads, kv_heads, plan.pairs.shape[0], plan.kinds)
     of_q = layout.block(blocks.q, lambda n, t, p: (*at.head(n), at.q(n, t, p)))
     of_kv = layout.block(blocks.kv, lambda n, t, p: (*at.kv_head(n), at.kv(n, t, p)))
     row = pl.BlockSpec((None, None, 1, blocks.q), lambda n, t, p: (*at.head(n), 0, at.q(n, t, p)))
@@ -316,7 +316,7 @@ def backward(
     )
     n_q = lengths[0] // blocks.q
     is_held = 4 * group * lengths[0] * head_dim <= tuning.dq_vmem
-    at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0])
+    at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0], plan.kinds)
 
     def head(n, g):
         return n // kv_heads, n % kv_heads * group + g
@@ -369,24 +369,6 @@ def backward(
         )  # fmt: skip
         dq, dk, dv = jnp.where(of_q, dq, 0), jnp.where(of_kv, dk, 0), jnp.where(of_kv, dv, 0)
     return dq, dk, dv
-
-
-def by_head(run: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., tuple[jax.Array, ...]]:
-    """`forward` or `backward` on arrays `[batch, heads, seq, head_dim]`, as a ring has them."""
-
-    def flat(x: Any) -> Any:
-        is_turned = x is not None and x.ndim == 4 and x.shape[2] != 1  # not a row per query
-        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1) if is_turned else x
-
-    def turned(q: jax.Array, *arrays: Any, **options: Any) -> tuple[jax.Array, ...]:
-        dim = q.shape[3]
-        results = run(*map(flat, (q, *arrays)), head_dim=dim, **options)
-        return tuple(
-            jnp.swapaxes(x.reshape(*x.shape[:2], -1, dim), 1, 2) if x.ndim == 3 else x
-            for x in results
-        )
-
-    return turned
 
 
 def _scaled(q: jax.Array, scale: float) -> jax.Array:

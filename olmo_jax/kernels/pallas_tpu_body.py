@@ -51,7 +51,7 @@ def forward(pairs, q, k, v, q_ids, kv_ids, out, lse, acc, top, total, ids, *, at
         part = _product(weights.astype(v.dtype), v[keys, :], 1, 0)
         acc[rows, :] = _wide(fade, acc.shape[1]) * acc[rows, :] + part
 
-    _for_each_kind(pair, blocks, window, ids is not None, attend)
+    _for_each_kind(pair, at.kinds, blocks, window, ids is not None, attend)
 
     @pl.when(pair & schedule.LAST != 0)
     def _():
@@ -120,7 +120,8 @@ def backward(
         def _():
             spill.read(spilled.at[*where, block])
 
-    _for_each_kind(pair, blocks, window, ids is not None, attend, fetch if spill else None)
+    after_first = fetch if spill else None
+    _for_each_kind(pair, at.kinds, blocks, window, ids is not None, attend, after_first)
 
     if spill:
 
@@ -204,6 +205,7 @@ class Index(NamedTuple):
     heads: int
     kv_heads: int
     n_lists: int
+    kinds: frozenset[int]
 
     def batch(self, n: Any) -> Any:
         """Which row of the batch."""
@@ -245,7 +247,7 @@ class Index(NamedTuple):
         )
 
 
-def _for_each_kind(pair, blocks, window, has_documents, attend, after_first=None):
+def _for_each_kind(pair, found, blocks, window, has_documents, attend, after_first=None):
     """Branches, one for each kind of pair, each with its outline written out."""
     kinds: list[tuple[int | None, bool]] = [(None, False)]
     kinds += [(None, True)] * has_documents
@@ -258,8 +260,9 @@ def _for_each_kind(pair, blocks, window, has_documents, attend, after_first=None
                 after_first()
 
     for number, (distance, by_document) in enumerate(kinds, schedule.FULL):
-        is_this = schedule.kind(pair) == number
-        pl.when(is_this)(functools.partial(visit, distance, by_document))
+        if number in found:
+            is_this = schedule.kind(pair) == number
+            pl.when(is_this)(functools.partial(visit, distance, by_document))
 
 
 def _hide(scores: jax.Array, tile: Tile, distance: int | None, window: int | None, axis: int):

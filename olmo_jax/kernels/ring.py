@@ -14,7 +14,8 @@ With a window, each chunk fetches the keys before it that the window reaches, fr
 hold the chunks before it, and is then attended to at once. Nothing else is sent; a window beyond
 half of the sequence would be better off in the ring.
 
-Inside, arrays are `[2, batch, heads, chunk, head_dim]`: the early and the late chunk of a device.
+Arrays are flat, `[batch, seq, heads · head_dim]`, as the kernels want them; inside they are
+`[2, batch, chunk, heads · head_dim]`, the early and the late chunk of a device.
 """
 
 import functools
@@ -35,10 +36,11 @@ HIDDEN = float(jnp.finfo(F32).min)  # the logsumexp of no keys
 
 
 class Kernel(NamedTuple):
-    """Attention on one device: `forward` and `backward` as `pallas_tpu` and `blocked` have them."""
+    """Attention on one device, as `pallas_tpu` and `blocked` have it; only masks are open."""
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
     backward: Callable[..., tuple[jax.Array, ...]]
+    delta: Callable[..., jax.Array]
     unit: int = 1  # it wants queries at multiples of this from keys
 
 
@@ -97,7 +99,6 @@ def _over_positions(run: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.
 # --- attention ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -111,11 +112,18 @@ def attention(
     The mesh in force divides batch and heads, and twice its `context` the sequence, into chunks
     that are multiples of the kernel's unit.
     """
+    flat = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
+    out: Any = _attention(*flat, segment_ids, window, kernel)
+    return out.reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, segment_ids, window, kernel):
     return _forward(q, k, v, segment_ids, window, kernel)[0]
 
 
-_WHOLE: Axes = ("batch", "seq", "heads", None)
-_KEYS: Axes = ("batch", "seq", "kv_heads", None)
+_OF_Q: Axes = ("batch", "seq", "heads")
+_OF_KV: Axes = ("batch", "seq", "kv_heads")
 _IDS: Axes = ("batch", "seq")
 _LSE: Axes = (None, "batch", "heads", None, "seq")
 
@@ -127,7 +135,7 @@ def _forward(q, k, v, segment_ids, window, kernel):
         return _positions(out, q.dtype), lse
 
     out, lse = on_each_device(
-        run, (_WHOLE, _KEYS, _KEYS, _IDS), (_WHOLE, _LSE), q, k, v, segment_ids
+        run, (_OF_Q, _OF_KV, _OF_KV, _IDS), (_OF_Q, _LSE), q, k, v, segment_ids
     )
     # Named here, so that a remat policy that keeps them needs no second forward pass.
     out, lse = (checkpoint_name(x, "attention_out") for x in (out, lse))
@@ -137,22 +145,21 @@ def _forward(q, k, v, segment_ids, window, kernel):
 def _backward(window, kernel, residuals, d_out):
     def run(q, k, v, ids, out, lse, d_out):
         q, k, v, ids, out, d_out = jax.tree.map(_chunks, (q, k, v, ids, out, d_out))
-        delta = jnp.einsum("abnch,abnch->abnc", d_out, out, preferred_element_type=F32)
-        rows = lse, delta[..., None, :], d_out
-        grads = _gradients(q, k, v, ids, rows, window, kernel)
+        delta = _unflat(kernel.delta(_flat(out), _flat(d_out)))
+        grads = _gradients(q, k, v, ids, (lse, delta, d_out), window, kernel)
         return tuple(_positions(x, q.dtype) for x in grads)
 
-    into = (_WHOLE, _KEYS, _KEYS, _IDS, _WHOLE, _LSE, _WHOLE)
-    return *on_each_device(run, into, (_WHOLE, _KEYS, _KEYS), *residuals, d_out), None
+    into = (_OF_Q, _OF_KV, _OF_KV, _IDS, _OF_Q, _LSE, _OF_Q)
+    return *on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
 
 
-attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _attend(q, k, v, ids, window, kernel):
     """Output, fp32, and logsumexp `[2, batch, heads, 1, chunk]` of a device."""
-    reach = _reach(window, q.shape[3], kernel)
-    keys, own_ids = (_extended(x, reach, 3) for x in (k, v)), _ids(ids, q, reach)
+    reach = _reach(window, q.shape[2], kernel)
+    keys, own_ids = (_extended(x, reach) for x in (k, v)), _ids(ids, q, reach)
     own = kernel.forward(*map(_flat, (q, *keys)), *own_ids, window=window, offset=reach)
     out, lse = map(_unflat, own)
     if window is not None:
@@ -161,7 +168,7 @@ def _attend(q, k, v, ids, window, kernel):
     def meet(mine, other, theirs, sums, nothing):
         (q_here, q_ids), ((k, v), kv_ids) = _at((q, ids), mine), _at(theirs, other)
         run = functools.partial(
-            kernel.forward, q_here, k, v, q_ids, kv_ids, window=None, offset=q_here.shape[2]
+            kernel.forward, q_here, k, v, q_ids, kv_ids, window=None, offset=q_here.shape[1]
         )
         part = _where_documents_meet(q_ids, kv_ids, run, (0, HIDDEN))
         return _put(sums, _joined(_at(sums, mine), part), mine), nothing
@@ -171,9 +178,9 @@ def _attend(q, k, v, ids, window, kernel):
 
 def _gradients(q, k, v, ids, rows, window, kernel):
     """Gradients of q, k and v of a device; `rows`: logsumexp, delta and the output's gradient."""
-    reach = _reach(window, q.shape[3], kernel)
+    reach = _reach(window, q.shape[2], kernel)
     own_ids = _ids(ids, q, reach)
-    keys, pull = jax.vjp(lambda *x: tuple(_extended(y, reach, 3) for y in x), k, v)
+    keys, pull = jax.vjp(lambda *x: tuple(_extended(y, reach) for y in x), k, v)
     own = kernel.backward(
         *map(_flat, (q, *keys)), *own_ids, *map(_flat, rows), window=window, offset=reach
     )
@@ -186,7 +193,7 @@ def _gradients(q, k, v, ids, rows, window, kernel):
         (q_here, q_ids, its_rows), ((k, v), kv_ids) = _at((q, ids, rows), mine), _at(theirs, other)
         run = functools.partial(
             kernel.backward, q_here, k, v, q_ids, kv_ids, *its_rows,
-            window=None, offset=q_here.shape[2],
+            window=None, offset=q_here.shape[1],
         )  # fmt: skip
         dq_here, *d_keys = _where_documents_meet(q_ids, kv_ids, run, (0, 0, 0))
         return _added(dq, dq_here, mine), _added(d_theirs, jnp.stack(d_keys), other)
@@ -202,8 +209,13 @@ def _joined(old, new):
     top = jnp.maximum(old_lse, new_lse)
     old, new = jnp.exp2(old_lse - top), jnp.exp2(new_lse - top)
     total = old + new
-    old, new = (jnp.swapaxes(x / total, 2, 3) for x in (old, new))
-    return old * old_out + new * new_out, top + jnp.log2(total)
+    # A product spreads the number of a head over its columns; a broadcast would be written out by
+    # head on a TPU, and then copied.
+    heads = total.shape[1]
+    columns = jnp.repeat(jnp.eye(heads, dtype=F32), old_out.shape[2] // heads, axis=1)
+    spread = functools.partial(jnp.einsum, "bnot,nw->btw", precision=jax.lax.Precision.HIGHEST)
+    out = spread(old / total, columns) * old_out + spread(new / total, columns) * new_out
+    return out, top + jnp.log2(total)
 
 
 # --- who meets whom -------------------------------------------------------------------------------
@@ -267,13 +279,13 @@ def _reach(window: int | None, chunk: int, kernel: Kernel) -> int:
     return min(-(-(window - 1) // kernel.unit) * kernel.unit, (2 * axis_size(AXIS) - 1) * chunk)
 
 
-def _extended(x: jax.Array, reach: int, axis: int) -> jax.Array:
+def _extended(x: jax.Array, reach: int) -> jax.Array:
     """Chunks with the `reach` positions before them in front; zeros before the first position."""
     n, parts, moving = axis_size(AXIS), [x], x
     up = [(i, i + 1) for i in range(n - 1)]
     while reach > 0:
-        size = min(reach, x.shape[axis])
-        moving = jax.lax.slice_in_dim(moving, moving.shape[axis] - size, None, axis=axis)
+        size = min(reach, x.shape[2])
+        moving = moving[:, :, moving.shape[2] - size :]
         early = jax.lax.ppermute(moving[EARLY], AXIS, up)
         late = jax.lax.ppermute(moving[LATE], AXIS, [(b, a) for a, b in up])
         # The last device holds the two chunks in the middle: the late one follows on the early one.
@@ -281,7 +293,7 @@ def _extended(x: jax.Array, reach: int, axis: int) -> jax.Array:
         moving = jnp.stack([early, late])
         parts.insert(0, moving)
         reach -= size
-    return jnp.concatenate(parts, axis)
+    return jnp.concatenate(parts, 2)
 
 
 def _ids(ids: jax.Array | None, q: jax.Array, reach: int) -> tuple[Any, Any]:
@@ -289,12 +301,12 @@ def _ids(ids: jax.Array | None, q: jax.Array, reach: int) -> tuple[Any, Any]:
     if reach == 0:
         ids = None if ids is None else _flat(ids)
         return ids, ids
-    batch, chunk = q.shape[1], q.shape[3]
+    batch, chunk = q.shape[1:3]
     ids = jnp.zeros((2, batch, chunk), jnp.int32) if ids is None else ids
     here = jax.lax.axis_index(AXIS)
     first = jnp.stack([here, 2 * axis_size(AXIS) - 1 - here]) * chunk - reach
     exists = first[:, None] + jnp.arange(reach + chunk)[None] >= 0
-    of_keys = jnp.where(exists[:, None], _extended(ids, reach, 2), NOWHERE)
+    of_keys = jnp.where(exists[:, None], _extended(ids, reach), NOWHERE)
     return _flat(ids), _flat(of_keys)
 
 
@@ -302,14 +314,13 @@ def _ids(ids: jax.Array | None, q: jax.Array, reach: int) -> tuple[Any, Any]:
 
 
 def _chunks(x: jax.Array) -> jax.Array:
-    """[batch, 2 * chunk, heads, head_dim] or [batch, 2 * chunk], with the chunks in front."""
-    x = jnp.moveaxis(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), 1, 0)
-    return jnp.swapaxes(x, 2, 3) if x.ndim == 5 else x
+    """[batch, 2 * chunk, …] -> [2, batch, chunk, …]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], 2, -1, *x.shape[2:]), 1, 0)
 
 
 def _positions(x: jax.Array, dtype: Any) -> jax.Array:
-    """[2, batch, heads, chunk, head_dim] -> [batch, 2 * chunk, heads, head_dim]."""
-    x = x.astype(dtype).transpose(1, 0, 3, 2, 4)
+    """The way back."""
+    x = jnp.moveaxis(x.astype(dtype), 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 

@@ -61,13 +61,15 @@ class Tile(NamedTuple):
 class Schedule(NamedTuple):
     """The pairs `[1 or batch, n]` int32, how many to visit, and which blocks are in any of them.
 
-    `of_q [1 or batch, blocks of queries]` and `of_kv` are bool; a kernel writes no others.
+    `of_q [1 or batch, blocks of queries]` and `of_kv` are bool; a kernel writes no others. It needs
+    no code for other than these `kinds`.
     """
 
     pairs: Any
     count: Any
     of_q: Any
     of_kv: Any
+    kinds: frozenset[int]
 
 
 def q_block(pair: Any) -> Any:
@@ -163,12 +165,12 @@ def make(
     in_row, between = (across, along) if by == "q" else (along, across)
     flags = in_row[0] * FIRST + in_row[1] * LAST + between[0] * OPENS + between[1] * CLOSES
     pairs = (q << _Q) + (kv << _KV) + (kinds << _KIND) + flags
-    met = live.any(2), live.any(1)
+    reachable, found = _possible(n_q, n_kv, blocks, window, offset, q_ids is not None)
+    met = live.any(2), live.any(1), found
     order = (0, 1, 2) if by == "q" else (0, 2, 1)
     pairs, live = (x.transpose(order).reshape(x.shape[0], -1) for x in (pairs, live))
     if is_static:
         return Schedule(pairs[live][None].astype(np.int32), int(live.sum()), *met)
-    reachable = _reachable(n_q, n_kv, blocks, window, offset)
     return Schedule(*_compact(pairs.astype(jnp.int32), live, reachable), *met)
 
 
@@ -228,11 +230,14 @@ def _with_documents(kinds, q_ids, kv_ids, n_q, n_kv):
     return jnp.where(may_meet, kinds, SKIP)
 
 
-def _reachable(n_q, n_kv, blocks, window, offset) -> int:
-    """How many pairs can be live at all."""
+def _possible(n_q, n_kv, blocks, window, offset, has_documents) -> tuple[int, frozenset[int]]:
+    """How many pairs can be live at all, and of which kinds."""
     if not isinstance(offset, int):
-        return n_q * n_kv
-    return int((_kinds(np, n_q, n_kv, blocks, window, offset, False) != SKIP).sum())
+        return n_q * n_kv, frozenset(range(FULL, MAX_KINDS))
+    kinds = _kinds(np, n_q, n_kv, blocks, window, offset, has_documents)
+    live = kinds[kinds != SKIP]
+    among_documents = {FULL + 1} if has_documents and FULL in live else set()
+    return len(live), frozenset(live.tolist()) | among_documents
 
 
 def _compact(pairs: jax.Array, live: jax.Array, reachable: int) -> tuple[Any, Any]:

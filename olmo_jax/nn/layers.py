@@ -178,14 +178,14 @@ def norm(
     rms: x / sqrt(mean x² + eps) times a weight, the product in fp32 (OLMo 2, Olmo 3).
     nonparametric: LayerNorm without weight or bias (OLMo 1).
     """
-    if config.norm == "nonparametric":
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + config.norm_eps)).astype(
-            x.dtype
-        )
-    scale = weight(module, name, x.shape[-1:], ("norm",), constant(gain))
-    return rms_norm(x, scale, config.norm_eps)
+    with jax.named_scope(name):
+        if config.norm == "nonparametric":
+            y = x.astype(jnp.float32)
+            y = y - y.mean(-1, keepdims=True)
+            y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + config.norm_eps)
+            return y.astype(x.dtype)
+        scale = weight(module, name, x.shape[-1:], ("norm",), constant(gain))
+        return rms_norm(x, scale, config.norm_eps)
 
 
 # Here and in `gated_product` the backward pass keeps the inputs only and makes the rest again:

@@ -22,6 +22,7 @@ Stats = dict[str, jax.Array]
 _AXES = (*BATCH_AXES, "context")  # over which tokens are split
 
 
+@jax.named_scope("router")
 def score(x: jax.Array, router: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Softmax over all experts `[n, e]` and the logsumexp of the logits `[n]`, fp32.
 

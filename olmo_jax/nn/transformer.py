@@ -121,8 +121,9 @@ class Transformer(nn.Module):
         embed_std = c.embed_init_std
         init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
         embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
-        x = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
-        x = constrain(x, ("batch", "seq", None))
+        with jax.named_scope("embed"):
+            x = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
+            x = constrain(x, ("batch", "seq", None))
 
         if positions is None:
             seq = tokens.shape[1]

@@ -123,9 +123,8 @@ def test_in_a_ring_a_window_sends_little_and_nobody_gathers_whole_sequences():
             math.prod(map(int, shape.split(","))) * jnp.dtype(NAMES[dtype]).itemsize
             for dtype, shape in arrays
         )
-        # Own queries and keys, those on the way, and their gradients in fp32; no scores.
-        array = 65536 // 4 * 8 * 128 * 2
-        assert program.memory_analysis().temp_size_in_bytes < 36 * array
+        # Arrays as long as a device's part of the sequence; not the scores of even one head.
+        assert program.memory_analysis().temp_size_in_bytes < 65536 // 4 * 65536 * 4
     # Each chunk of 8,192 gets the 4,096 keys and values before it; their gradients come back. The
     # two chunks of the ring go around whole, and their gradients in fp32; its loop counts once.
     halo = 2 * 2 * (4096 * 8 * 128 * 2)

@@ -10,9 +10,8 @@ from jax.sharding import NamedSharding
 from test_attention import SMALL, documents, inputs, tpu_mesh, values_and_gradients
 
 from olmo_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
-from olmo_jax.kernels import blocked, pallas_tpu, reference, ring, schedule
+from olmo_jax.kernels import pallas_tpu, reference, ring
 from olmo_jax.kernels.attention import attention
-from olmo_jax.kernels.schedule import Blocks
 from olmo_jax.sharding import make_mesh, spec
 from olmo_jax.validate import validate
 
@@ -21,12 +20,6 @@ MESHES = {
     4: MeshConfig(fsdp=2, context=4),
     8: MeshConfig(fsdp=1, context=8),
 }
-OPTIONS = dict(tuning=SMALL.dividing(128), scale=16**-0.5, interpret=True)
-INTERPRETED = ring.Kernel(
-    functools.partial(pallas_tpu.by_head(pallas_tpu.forward), **OPTIONS),
-    functools.partial(pallas_tpu.by_head(pallas_tpu.backward), **OPTIONS),
-    unit=128,
-)
 
 
 def in_a_ring(mesh, run, arrays, segment_ids=None):
@@ -70,11 +63,20 @@ def test_a_split_sequence_equals_a_whole_one(ways, seq, heads, window, packed):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("window", "packed"), [(None, "three"), (None, None), (150, "three")])
-def test_the_tpu_kernels_in_a_ring_equal_the_reference(window, packed):
-    arrays, ids = inputs(512), documents(packed, 512)
+@pytest.mark.parametrize(
+    ("dim", "window", "packed"), [(16, None, "three"), (128, None, None), (16, 150, "three")]
+)
+def test_the_tpu_kernels_in_a_ring_equal_the_reference(dim, window, packed):
+    arrays, ids = inputs(512, dim=dim), documents(packed, 512)
     want = values_and_gradients(reference.attention, *arrays, window=window, segment_ids=ids)
-    run = lambda q, k, v, ids: ring.attention(q, k, v, ids, window, INTERPRETED)  # noqa: E731
+    options = dict(head_dim=dim, scale=dim**-0.5, tuning=SMALL.dividing(128), interpret=True)
+    kernel = ring.Kernel(
+        functools.partial(pallas_tpu.forward, **options),
+        functools.partial(pallas_tpu.backward, **options),
+        functools.partial(pallas_tpu.delta, head_dim=dim, interpret=True),
+        unit=128,
+    )
+    run = lambda q, k, v, ids: ring.attention(q, k, v, ids, window, kernel)  # noqa: E731
     got = in_a_ring(make_mesh(MESHES[2]), run, arrays, ids)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
@@ -134,29 +136,26 @@ def test_positions_go_into_the_order_of_the_ring_and_back(ways):
 
 
 @pytest.mark.parametrize("ways", [2, 4, 8])
-def test_all_devices_compute_the_same_and_nothing_that_causality_hides(ways):
-    """Counted in pairs of blocks, by a kernel that says on which device it runs, and over what."""
-    seq, blocks, counts = 512, Blocks(8, 8, 8, 8), np.zeros(ways, int)
-
-    def count(device, n):
-        counts[device] += n
-
-    def forward(q, k, *arrays, window, offset):
-        plan = schedule.make(
-            q.shape[2], k.shape[2], blocks, by="q", window=window, offset=offset
-        )  # fmt: skip
-        jax.debug.callback(count, jax.lax.axis_index("context"), q.shape[0] * plan.count)
-        return blocked.forward(q, k, *arrays, window=window, offset=offset)
-
+def test_visible_chunks_meet_once_hidden_ones_never_and_every_device_does_the_same(ways):
     mesh = make_mesh(MeshConfig(fsdp=1, context=ways), jax.devices()[:ways])
-    q, k, v, _ = (x[:1] for x in inputs(seq, 1, 1, dim=4))
-    kernel = ring.Kernel(forward, blocked.backward)
+    n = 2 * ways
+
+    def run():
+        here = jax.lax.axis_index("context")
+        chunks = jnp.stack([here, n - 1 - here])
+
+        def meet(mine, other, theirs, met, nothing):
+            return met.at[chunks[mine], theirs[other]].add(1), nothing
+
+        return ring._around(meet, chunks, jnp.zeros((n, n), int), ())[0][None]
+
     with jax.set_mesh(mesh):
-        jax.block_until_ready(jax.jit(lambda *x: ring.attention(*x, None, None, kernel))(q, k, v))
-    jax.effects_barrier()
-    n = seq // 8
-    assert counts.sum() == n * (n + 1) // 2
-    assert counts.max() <= 1.05 * counts.mean()
+        met = jax.jit(jax.shard_map(run, in_specs=(), out_specs=spec(("seq",)), check_vma=False))()
+    np.testing.assert_array_equal(met.sum(0), np.tril(np.ones((n, n)), -1))
+    # In pairs of blocks, 16 to a chunk; each device has two chunks on the diagonal.
+    work = met.sum((1, 2)) * 16**2 + 16 * 17
+    assert work.sum() == 16 * n * (16 * n + 1) / 2
+    assert work.max() <= 1.05 * work.mean()
 
 
 def test_a_remat_policy_that_keeps_the_output_needs_no_second_forward_pass():
@@ -169,11 +168,12 @@ def test_a_remat_policy_that_keeps_the_output_needs_no_second_forward_pass():
         with jax.set_mesh(make_mesh(MESHES[4])):
             return str(jax.make_jaxpr(grad)(*arrays)).count("dot_general")
 
-    # Own chunks, a pair at home, two in the loop, two at its end: of each two products forward,
-    # five backward; and delta.
-    assert products(policies.everything_saveable) == 6 * 7 + 1
-    assert products(policies.save_only_these_names("attention_out")) == 6 * 7 + 1
-    assert products(policies.nothing_saveable) == 6 * 9 + 1
+    # Own chunks, then five pairs: one at home, two in the loop, two at its end. Each has 2 products
+    # forward and 5 backward, each pair 2 to be joined; and there is delta.
+    forward, backward = 6 * 2 + 5 * 2, 6 * 5 + 1
+    assert products(policies.everything_saveable) == forward + backward
+    assert products(policies.save_only_these_names("attention_out")) == forward + backward
+    assert products(policies.nothing_saveable) == 2 * forward + backward
 
 
 def test_a_sequence_that_cannot_be_split_is_refused_with_both_numbers():
