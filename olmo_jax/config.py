@@ -98,7 +98,10 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; float32 on a CPU always
     grad_dtype: Literal["float32", "bfloat16"] = "float32"  # weight gradients and their reduction
     remat: Literal["none", "attention", "qkv", "qkv_mlp", "full", "offload"] = "full"
-    attention: Literal["auto", "pallas", "blocked", "reference"] = "auto"
+    # auto: our kernels on a TPU, cuDNN on an NVIDIA GPU where it can (no documents, bfloat16), else
+    # blocked, which can all. pallas on a Hopper GPU has not run there yet. A named one that cannot
+    # do the model, the mask or the device says why.
+    attention: Literal["auto", "pallas", "cudnn", "blocked", "reference"] = "auto"
     loss_chunk: int | None = 1024  # tokens whose logits are held at once; None: all
     accumulate: int = 1  # micro-batches per step
     # Rows that the experts of a device can take over mesh.expert, in terms of the balanced load;

@@ -58,8 +58,9 @@ def train(config: Config) -> int:
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
         if config.compute.attention == "auto":
-            kernel = attention.choose(mesh.devices.flat[0].platform)
-            ways = mesh.shape["context"]
+            ways, has_documents = mesh.shape["context"], config.data.document_mask != "none"
+            of_kernel = config.compute.dtype, config.model.head_dim, has_documents
+            kernel = attention.choose(mesh.devices.flat[0], ways > 1, *of_kernel)
             say(f"attention: {kernel}" + (f" in a ring of {ways}" if ways > 1 else ""))
 
         config = start.with_loss_ranks(config, mesh)

@@ -107,10 +107,9 @@ def axis_size(*names: str) -> int:
     return math.prod(shape.get(name, 1) for name in names)
 
 
-def platform() -> str:
-    """What is compiled for: the platform of the mesh in force, be it on this machine or not."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
+def device() -> Any:
+    """What is compiled for: a device of the mesh in force, be it on this machine or not."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
@@ -118,6 +117,21 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any) -> Any:
+    """Call on the part of the arrays that a device of the mesh in force has.
+
+    Args:
+      run: returns a tuple.
+      into, out_of: the logical axes of each argument, and of each result.
+      arrays: the arguments; each may be None.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(*arrays)
+    return jax.shard_map(
+        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
+    )(*arrays)
 
 
 def sum_gradient(x: jax.Array, axis: int) -> jax.Array:

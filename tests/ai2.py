@@ -1,4 +1,4 @@
-"""Packages in folders beside the test environment: Ai2's own as judges, and the TPU compiler.
+"""Packages in folders beside the test environment: Ai2's own as judges, compilers for TPU and GPU.
 
 They are installed without their dependencies, for those would be another torch: torch and what
 comes with it are the test environment's, the rest is in `ai2.txt`.
@@ -23,6 +23,7 @@ PACKAGES = {
     "olmo-core-2": ("ai2-olmo-core==2.6.0",),
     "olmo": ("ai2-olmo==0.6.0", "ai2-olmo-core==0.1.0"),
 }
+PTXAS = "nvidia-cuda-nvcc==13.*"
 UNUSED = ("olmo_data/hf_datasets", "olmo_data/oe_eval_tasks")  # 180 MB
 TIMEOUT = 180  # seconds for pip
 
@@ -43,6 +44,13 @@ def libtpu(cache: pathlib.Path) -> pathlib.Path:
     pin = next(p for p in importlib.metadata.requires("jax") or [] if p.startswith("libtpu"))
     version = pin.split(";")[0].strip()  # libtpu==0.0.42.*
     return _folder(version.replace("==", "-").removesuffix(".*"), (version,), cache)
+
+
+def cuda(cache: pathlib.Path) -> pathlib.Path:
+    """The folder of the GPU compiler that fits this JAX and of NVIDIA's ptxas; it needs no GPU."""
+    version = importlib.metadata.version("jax")
+    packages = (f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}", PTXAS)
+    return _folder(f"cuda-{version}", packages, cache)
 
 
 def _folder(name: str, what: tuple[str, ...], cache: pathlib.Path) -> pathlib.Path:

@@ -1,15 +1,19 @@
-"""Settings of all tests: eight virtual CPU devices, strict shapes, oracles by name."""
+"""Settings of all tests: eight virtual CPU devices, strict shapes, oracles by name.
+
+`OLMO_JAX_TESTS_ON=cuda pytest -m gpu` runs on a GPU what needs one.
+"""
 
 import os
 import pathlib
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    # Optimizing code that runs for milliseconds would take half of the suite's time.
-    " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-)
+os.environ["JAX_PLATFORMS"] = os.environ.get("OLMO_JAX_TESTS_ON", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8"
+        # Optimizing code that runs for milliseconds would take half of the suite's time.
+        " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import jax
 import pytest

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.kernels import blocked, reference, ring
+from olmo_jax.kernels import blocked, cudnn, reference, ring
 from olmo_jax.kernels.schedule import LANES
-from olmo_jax.sharding import BATCH_AXES, axis_size, platform
+from olmo_jax.sharding import BATCH_AXES, axis_size, device
 
 
 def attention(
@@ -32,7 +32,8 @@ def attention(
       window: positions visible to the left, the own one included; None for all.
       segment_ids: [batch, seq] int32, equal within a document; None for one document.
       scale: of the products of queries and keys; None: head_dim ** -0.5.
-      impl: "auto", "pallas", "blocked" or "reference". A named one never falls back.
+      impl: "auto", "pallas" (our kernels for TPU, or for Hopper GPUs), "cudnn", "blocked" or
+        "reference". A named one never falls back.
 
     Returns:
       [batch, seq, n_heads, head_dim], in the dtype of q; softmax in fp32.
@@ -41,42 +42,71 @@ def attention(
       NotImplementedError: for an implementation that does not exist, or cannot run here.
       ValueError: for heads, rows or positions that the mesh does not divide.
     """
+    target, is_split = device(), axis_size("context") > 1
+    of_kernel = q.dtype, q.shape[3], segment_ids is not None
     if impl == "auto":
-        impl = choose(platform())
-    if scale is not None and impl != "pallas":
-        q = q * (scale * q.shape[3] ** 0.5)
+        impl = choose(target, is_split, *of_kernel)
+    usual: float = q.shape[3] ** -0.5
+    if scale is None:
+        scale = usual
+    elif impl in ("reference", "blocked"):
+        q = q * (scale / usual)
     if impl == "reference":
         positions = ring.order(q.shape[1])
         out = reference.attention(
             q, k, v, window=window, segment_ids=segment_ids, positions=positions
         )
         return checkpoint_name(out, "attention_out")
-    if impl not in ("pallas", "blocked"):
-        raise NotImplementedError(
-            f"attention impl={impl!r}: there are auto, pallas, blocked and reference"
-        )
-    if impl == "pallas" and platform() != "tpu":
-        raise NotImplementedError(
-            f"attention impl='pallas': a TPU is needed, this is {platform()}; use auto or blocked"
-        )
-    is_split = axis_size("context") > 1
+    if obstacle := _obstacle(impl, target, is_split, *of_kernel):
+        raise NotImplementedError(f"attention impl={impl!r}: {obstacle}")
     if impl == "blocked" and not is_split:
         return blocked.attention(q, k, v, segment_ids, window)
     _check_division(impl, q.shape, k.shape)
-    factor: float = q.shape[3] ** -0.5 if scale is None else scale
     if is_split:
         window = None if window is None or window >= q.shape[1] else window
-        kernel = _kernel(impl, q, factor, segment_ids is not None or window is not None)
+        kernel = _kernel(impl, q, scale, segment_ids is not None or window is not None)
         return ring.attention(q, k, v, segment_ids, window, kernel)
+    if impl == "cudnn":
+        return cudnn.attention(q, k, v, window, scale)
+    if target.platform == "gpu":
+        from olmo_jax.kernels import pallas_gpu
+
+        return pallas_gpu.attention(q, k, v, segment_ids, window, scale)
     from olmo_jax.kernels import pallas_tpu
 
     tuning = pallas_tpu.tuning(q.shape[3], q.dtype, segment_ids is not None)
-    return pallas_tpu.attention(q, k, v, segment_ids, window, factor, tuning)
+    return pallas_tpu.attention(q, k, v, segment_ids, window, scale, tuning)
 
 
-def choose(of: str) -> str:
-    """What "auto" takes on this platform."""
-    return "pallas" if of == "tpu" else "blocked"
+def choose(target: Any, is_split: bool, dtype: Any, head_dim: int, has_documents: bool) -> str:
+    """What "auto" takes on a device, for sequences that are split over devices or not.
+
+    On a GPU our own kernels are not among it until they have been measured there.
+    """
+    if target.platform == "tpu":
+        return "pallas"
+    is_hard = _obstacle("cudnn", target, is_split, dtype, head_dim, has_documents)
+    return "blocked" if is_hard else "cudnn"
+
+
+def _obstacle(
+    impl: str, target: Any, is_split: bool, dtype: Any, head_dim: int, has_documents: bool
+) -> str | None:
+    """Why an implementation cannot compute this on a device, in words; None if it can."""
+    if impl not in ("pallas", "cudnn", "blocked"):
+        return "there are auto, pallas, cudnn, blocked and reference"
+    found = None
+    if impl == "cudnn":
+        found = cudnn.obstacle(target, dtype, head_dim, has_documents)
+    elif impl == "pallas" and target.platform == "gpu":
+        from olmo_jax.kernels import pallas_gpu
+
+        found = pallas_gpu.obstacle(target, dtype, head_dim)
+    elif impl == "pallas" and target.platform != "tpu":
+        found = f"a TPU or a Hopper GPU is needed, this is {target.platform}"
+    if is_split and impl != "blocked" and target.platform == "gpu":
+        found = found or f"mesh.context={axis_size('context')} splits sequences"
+    return found and f"{found}; use auto or blocked"
 
 
 def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.Kernel:

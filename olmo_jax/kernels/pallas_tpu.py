@@ -32,7 +32,7 @@ from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN, LOG2E
 from olmo_jax.kernels.schedule import LANES, Blocks
-from olmo_jax.sharding import Axes, spec
+from olmo_jax.sharding import Axes, on_each_device
 
 
 class Tuning(NamedTuple):
@@ -112,7 +112,7 @@ def _forward(q, k, v, segment_ids, options):
     def run(q, k, v, ids):
         return forward(q, k, v, ids, ids, **options.here(q.shape[1]))
 
-    out, lse = _on_each_device(
+    out, lse = on_each_device(
         run, (_OF_Q, _OF_KV, _OF_KV, _IDS), (_OF_Q, _ROW), q, k, v, segment_ids
     )
     # Named here, so that a remat policy that keeps them needs no second forward pass.
@@ -127,7 +127,7 @@ def _backward(options, residuals, d_out):
         return backward(q, k, v, ids, ids, lse, found, d_out, **here)
 
     into = (_OF_Q, _OF_KV, _OF_KV, _IDS, _OF_Q, _ROW, _OF_Q)
-    return *_on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
+    return *on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -136,15 +136,6 @@ _OF_Q: Axes = ("batch", None, "heads")
 _OF_KV: Axes = ("batch", None, "kv_heads")
 _IDS: Axes = ("batch", None)
 _ROW: Axes = ("batch", "heads", None, None)
-
-
-def _on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any) -> Any:
-    """Call on the part of the arrays that a device of the mesh in force has."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(*arrays)
-    return jax.shard_map(
-        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
-    )(*arrays)
 
 
 class _Heads(NamedTuple):

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.sharding import Axes, axis_size, spec
+from olmo_jax.sharding import Axes, axis_size, on_each_device, spec
 
 AXIS = "context"
 EARLY, LATE = 0, 1
@@ -134,7 +134,7 @@ def _forward(q, k, v, segment_ids, window, kernel):
         out, lse = _attend(q, k, v, ids, window, kernel)
         return _positions(out, q.dtype), lse
 
-    out, lse = _on_each_device(
+    out, lse = on_each_device(
         run, (_OF_Q, _OF_KV, _OF_KV, _IDS), (_OF_Q, _LSE), q, k, v, segment_ids
     )
     # Named here, so that a remat policy that keeps them needs no second forward pass.
@@ -150,7 +150,7 @@ def _backward(window, kernel, residuals, d_out):
         return tuple(_positions(x, q.dtype) for x in grads)
 
     into = (_OF_Q, _OF_KV, _OF_KV, _IDS, _OF_Q, _LSE, _OF_Q)
-    return *_on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
+    return *on_each_device(run, into, (_OF_Q, _OF_KV, _OF_KV), *residuals, d_out), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -311,12 +311,6 @@ def _ids(ids: jax.Array | None, q: jax.Array, reach: int) -> tuple[Any, Any]:
 
 
 # --- forms of arrays ------------------------------------------------------------------------------
-
-
-def _on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any) -> Any:
-    return jax.shard_map(
-        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
-    )(*arrays)
 
 
 def _chunks(x: jax.Array) -> jax.Array:

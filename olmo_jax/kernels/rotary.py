@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from olmo_jax.sharding import axis_size, platform, spec
+from olmo_jax.sharding import Axes, axis_size, device, on_each_device
 
 LANES = 128
 _BLOCK = 1 << 19  # numbers of a block of rows
@@ -24,7 +24,7 @@ F32 = jnp.float32
 
 def fits(head_dim: int) -> bool:
     """Whether heads are columns of whole tiles of a TPU, and the norm needs no other device."""
-    return platform() == "tpu" and head_dim % LANES == 0 and axis_size("tensor") == 1
+    return device().platform == "tpu" and head_dim % LANES == 0 and axis_size("tensor") == 1
 
 
 def norm_rotate(
@@ -66,7 +66,7 @@ def _forward(x, gain, cos, sin, options):
     def run(*arrays):
         return tuple(_call(_turn, options, ["rows"], *arrays))
 
-    (y,) = _on_each_device(run, 1, cos, x, gain, cos, sin)
+    (y,) = _spread(run, 1, x, gain, cos, sin)
     return y, (x, gain, cos, sin)
 
 
@@ -78,7 +78,7 @@ def _backward(options, residuals, dy):
         dx, *sums = _call(_turn_back, options, kinds, dy, gain, cos, sin, x)
         return (dx, *(s[:, :, 0] for s in sums))
 
-    dx, *sums = _on_each_device(run, 1 + (gain is not None), cos, dy, gain, cos, sin, x)
+    dx, *sums = _spread(run, 1 + (gain is not None), dy, gain, cos, sin, x)
     d_gain = None if gain is None else sums[0].sum((0, 1)).astype(gain.dtype)
     return dx, d_gain, None, None
 
@@ -86,16 +86,12 @@ def _backward(options, residuals, dy):
 _rotate.defvjp(_forward, _backward)
 
 
-def _on_each_device(run: Any, n_results: int, table: jax.Array, *arrays: Any) -> Any:
-    """Call on the rows that a device of the mesh in force has; second comes the gain."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(*arrays)
-    rows = spec(("batch", "seq", None))
-    tables = spec(("batch" if table.shape[0] > 1 else None, "seq", None))
-    into = (rows, spec((None,)), tables, tables, *[rows] * (len(arrays) - 4))
-    return jax.shard_map(run, in_specs=into, out_specs=(rows,) * n_results, check_vma=False)(
-        *arrays
-    )
+def _spread(run: Any, n_results: int, *arrays: Any) -> Any:
+    """Call on the rows of each device; the gain comes second, and the tables after it."""
+    rows: Axes = ("batch", "seq", None)
+    table: Axes = ("batch" if arrays[2].shape[0] > 1 else None, "seq", None)
+    into = (rows, (None,), table, table, *[rows] * (len(arrays) - 4))
+    return on_each_device(run, into, (rows,) * n_results, *arrays)
 
 
 def _call(

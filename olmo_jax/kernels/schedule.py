@@ -174,6 +174,38 @@ def make(
     return Schedule(*_compact(pairs.astype(jnp.int32), live, reachable), *met)
 
 
+def ranges(
+    seq: int, q_block: int, kv_block: int, *, by: str, window: int | None, ids: Any = None
+) -> Any:
+    """For kernels that walk over blocks instead of a list: where each row of pairs begins and ends.
+
+    Args:
+      seq: positions, a multiple of both blocks.
+      q_block, kv_block: positions in a block of queries and of keys.
+      by: "q" for what each block of queries meets, "kv" for what each block of keys does.
+      window: positions visible to the left, the own one included; None for all.
+      ids: [batch, seq] int32, equal within a document; or None.
+
+    Returns: `[1 or batch, rows, 4]` int32: the first block; the first one of a run in which all is
+      visible; the end of that run; the end of all. In documents that lie one after the other
+      nothing in between is hidden as a whole.
+    """
+    blocks, n_q, n_kv = Blocks(q_block, kv_block, 0, 0), seq // q_block, seq // kv_block
+    kinds = _kinds(np, n_q, n_kv, blocks, window, 0, ids is not None)[None]
+    xp: Any = np if ids is None else jnp
+    if ids is not None:
+        kinds = _with_documents(kinds, ids, ids, n_q, n_kv)
+    if by == "kv":
+        kinds = kinds.swapaxes(1, 2)
+    live, clear, at = kinds != SKIP, kinds == FULL, np.arange(kinds.shape[2])[None, None]
+    first, stop = live.argmax(2), _last(live, 2) + 1
+    none = first if by == "q" else stop  # the diagonal is at the end of a row, or its beginning
+    start = xp.where(clear.any(2), clear.argmax(2), none)
+    after = ~clear & (at >= start[:, :, None])
+    end = xp.where(after.any(2), after.argmax(2), stop)
+    return xp.stack([first, start, xp.minimum(end, stop), stop], -1).astype(np.int32)
+
+
 def _kinds(xp, n_q, n_kv, blocks, window, offset, has_documents):
     """[n_q, n_kv] int32."""
     distance = offset + xp.arange(n_q)[:, None] * blocks.q - xp.arange(n_kv)[None, :] * blocks.kv

@@ -176,9 +176,9 @@ def test_auto_takes_kernels_on_tpu_and_blocks_elsewhere_also_in_a_ring():
 
 def test_a_named_implementation_says_why_it_cannot_run():
     q, k, v, _ = inputs(32)
-    with pytest.raises(NotImplementedError, match="there are auto, pallas, blocked and reference"):
+    with pytest.raises(NotImplementedError, match="there are auto, pallas, cudnn, blocked and"):
         attention(q, k, v, impl="flash")
-    with pytest.raises(NotImplementedError, match="a TPU is needed, this is cpu; use auto"):
+    with pytest.raises(NotImplementedError, match="a Hopper GPU is needed, this is cpu"):
         attention(q, k, v, impl="pallas")
     mesh = tpu_mesh(fsdp=4)
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="batch=2 is not"):
@@ -254,6 +254,34 @@ def test_parts_of_the_keys_with_their_distance_add_up_to_the_whole(dim):
         np.testing.assert_allclose(out, whole[:, t], atol=3e-6, rtol=1e-5)
     for a, b in zip(grads, want, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("impl", ["pallas", "cudnn"])
+@pytest.mark.parametrize(
+    ("seq", "heads", "window", "packed"),
+    [*CASES, (4096, (8, 2), None, None), (4096, (8, 2), 1000, "three"), (5000, (4, 4), 512, None)],
+)
+def test_a_gpu_errs_about_as_much_as_the_reference_in_bf16(impl, seq, heads, window, packed, dim):
+    """On the machine itself, beside dense attention in fp32 and in bf16."""
+    if jax.devices()[0].platform != "gpu":
+        pytest.skip("no GPU here, or OLMO_JAX_TESTS_ON=cuda is not set")
+    if impl == "cudnn" and packed:
+        pytest.skip("cuDNN knows no documents")
+    options = dict(window=window, segment_ids=documents(packed, seq))
+    arrays = inputs(seq, *heads, dim=dim, dtype=jnp.bfloat16)
+    with jax.default_matmul_precision("highest"):
+        exact = [x.astype(jnp.float32) for x in arrays]
+        exact = values_and_gradients(reference.attention, *exact, **options)
+    got, want = (
+        values_and_gradients(run, *arrays, **options)
+        for run in (functools.partial(attention, impl=impl), reference.attention)
+    )
+    for a, b, c in zip(got, want, exact, strict=True):
+        errors = [np.abs(np.asarray(x, np.float32) - c) for x in (a, b)]
+        assert errors[0].mean() <= 1.25 * errors[1].mean() + 1e-6
+        assert errors[0].max() <= 2 * errors[1].max() + 1e-5
 
 
 def test_blocks_cover_the_sequence_and_hold_the_visible_keys():
