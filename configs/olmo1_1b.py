@@ -6,6 +6,10 @@ Data:   olmo-mix-v1_5/*.npy under data.root: Dolma 1.5 as uint16 tokens of
         official data order. --dry_run needs no files.
 Needs:  64 chips of TPU v5p (v5p-128) are sensible; fewer with more compute.accumulate.
         14.1 GB of fp32 parameters and moments in all. Official: AMD MI250X with FSDP.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+          --config.compute.accumulate=1
+        on v5p:4x4x4; by formula: 69 of 96 GiB, 1.40 to 1.42 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: allenai/OLMo configs/official-0724/OLMo-1B.yaml; arXiv 2402.00838. The released model
         stopped at about 2T tokens (about step 477,000). Its trainer averaged the loss over valid

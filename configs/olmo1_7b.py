@@ -6,6 +6,9 @@ Data:   olmo-mix-v1_5-sample/*.npy under data.root: the 2T sample of Dolma 1.5 a
         official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 82.7 GB of fp32 parameters and moments in all.
         Official: up to 256 nodes of 4 MI250X; the twin 27 nodes of A100-40G.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; by formula: 57 of 96 GiB, 3.61 to 3.91 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: about 2,500 tokens/s per A100 (35 % MFU), 1,200 per
         MI250X; loss unknown.
 Source: allenai/OLMo configs/official-0724/OLMo-7B.yaml; arXiv 2402.00838. The released OLMo-7B went

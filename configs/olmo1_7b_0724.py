@@ -5,6 +5,9 @@ Data:   dolma-1_7/*.npy under data.root: uint16 tokens of gpt-neox-olmo-dolma-v1
         in the official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 82.7 GB of fp32 parameters and moments in all.
         Official hardware unknown; FSDP.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; by formula: 57 of 96 GiB, 3.76 to 4.07 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: allenai/OLMo configs/official-0724/OLMo-7B-0724.yaml, equal to 0424's but for its name: the
         staged data of 0724 is in no official config. Released with about 2.75T tokens. Weight decay

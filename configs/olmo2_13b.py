@@ -5,6 +5,9 @@ Data:   OLMo-mix-1124/*.npy under data.root: uint32 dolma2 tokens. Name the file
         order to get the official data order. --dry_run needs no files.
 Needs:  256 chips of TPU v5p (v5p-512) are sensible. 164.6 GB of fp32 parameters and moments in
         all. Official: hybrid sharding, activations of every second block recomputed.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=128 --config.compute.remat=qkv_mlp
+        on v5p:4x8x8; compiled: 92 of 96 GiB, 7.77 to 8.33 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown. Learning rate at the end
         9.0e-5, where stage 2 begins.
 Source: allenai/OLMo scripts/augusta/peteish13.sh, which overrides two numbers of

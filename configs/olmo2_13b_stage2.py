@@ -5,6 +5,9 @@ Data:   Dolmino-mix-1124-100B/*.npy under data.root: uint32 dolma2 tokens. Name 
         official order to get the official data order. --dry_run needs no files.
 Needs:  256 chips of TPU v5p (v5p-512) are sensible. 164.6 GB of fp32 parameters and moments in
         all, and the end of olmo2_13b in checkpoint.load_path.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=128 --config.compute.remat=qkv_mlp
+        on v5p:4x8x8; compiled: 92 of 96 GiB, 7.77 to 8.33 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: allenai/OLMo configs/official-1124/OLMo2-13B-stage2-seed{1110,2662,6209}-100B.yaml and
         -seed2662-300B.yaml. The released model is the average of four runs: data seeds 1110, 2662

@@ -5,6 +5,9 @@ Data:   OLMo-mix-1124/*.npy under data.root: uint32 dolma2 tokens. Name the file
         order to get the official data order. --dry_run needs no files.
 Needs:  64 chips of TPU v5p (v5p-128) are sensible; fewer with more compute.accumulate.
         17.8 GB of fp32 parameters and moments in all. Official hardware unknown.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x4; by formula: 39 of 96 GiB, 0.78 to 0.81 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: about 46,000 tokens/s per H100 (40 % MFU) with
         OLMo-core's 1B script; loss unknown. Learning rate at the end 7.449e-5.
 Source: allenai/OLMo configs/official-0425/OLMo2-1B-stage1.yaml; arXiv 2501.00656. z-loss is the

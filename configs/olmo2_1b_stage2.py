@@ -6,6 +6,9 @@ Data:   Dolmino-mix-1124-50B/*.npy under data.root: uint32 dolma2 tokens. Name t
 Needs:  64 chips of TPU v5p (v5p-128) are sensible; fewer with more compute.accumulate.
         17.8 GB of fp32 parameters and moments in all, and the end of olmo2_1b in
         checkpoint.load_path.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x4; by formula: 39 of 96 GiB, 0.78 to 0.81 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. A user's run: 15,537 tokens/s per A100; loss unknown.
 Source: allenai/OLMo configs/official-0425/OLMo2-1B-stage2-seed{42,42069,666}.yaml. The released
         model is seed 42 alone; for another: --config.data.seed=666 --config.name=stage2_666

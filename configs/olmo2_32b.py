@@ -6,6 +6,9 @@ Data:   OLMoE-mix-0824/*.npy under data.root: uint32 dolma2 tokens. Name the fil
 Needs:  512 chips of TPU v5p (v5p-1024) are sensible; 386.8 GB of fp32 parameters and moments in
         all. With 8 KV heads mesh.tensor can be 1, 2, 4 or 8. Official: 160 nodes of 8 H100,
         sharded 64 ways.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=256 --config.compute.remat=qkv
+        on v5p:8x8x8; by formula: 61 of 96 GiB, 9.60 to 10.17 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: over 1,800 tokens/s per H100 (38 % MFU); loss
         unknown. Learning rate at the end 6.623e-5.
 Source: allenai/OLMo-core src/scripts/official/OLMo2/OLMo-2-0325-32B-train.py. It ran with a defect

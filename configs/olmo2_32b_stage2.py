@@ -6,6 +6,9 @@ Data:   dolmino100/*.npy under data.root: uint32 dolma2 tokens. Name the files i
 Needs:  512 chips of TPU v5p (v5p-1024) are sensible; 386.8 GB of fp32 parameters and moments in
         all, and the end of olmo2_32b in checkpoint.load_path. With 8 KV heads mesh.tensor can be
         1, 2, 4 or 8. Official: sharded 64 ways.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=256 --config.compute.remat=qkv
+        on v5p:8x8x8; by formula: 61 of 96 GiB, 9.60 to 10.17 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown. 11,921 steps.
 Source: allenai/OLMo-core src/scripts/official/OLMo2/OLMo-2-0325-32B-anneal.py. The released model
         is the average of three runs: data seeds 1110 and 2662, and a longer one with seed 2662:

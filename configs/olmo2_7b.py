@@ -5,6 +5,9 @@ Data:   OLMo-mix-1124/*.npy under data.root: uint32 dolma2 tokens. Name the file
         order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all.
         Official hardware unknown; FSDP.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; by formula: 63 of 96 GiB, 3.85 to 4.17 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown. On the official files the
         epoch has 928,646 steps and the learning rate ends at 6.135e-5.
 Source: allenai/OLMo configs/official-1124/OLMo2-7B-stage1.yaml; arXiv 2501.00656. z-loss is the

@@ -5,6 +5,9 @@ Data:   Dolmino-mix-1124-50B/*.npy under data.root: uint32 dolma2 tokens. Name t
         official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all,
         and the end of olmo2_7b in checkpoint.load_path.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; by formula: 63 of 96 GiB, 3.85 to 4.17 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: allenai/OLMo configs/official-1124/OLMo2-7B-stage2-seed{42,42069,666}.yaml. The released
         model is the average of three runs, with data seeds 42, 42069 and 666:

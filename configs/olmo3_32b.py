@@ -5,6 +5,9 @@ Data:   OLMo-mix-0925-official/*.npy under data.root: uint32 dolma2 tokens. Name
         official order to get the official data order. --dry_run needs no files.
 Needs:  512 chips of TPU v5p (v5p-1024) are sensible; 386.8 GB of fp32 parameters and moments in
         all. With 8 KV heads mesh.tensor can be 1, 2, 4 or 8. Official: 1,024 H100, sharded 64 ways.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=256 --config.compute.remat=qkv
+        on v5p:8x8x8; compiled: 63 of 96 GiB, 10.35 to 11.20 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: 1,960 tokens/s per H100 (41 % MFU); loss unknown.
         The report says that the learning rate was 6.21e-5 at the end.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-32B-pretrain.py, cut at step

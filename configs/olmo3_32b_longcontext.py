@@ -9,6 +9,10 @@ Needs:  256 chips of TPU v5p (v5p-512) are sensible; 386.8 GB of fp32 parameters
         mesh.tensor can be 1, 2, 4 or 8. Official: 1,024 H100, 8 to a row, sharded 8 ways.
 Mesh:   a row lies on 8 chips (mesh.context) in 16 chunks of 4,096, as long as the window: sliding
         layers fetch one chunk of keys from a neighbour, full layers pass theirs around in a ring.
+Plan:   --config.mesh.fsdp=64 --config.mesh.context=4 --config.compute.remat=qkv
+          --config.compute.accumulate=2
+        on v5p:4x8x8; by formula: 69 of 96 GiB, 22.61 to 24.26 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: 1,300 tokens/s per H100; loss unknown. 11,921 steps.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-32B-long-context.py; there the
         merged mid-training checkpoint stands in a comment only. Attention stays within documents.

@@ -7,6 +7,9 @@ Data:   OLMo-midtraining-mix-0925-ingredient1-100B/*.npy under data.root: uint32
 Needs:  256 chips of TPU v5p (v5p-512) are sensible; 386.8 GB of fp32 parameters and moments in
         all, and the end of olmo3_32b in checkpoint.load_path. With 8 KV heads mesh.tensor can be
         1, 2, 4 or 8. Official: 512 H100, sharded 64 ways.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=128 --config.compute.remat=qkv
+        on v5p:4x8x8; by formula: 63 of 96 GiB, 9.84 to 10.41 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown. 23,842 steps.
 Source: allenai/OLMo-core
         src/scripts/official/OLMo3/OLMo-3-1025-32B-midtrain-ingredient-{1,2}.py. The result is the

@@ -5,6 +5,9 @@ Data:   OLMo-mix-0625-official/*.npy under data.root: uint32 dolma2 tokens. Name
         official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all.
         Official: 512 H100, sharded 8 ways.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; compiled: 64 of 96 GiB, 4.06 to 4.41 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: 7,700 tokens/s per H100 (43 % MFU); loss unknown.
         Learning rate at the end 1.65e-4, half way down.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-7B-pretrain-1.py. Part 2 starts

@@ -8,6 +8,10 @@ Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters 
         and the end of olmo3_7b_midtrain in checkpoint.load_path. Official: 256 H100, 8 to a row.
 Mesh:   a row lies on 8 chips (mesh.context) in 16 chunks of 4,096, as long as the window: sliding
         layers fetch one chunk of keys from a neighbour, full layers pass theirs around in a ring.
+Plan:   --config.mesh.fsdp=32 --config.mesh.context=4 --config.compute.remat=qkv_mlp
+          --config.compute.accumulate=2
+        on v5p:4x4x8; by formula: 63 of 96 GiB, 5.21 to 5.86 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: 4,000 tokens/s per H100, with float8; loss unknown.
         11,921 steps.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-7B-long-context.py, but with 50B

@@ -6,6 +6,9 @@ Data:   OLMo-midtraining-mix-0625-100B/*.npy under data.root: uint32 dolma2 toke
         in the official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all,
         and the end of olmo3_7b_part2 in checkpoint.load_path. Official: 128 H100.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; by formula: 63 of 96 GiB, 2.02 to 2.18 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown. 47,684 steps.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-7B-midtrain.py. The learning rate
         jumps up from pretraining's last one, without warm-up, as there. No differences known.

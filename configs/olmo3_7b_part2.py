@@ -4,6 +4,9 @@ Run:    python -m olmo_jax.train --config=configs/olmo3_7b_part2.py --config.dat
 Data:   as in olmo3_7b: the same files in the same order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 87.6 GB of fp32 parameters and moments in all,
         and step 596,047 of olmo3_7b in checkpoint.load_path. Official: 512 H100, sharded 8 ways.
+Plan:   --config.mesh.data=4 --config.mesh.fsdp=32 --config.compute.remat=qkv_mlp
+        on v5p:4x4x8; compiled: 64 of 96 GiB, 4.06 to 4.41 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet. Official: 7,700 tokens/s per H100 (43 % MFU); loss unknown.
         On the official files the epoch ends at step 1,413,814 and the learning rate at 3.93e-5.
 Source: allenai/OLMo-core src/scripts/official/OLMo3/OLMo-3-1025-7B-pretrain-2.py. The report says

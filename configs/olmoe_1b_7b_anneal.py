@@ -5,6 +5,9 @@ Data:   OLMoE-anneal/*.npy under data.root: uint16 tokens of gpt-neox-olmo-dolma
         files in the official order to get the official data order. --dry_run needs no files.
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 83.0 GB of fp32 parameters and moments in all,
         and the end of olmoe_1b_7b in checkpoint.load_path.
+Plan:   --config.mesh.data=2 --config.mesh.fsdp=64 --config.compute.remat=none
+        on v5p:4x4x8; by formula: 58 of 96 GiB, 0.94 to 1.19 s a step, estimated; nothing ran. See
+        docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: arXiv 2409.02060: 4e-5 to 0 over 100B tokens, 23,842 steps, seed 42.
 """

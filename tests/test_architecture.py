@@ -21,7 +21,7 @@ sharding progress data
 kernels metrics plot snapshot profiler
 nn losses
 step checkpoint
-generation evals convert
+generation evals convert plan
 summary report program
 start
 loop

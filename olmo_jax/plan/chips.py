@@ -1,15 +1,24 @@
 """TPU chips: what they can do, slices of them, and how fast a group of them exchanges data."""
 
+import contextlib
 import dataclasses
+import functools
+import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
+from olmo_jax.config import Config, MeshConfig
+from olmo_jax.sharding import make_mesh
+
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 # What libtpu must find before it starts on a machine that has no TPU.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -87,6 +96,7 @@ class Slice:
         """As JAX counts them."""
         return math.prod(self.shape) * (2 if self.chip.kind == "TPU7x" else 1)
 
+    @functools.cache  # noqa: B019  (slices are few, and their devices are always the same)
     def devices(self) -> list[Any]:
         """The devices, which are not here: to compile for, not to run on.
 
@@ -101,15 +111,35 @@ class Slice:
             )
         if self.chip.kind == "TPU v4":
             options["chip_config_name"] = "megacore"
+        if importlib.util.find_spec("libtpu") is None:
+            raise ValueError("the TPU compiler is not installed; it comes with `jax[tpu]`")
         os.environ |= ENVIRONMENT
         try:
-            there = topologies.get_topology_desc(self.name, "tpu", **options)
+            with _silence():
+                there = topologies.get_topology_desc(self.name, "tpu", **options)
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:300]
-            raise ValueError(
-                f"topology {self.name!r}: {reason} (the TPU compiler comes with `jax[tpu]`)"
-            ) from error
+            raise ValueError(f"topology {self.name!r}: {reason}") from error
         return list(there.devices)
+
+    def mesh(self, config: MeshConfig) -> Mesh:
+        """A mesh over the slice, laid along its torus.
+
+        Raises:
+          ValueError: as `devices`, and if the torus cannot be divided so.
+        """
+        try:
+            return make_mesh(config, self.devices())
+        except NotImplementedError as error:
+            raise ValueError(f"topology {self.name!r} has no such mesh: {error}") from error
+
+    def rates(self, config: Config) -> dict[str, float]:
+        """Bytes/s that a device sends in a group along each axis of the config's mesh."""
+        devices, found = self.mesh(config.mesh).devices, {}
+        for at, axis in enumerate(AXES):
+            line = np.moveaxis(devices, at, -1).reshape(-1, devices.shape[at])[0]
+            found[axis] = self.exchange([tuple(device.coords) for device in line])
+        return found
 
     def exchange(self, places: Sequence[tuple[int, ...]]) -> float:
         """Bytes/s that each device of a group sends, in all directions that the group spans.
@@ -126,10 +156,15 @@ class Slice:
         return sent or self.chip.link  # two cores of one chip
 
 
-def by_kind(kind: str) -> Chip:
-    """The chip that JAX calls `kind`.
-
-    Raises:
-      KeyError: for one that is not in the table.
-    """
-    return next(chip for chip in CHIPS.values() if chip.kind == kind)
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps to itself what libtpu says, past `sys.stderr`, about the TPU that is not here."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

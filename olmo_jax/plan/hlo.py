@@ -1,4 +1,4 @@
-"""What a compiled TPU program does in a step: the compiler's cycles, products, kernels, collectives.
+"""What a compiled TPU program does in a step: cycles, products, kernels, collectives.
 
 `cost_analysis()` of a program counts the body of a loop once and a kernel not at all. Here the
 text of the program is walked from its entry: bodies of loops count as often as they run, branches
@@ -42,34 +42,65 @@ class Instruction(NamedTuple):
     line: str
 
 
+class Fusion(NamedTuple):
+    """Something that the scheduler has an estimate for."""
+
+    has_products: bool
+    cycles: int
+    n_bytes: float  # read and written
+
+
+class Kernel(NamedTuple):
+    """A custom kernel, of which the scheduler knows nothing."""
+
+    name: str
+    n_bytes: float  # read and written
+    flops: float  # of XLA's own grouped product; 0: not known here
+
+
 class Collective(NamedTuple):
     """What one device sends or takes part in."""
 
     kind: str
     n_bytes: int  # of the whole array: what is gathered, reduced or exchanged
-    devices: tuple[int, ...]  # of a group, by place in the mesh
+    devices: tuple[int, ...]  # of a group, by place in the mesh; (): all
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Counts of one device and step.
+    """Counts of one device and step: how often each thing occurs.
 
     Attributes:
-      fusions: {(class, cycles, bytes moved): times}; class is "products" or "other".
-      flops: of matrix products outside kernels.
-      kernels: {name: calls}, and for kernels in branches {(name, branch): calls}.
+      fusions: {Fusion: times}.
+      kernels: {Kernel: times}.
       collectives: {Collective: times}.
+      flops: of matrix products outside kernels.
     """
 
     fusions: collections.Counter
-    flops: float
     kernels: collections.Counter
     collectives: collections.Counter
+    flops: float
 
-    def cycles(self, *classes: str) -> float:
-        """The scheduler's sum for these classes; all without."""
-        keys = self.fusions if not classes else [k for k in self.fusions if k[0] in classes]
-        return sum(key[1] * self.fusions[key] for key in keys)
+    @classmethod
+    def none(cls) -> "Totals":
+        """Nothing yet."""
+        return cls(collections.Counter(), collections.Counter(), collections.Counter(), 0.0)
+
+    def cycles(self, has_products: bool | None = None) -> float:
+        """The scheduler's sum, of fusions with or without products, or (None) of all."""
+        return sum(
+            fusion.cycles * times
+            for fusion, times in self.fusions.items()
+            if has_products in (None, fusion.has_products)
+        )
+
+    def plus(self, more: "Totals", times: float = 1) -> "Totals":
+        """With `more` counted `times` times; the counters of this one are changed."""
+        for name in ("fusions", "kernels", "collectives"):
+            for key, n in getattr(more, name).items():
+                getattr(self, name)[key] += n * times
+        return dataclasses.replace(self, flops=self.flops + more.flops * times)
 
 
 def totals(text: str, weights: Callable[[int], Iterable[float]] | None = None) -> Totals:
@@ -84,11 +115,11 @@ def totals(text: str, weights: Callable[[int], Iterable[float]] | None = None) -
       ValueError: if the text is no program.
     """
     program = _Program(text)
-    total = Totals(collections.Counter(), 0.0, collections.Counter(), collections.Counter())
-    return _scaled_sum(total, program.walk(program.entry, weights or first_of_two))
+    return Totals.none().plus(program.walk(program.entry, weights or first_of_two))
 
 
 def first_of_two(n: int) -> list[float]:
+    """Shares of n branches where nothing is known about them."""
     return [1.0, 0.0] if n == 2 else [1 / n] * n
 
 
@@ -110,56 +141,48 @@ class _Program:
         self.walk = functools.cache(self._walk)
 
     def _walk(self, name: str, weights: Callable[[int], Iterable[float]]) -> Totals:
-        total = Totals(collections.Counter(), 0.0, collections.Counter(), collections.Counter())
-        body = self.computations[name]
+        total, body = Totals.none(), self.computations[name]
         shapes = {i.name: i.result for i in body}
         for i in body:
             if i.opcode == "while":
                 condition, inner = _named(i.line, "condition"), _named(i.line, "body")
-                total = _scaled_sum(total, self.walk(inner, weights), self._trips(condition))
+                total = total.plus(self.walk(inner, weights), self._trips(condition))
             elif i.opcode == "conditional":
-                taken = re.search(r"branch_computations=\{([^}]*)\}", i.line)
-                names = (
-                    re.findall(r"[\w.\-]+", taken[1].replace("%", ""))
-                    if taken
-                    else [_named(i.line, f"{x}_computation") for x in ("true", "false")]
-                )
-                for at, (branch, share) in enumerate(zip(names, weights(len(names)), strict=True)):
-                    part = self.walk(branch, weights)
-                    kernels = collections.Counter(
-                        {(k, at) if isinstance(k, str) else k: n for k, n in part.kernels.items()}
-                    )
-                    total = _scaled_sum(total, dataclasses.replace(part, kernels=kernels), share)
+                names = _branches(i.line)
+                for branch, share in zip(names, weights(len(names)), strict=True):
+                    total = total.plus(self.walk(branch, weights), share)
             else:
-                self._add(total, i, shapes)
-                inside = self._called(i)
-                total = dataclasses.replace(total, flops=total.flops + self._flops(i, shapes))
-                if inside is not None:
+                total = self._with(total, i, shapes)
+                if (inside := self._called(i)) is not None:
                     part = self.walk(inside, weights)
                     if i.opcode == "fusion":  # its own figure stands for all that is in it
                         part = dataclasses.replace(part, fusions=collections.Counter())
-                    total = _scaled_sum(total, part)
+                    if inside.startswith("all-reduce-scatter"):
+                        part = dataclasses.replace(part, collectives=_scattered(part.collectives))
+                    total = total.plus(part)
         return total
 
-    def _add(self, total: Totals, i: Instruction, shapes: dict[str, str]) -> None:
+    def _with(self, total: Totals, i: Instruction, shapes: dict[str, str]) -> Totals:
+        """`total` with one instruction, without what is inside of it."""
+        moved = sum(n_bytes(shapes.get(o, "")) for o in i.operands) + n_bytes(i.result)
         kind = i.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
             total.collectives[self._collective(kind, i, shapes)] += 1
         elif 'custom_call_target="tpu_custom_call"' in i.line:
-            total.kernels[re.sub(r"[.\d]+$", "", i.name)] += 1
+            name = re.sub(r"[.\d]+$", "", i.name)
+            total.kernels[Kernel(name, moved, _grouped_flops(name, i, shapes))] += 1
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.line)
-        if i.opcode in _FREE or cycles is None or int(cycles[1]) >= _NO_MODEL:
-            return
-        inside = self._called(i)
-        has_products = i.opcode in ("convolution", "dot") or (
-            inside is not None and self.walk(inside, first_of_two).flops > 0
-        )
-        moved = sum(n_bytes(shapes.get(o, "")) for o in i.operands) + n_bytes(i.result)
-        total.fusions["products" if has_products else "other", int(cycles[1]), moved] += 1
+        if i.opcode not in _FREE and cycles is not None and int(cycles[1]) < _NO_MODEL:
+            inside = self._called(i)
+            has_products = i.opcode in ("convolution", "dot") or (
+                inside is not None and self.walk(inside, first_of_two).flops > 0
+            )
+            total.fusions[Fusion(has_products, int(cycles[1]), moved)] += 1
+        return dataclasses.replace(total, flops=total.flops + self._flops(i, shapes))
 
     def _called(self, i: Instruction) -> str | None:
         """The computation that stands inside an instruction and runs once with it."""
-        if i.opcode not in ("fusion", "call", "async-start", "custom-call"):
+        if i.opcode not in ("fusion", "call", "call-start", "async-start", "custom-call"):
             return None
         found = re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", i.line)
         return found[1] if found and found[1] in self.computations else None
@@ -213,14 +236,27 @@ def _named(line: str, attribute: str) -> str:
     return found[1]
 
 
-def _scaled_sum(a: Totals, b: Totals, times: float = 1) -> Totals:
-    """`a` with `b` counted `times` times; the counters of `a` are changed."""
-    for into, more in ((a.fusions, b.fusions), (a.kernels, b.kernels)):
-        for key, n in more.items():
-            into[key] += n * times
-    for key, n in b.collectives.items():
-        a.collectives[key] += n * times
-    return dataclasses.replace(a, flops=a.flops + b.flops * times)
+def _branches(line: str) -> list[str]:
+    """The computations of a conditional."""
+    if taken := re.search(r"branch_computations=\{([^}]*)\}", line):
+        return re.findall(r"[\w.\-]+", taken[1].replace("%", ""))
+    return [_named(line, f"{x}_computation") for x in ("true", "false")]
+
+
+def _scattered(inside: collections.Counter) -> collections.Counter:
+    """The collectives in a fusion that keeps a part of an all-reduce, as what they are."""
+    return collections.Counter(
+        {key._replace(kind="reduce-scatter"): times for key, times in inside.items()}
+    )
+
+
+def _grouped_flops(name: str, i: Instruction, shapes: dict[str, str]) -> float:
+    """Of `lax.ragged_dot`, in each of its forms two arrays of `[rows, …]` with one of matrices."""
+    if not name.startswith("ragged-dot-") or name == "ragged-dot-metadata":
+        return 0.0
+    floats = (x for x in (i.result, *(shapes[o] for o in i.operands)) if re.match(r"\w*f\d+\[", x))
+    rows = [dims(x) for x in floats if len(dims(x)) == 2]
+    return 2.0 * rows[0][0] * rows[0][1] * rows[1][1] if len(rows) == 2 else 0.0
 
 
 def dims(shape: str) -> list[int]:
@@ -241,35 +277,33 @@ def group(line: str) -> tuple[int, ...]:
     """The first group of devices of a collective, in the ways in which XLA writes groups.
 
     `{{0,1},{2,3}}`; `[groups,size]<=[shape]T(order)`: the devices in that shape, turned and cut
-    into groups; `mesh['a'=4,'b'=2] {'b'}`: along axes of a mesh, whose devices may be given as
-    `device_ids=([shape]T(order))`. Empty for all devices.
+    into groups; `mesh['a'=4,'b'=2], device_ids=([shape]T(order)) {'b'}`: along axes of a mesh, of
+    devices that may be turned first. Empty for all devices.
     """
-    found = re.search(
-        r"(?:replica_groups|source_target_pairs)="
-        r"(?:(mesh\[[^{]*\{[^}]*\})|(\[[\d,]*\])<=(\[[\d,]*\](?:T\([\d,]*\))?)|(\{\{[^}]*\}))",
-        line,
-    )
-    if found is None:
-        return ()
-    mesh, cut, order, listed = found.groups()
-    if listed:
-        return tuple(sorted(map(int, re.findall(r"\d+", listed))))
-    if cut:
-        return tuple(sorted(_turned(order).reshape(-1, _integers(cut)[-1])[0].tolist()))
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
-    shape, used = list(map(int, sizes.values())), re.findall(r"'(\w+)'", mesh.split("{")[1])
-    given = re.search(r"device_ids=\(([^{]*)\) \{", mesh)
-    devices = _turned(given[1]) if given else np.arange(math.prod(shape))
-    along = tuple(slice(None) if axis in used else 0 for axis in sizes)
-    return tuple(sorted(devices.reshape(shape)[along].ravel().tolist()))
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line
+    ):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        used = re.findall(r"'(\w+)'", found[3])
+        devices = _turned(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        first = tuple(slice(None) if name in used else 0 for name in sizes)
+        return _sorted(devices.reshape(list(sizes.values()))[first])
+    if found := re.search(r"replica_groups=\[([\d,]*)\]<=(\[[\d,]*\](?:T\([\d,]*\))?)", line):
+        return _sorted(_turned(found[2])[: int(found[1].split(",")[-1])])
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}", line)
+    return _sorted(np.array(_numbers(found[1]), int)) if found else ()
 
 
 def _turned(text: str) -> np.ndarray:
-    """Devices in the order that `[shape]T(axes)` says."""
-    shape, _, axes = text.partition("T")
-    devices = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
-    return devices.transpose(_integers(axes) or None).ravel()
+    """The devices of `[shape]T(order)` in their order."""
+    shape, _, order = text.partition("T")
+    devices = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return devices.transpose(_numbers(order) if order else None).reshape(-1)
 
 
-def _integers(text: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _sorted(devices: np.ndarray) -> tuple[int, ...]:
+    return tuple(sorted(int(n) for n in devices.reshape(-1)))

@@ -34,7 +34,7 @@ ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:
              "tpu7x": "tpu7x:2x2x1"}  # fmt: skip
 _SMALL = 48  # branches of fewer bundles are counted as always taken
 # Room for large blocks of other kernels; ours ask for it themselves.
-ROOM = {"xla_tpu_scoped_vmem_limit_kib": "61440"}
+ROOM: dict[str, str | bool] = {"xla_tpu_scoped_vmem_limit_kib": "61440"}
 
 
 class Case(NamedTuple):
@@ -110,10 +110,12 @@ def bundles(command: list[str]) -> Iterator[Any]:
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
             " --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
         )
-        environment = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+        here = {"LIBTPU_INIT_ARGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = os.environ | ENVIRONMENT | here
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
         if child.returncode:
-            raise RuntimeError(child.stderr.strip()[-400:])
+            said = child.stderr.strip().splitlines() or [f"signal {-child.returncode}"]
+            raise RuntimeError(said[-1][-400:])
 
         def dump(name: str) -> str:
             found = glob.glob(f"{folder}/*{name}*packed-bundles-post-ra.txt")
@@ -125,7 +127,11 @@ def bundles(command: list[str]) -> Iterator[Any]:
 
 def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
     """What a step of a kernel's grid does: (bundles, whether it has products) of each branch, in
-    order, and the bundles that are always passed."""
+    order, and the bundles that are always passed.
+
+    Raises:
+      RuntimeError: if it has no loop over its grid.
+    """
     products, jumps = [], []
     for line in pathlib.Path(path).read_text().splitlines():
         if not (found := re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)):
@@ -135,6 +141,8 @@ def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
             products.append(here)
         if to := re.search(r"sbr\.rel.*?target bundleno = (\d+)", line):
             jumps.append((here, int(to[1])))
+    if not any(to <= at for at, to in jumps):
+        raise RuntimeError("the kernel has no loop over its grid")
     start, stop = max(((to, at) for at, to in jumps if to <= at), key=lambda x: x[1] - x[0])
     inside = sorted((at, to) for at, to in jumps if start <= at < to <= stop)
     length = stop - start
@@ -156,7 +164,7 @@ def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def counts(case: Case, way: str) -> tuple[list[int], int]:
     """How often each branch of our kernel is taken by a head, and how many steps there are."""
     blocks = getattr(case.tuning(), way).fit(case.seq, case.seq)
-    ids = case.document_ids() if case.n_documents else None
+    ids = jnp.asarray(case.document_ids()) if case.n_documents else None
     plan = schedule.make(
         case.seq, case.seq, blocks, by="q" if way == "forward" else "kv",
         window=case.window, q_ids=ids, kv_ids=ids,
@@ -176,8 +184,7 @@ def compile_kernels(case: Case, run: Any = None) -> None:
       case: what to compile.
       run: `(q, k, v, segment_ids) -> out` on `[heads, seq, head_dim]`; None: ours.
     """
-    device = Slice.parse(ONE_CHIP[case.chip]).devices()[0]
-    mesh = make_mesh(MeshConfig(), [device])
+    mesh = make_mesh(MeshConfig(), Slice.parse(ONE_CHIP[case.chip]).devices()[:1])
     whole = jax.NamedSharding(mesh, jax.P())
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -185,9 +192,7 @@ def compile_kernels(case: Case, run: Any = None) -> None:
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array | None) -> jax.Array:
         q, k, v = (jnp.swapaxes(x, 0, 1)[None] for x in (q, k, v))
-        out = pallas_tpu.attention(
-            q, k, v, ids, case.window, case.head_dim**-0.5, case.tuning()
-        )
+        out = pallas_tpu.attention(q, k, v, ids, case.window, case.head_dim**-0.5, case.tuning())
         return jnp.swapaxes(out[0], 0, 1)
 
     def both(q: Any, k: Any, v: Any, ids: Any, d_out: Any) -> Any:

@@ -1,78 +1,70 @@
-"""The training step, compiled for devices that are not here, and an estimate of its time.
+"""The training step, compiled for devices that are not here, and kept on disk.
 
-The estimate is the compiler's own: cycles of its scheduler for each fusion, bundles of our kernels,
-and bytes of collectives over the links of the torus. It has never been compared with a run of this
-code on a TPU; see ERROR.
+A compilation takes minutes of a core, so it runs in a process of its own, whose end is not the end
+of this one, and its result is kept under a name made of all that it depends on.
 """
 
-import collections
 import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
 import json
-import math
+import os
 import pathlib
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from olmo_jax import flops, sharding, step
-from olmo_jax.config import Config, ModelConfig
-from olmo_jax.plan import hlo, kernels
-from olmo_jax.plan.chips import Slice
+from olmo_jax import config as configs
+from olmo_jax import sharding, step
+from olmo_jax.config import Config
+from olmo_jax.plan import kernels
+from olmo_jax.plan.chips import ENVIRONMENT, Slice
 
-# The one public pair of figures: MaxText's recipe for tpu7x comes out at 47.7 % MFU by this method,
-# and its authors report 44.5 % on 512 chips.
-ERROR = "estimates of this kind are about 7 % too fast by the one public measurement to compare with"
-_OUT_OF_MEMORY = re.compile(r"\(?([\d.]+[KMGT])\)? exceeds available (?:HBM|hbm) \(?([\d.]+[KMGT])")
-
-
-class DoesNotFit(Exception):
-    """The program needs more memory than a device has."""
-
-    def __init__(self, needs: float, has: float):
-        super().__init__(f"needs {needs / 2**30:.2f} GiB, a device has {has / 2**30:.2f} GiB")
-        self.needs, self.has = needs, has
+PACKAGE = pathlib.Path(__file__).parents[1]
+# What a compiled step depends on, of the package and of a config.
+SOURCES = (
+    "config.py", "sharding.py", "losses.py", "optim.py", "step.py", "xla_flags.py", "nn", "kernels",
+)  # fmt: skip
+_OF_A_CONFIG = ("model", "compute", "optim", "mesh")
+_OF_THE_DATA = ("seq_len", "global_batch_size", "document_mask")
+_OF_TRAINING = ("z_loss", "load_balancing_loss", "router_z_loss", "router_loss_form",
+                "loss_normalization", "loss_ranks")  # fmt: skip
+# Of the optimizer: what the step takes as arguments, so that stages of a run share a program.
+_ARGUMENTS = ("lr", "schedule", "clip_warmup", "clip_warmup_factor")
+_OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step needs on one device.
+class Program:
+    """A compiled step, or what kept it from being one.
 
     Attributes:
-      memory: bytes by kind: parameters, moments, batch, temp, and the most that a device can give.
-      flops: useful FLOPs of a step, of all devices (`olmo_jax.flops`).
-      seconds: by kind of work. "products" and "other" are the compiler's cycles, "other_floor" the
-        same where memory bandwidth is no excuse, "attention" our kernels, "collectives" all links.
-      collectives: {kind over n devices: [times, bytes, seconds]}.
-      compile_seconds: what the compiler took here.
+      text: optimized HLO; empty if it does not fit.
+      memory: bytes on a device by kind: argument, output, alias, temp, generated_code.
+      needs: bytes that the compiler asked for, where the device has less.
+      seconds: that the compiler took.
     """
 
+    text: str
     memory: dict[str, float]
-    flops: float
-    seconds: dict[str, float]
-    collectives: dict[str, tuple[float, float, float]]
-    compile_seconds: float
+    needs: float | None
+    seconds: float
 
-    @property
-    def step(self) -> float:
-        """Seconds of a step by the compiler's cycles, the collectives hidden behind them."""
-        s = self.seconds
-        return max(s["products"] + s["other"] + s["attention"], s["collectives"])
 
-    @property
-    def fastest(self) -> float:
-        """Seconds if memory-bound work runs at the bandwidth, and collectives are hidden."""
-        s = self.seconds
-        return max(s["products"] + s["other_floor"] + s["attention"], s["collectives"])
+class DoesNotFitError(Exception):
+    """A program needs more memory than a device has; `needs` bytes."""
 
-    @property
-    def slowest(self) -> float:
-        """Seconds if no collective is hidden."""
-        s = self.seconds
-        return s["products"] + s["other"] + s["attention"] + s["collectives"]
+    def __init__(self, needs: float):
+        super().__init__(f"needs {needs / 2**30:.2f} GiB")
+        self.needs = needs
 
 
 def lower(config: Config, mesh: Mesh) -> Any:
@@ -89,17 +81,22 @@ def lower(config: Config, mesh: Mesh) -> Any:
         return update.jitted.lower(state, batch, scalar, scalar)  # type: ignore[attr-defined]
 
 
-def compile_step(config: Config, mesh: Mesh, options: dict[str, str]) -> Any:
-    """The compiled step.
+def compile_step(config: Config, mesh: Mesh, flags: dict[str, str] | None = None) -> Any:
+    """Compile the step for the devices of a mesh, in this process.
+
+    Args:
+      config: of the step.
+      mesh: over devices that need not be here.
+      flags: options of the compiler besides those that the step itself gives it.
 
     Raises:
-      DoesNotFit: if it needs more memory than a device has.
+      DoesNotFitError: if it needs more memory than a device has.
     """
     try:
-        return lower(config, mesh).compile(compiler_options=options)
+        return lower(config, mesh).compile(compiler_options=dict(flags or {}))
     except jax.errors.JaxRuntimeError as error:
         if found := _OUT_OF_MEMORY.search(str(error)):
-            raise DoesNotFit(*(_size(text) for text in found.groups())) from error
+            raise DoesNotFitError(_size(found[1])) from error
         raise
 
 
@@ -107,87 +104,121 @@ def _size(text: str) -> float:
     return float(text[:-1]) * 2.0 ** (10 * ("KMGT".index(text[-1]) + 1))
 
 
-def estimate(
-    config: Config,
-    where: Slice,
-    mesh: Mesh,
-    compiled: Any,
-    attention_seconds: Callable[[kernels.Case], tuple[float, float]],
-    compile_seconds: float,
-) -> Plan:
-    """What the compiled step needs, of memory and of time."""
-    chip, memory = where.chip, compiled.memory_analysis()
-    kinds = sorted(set(config.model.layer_kinds))  # as the model orders its branches
-    shares = [config.model.layer_kinds.count(kind) / config.model.n_layers for kind in kinds]
-    found = hlo.totals(
-        compiled.as_text(), lambda n: shares if n == len(shares) else hlo.first_of_two(n)
-    )
-    places = [tuple(device.coords) for device in mesh.devices.flat]
-    exchanged: dict[str, list[float]] = {}
-    for collective, times in found.collectives.items():
-        group = collective.devices or range(len(places))
-        n, rate = len(group), where.exchange([places[i] for i in group])
-        entry = exchanged.setdefault(f"{collective.kind} over {n}", [0.0, 0.0, 0.0])
-        entry[0] += times
-        entry[1] += times * collective.n_bytes
-        entry[2] += times * _sent(collective.kind, collective.n_bytes, n) / rate
-    sizes = flops.state_bytes(config.model, dict(mesh.shape), config.compute.grad_dtype)
-    return Plan(
-        memory={
-            "parameters": sizes.params,
-            "moments": sizes.moments,
-            "batch": memory.argument_size_in_bytes - sizes.params - sizes.moments,
-            "temp": memory.temp_size_in_bytes,
-            "program": memory.generated_code_size_in_bytes,
-            "available": chip.hbm,
-        },
-        flops=config.data.global_batch_size
-        * flops.flops_per_token(config.model, config.data.seq_len),
-        seconds={
-            "products": found.cycles("products") / chip.clock,
-            "other": found.cycles("other") / chip.clock,
-            "other_floor": sum(
-                min(cycles / chip.clock, 1.15 * moved / chip.bandwidth) * times
-                for (kind, cycles, moved), times in found.fusions.items()
-                if kind == "other"
-            ),
-            "attention": _attention(config, where, mesh, found.kernels, kinds, attention_seconds),
-            "collectives": sum(entry[2] for entry in exchanged.values()),
-        },
-        collectives={name: tuple(entry) for name, entry in sorted(exchanged.items())},  # pyright: ignore
-        compile_seconds=compile_seconds,
-    )
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A folder of what was compiled."""
+
+    folder: pathlib.Path
+
+    def has(self, config: Config, where: Slice) -> bool:
+        """Whether the step of a config is there already."""
+        return self._path(config, where).exists()
+
+    def program(self, config: Config, where: Slice) -> Program:
+        """The compiled step of a config; made in a process of its own if it is not there.
+
+        Raises:
+          RuntimeError: if the compiler fails, or is ended for the memory that it takes.
+        """
+        path = self._path(config, where)
+        if not path.exists():
+            task = {
+                "config": configs.to_dict(config),
+                "topology": where.name,
+                "path": str(path),
+            }
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _run_child(task)
+        with gzip.open(path, "rt") as file:
+            return Program(**json.load(file))
+
+    def attention(self, case: kernels.Case) -> tuple[float, float]:
+        """`kernels.seconds` of a case.
+
+        Raises:
+          RuntimeError: as that does.
+        """
+        path = (
+            self.folder
+            / f"attention-{_digest([case, _versions(), _sources(('kernels', 'plan/kernels.py'))])}"
+        )
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(kernels.seconds(case)).encode())
+        forward, backward = json.loads(path.read_text())
+        return forward, backward
+
+    def _path(self, config: Config, where: Slice) -> pathlib.Path:
+        plain = configs.to_dict(config)
+        del plain["compute"]["compilation_cache"]
+        for name in _ARGUMENTS:
+            del plain["optim"][name]
+        reaches = [plain[name] for name in _OF_A_CONFIG]
+        reaches += [plain["data"][name] for name in _OF_THE_DATA]
+        reaches += [plain["train"][name] for name in _OF_TRAINING]
+        what = [reaches, where.name, _versions(), _sources(SOURCES)]
+        return self.folder / f"step-{_digest(what)}.json.gz"
 
 
-def _sent(kind: str, n_bytes: float, n: int) -> float:
-    """Bytes that a device sends so that `n` of them finish a collective over an array."""
-    if kind == "collective-permute":
-        return n_bytes
-    return n_bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _attention(
-    config: Config,
-    where: Slice,
-    mesh: Mesh,
-    calls: collections.Counter,
-    kinds: list[str],
-    seconds: Callable[[kernels.Case], tuple[float, float]],
-) -> float:
-    """Seconds of the attention kernels of a step on one device."""
-    m, tensor = config.model, mesh.shape["tensor"]
-    rows = config.data.global_batch_size / config.data.seq_len / config.compute.accumulate
-    rows /= math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-    total = 0.0
-    for key, times in calls.items():
-        name, branch = (key, 0) if isinstance(key, str) else key
-        if name not in kernels.NAMES:
-            continue
-        case = kernels.Case(
-            where.name.split(":")[0], config.data.seq_len, m.n_heads // tensor,
-            m.n_kv_heads // tensor, m.head_dim,
-            m.window if kinds[branch] == "sliding" else None,
-            int(config.data.document_mask != "none"),
+def _versions() -> list[str]:
+    return [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
+
+
+def _sources(parts: tuple[str, ...]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        path = PACKAGE / part
+        for file in [path] if path.is_file() else sorted(path.glob("*.py")):
+            found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    """All of it or nothing: another process may read, or write the same."""
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
+def _run_child(task: dict[str, Any]) -> None:
+    with tempfile.TemporaryFile("w+") as log:
+        child = subprocess.run(
+            [sys.executable, "-m", "olmo_jax.plan.program"],
+            input=json.dumps(task), text=True, stdout=log, stderr=log,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
-        total += times * rows * seconds(case)[kernels.NAMES.index(name)]
-    return total
+        if child.returncode == 0:
+            return
+        log.seek(0)
+        said = log.read().strip()
+    if child.returncode < 0:
+        raise RuntimeError(
+            f"the compiler was ended by signal {-child.returncode}; if that is 9, this machine has"
+            " too little memory for it"
+        )
+    raise RuntimeError(f"the compiler failed: {said[-2000:]}")
+
+
+def _child(task: dict[str, Any]) -> None:
+    config, where = configs.from_dict(task["config"]), Slice.parse(task["topology"])
+    mesh = sharding.make_mesh(config.mesh, where.devices())
+    start = time.monotonic()
+    try:
+        compiled = compile_step(config, mesh)
+    except DoesNotFitError as error:
+        made = Program("", {}, error.needs, time.monotonic() - start)
+    else:
+        memory = compiled.memory_analysis()
+        names = ("argument", "output", "alias", "temp", "generated_code")
+        sizes = {name: float(getattr(memory, f"{name}_size_in_bytes")) for name in names}
+        made = Program(compiled.as_text(), sizes, None, time.monotonic() - start)
+    content = json.dumps(dataclasses.asdict(made)).encode()
+    _write(pathlib.Path(task["path"]), gzip.compress(content, 6))
+
+
+if __name__ == "__main__":
+    _child(json.load(sys.stdin))

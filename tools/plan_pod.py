@@ -1,0 +1,66 @@
+"""Plan a training run on TPU slices or GPU nodes that are not here.
+
+  python tools/plan_pod.py --config=configs/olmo3_7b.py --topology=v5p:4x4x8
+  python tools/plan_pod.py --config=configs/olmo3_32b.py --topology=v5p:4x8x8 --search
+  python tools/plan_pod.py --config=configs/olmo3_7b.py --topology=h100:8x16 --search
+
+For a TPU (v4, v5e, v5p, v6e, tpu7x; needs `jax[tpu]`, no TPU) the sharded step is compiled, which
+takes minutes of a core; for GPUs everything is a formula. --search looks for the best mesh, remat
+policy and number of micro-batches. Options of the config as in training: --config.mesh.fsdp=32.
+Exit codes: 0 done, 1 failed (a plan that does not fit included), 2 wrong command line.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    args, overrides = parse(argv)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
+    from olmo_jax import config
+    from olmo_jax.plan import report
+
+    try:
+        return report.run(config.load(args.config, overrides), args)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        for line in getattr(error, "problems", [str(error)]):
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; what was compiled is kept", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Flags, and overrides of config options by dotted path; a wrong line ends the program."""
+    top = argparse.ArgumentParser(
+        prog="plan_pod.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--config", required=True, metavar="FILE", help="as for training")
+    top.add_argument("--topology", required=True, help="such as v5p:4x4x8, v5e:16x16, h100:8x16")
+    top.add_argument("--search", action="store_true", help="find the best plan, and compile it")
+    top.add_argument("--compiles", type=int, default=3, metavar="N",
+                     help="programs that a search may compile (3; 0: formulas only)")  # fmt: skip
+    top.add_argument("--price", type=float, help="of a chip and hour, for the cost of the run")
+    top.add_argument("--cache", type=pathlib.Path, help="folder for what was compiled",
+                     default=pathlib.Path("~/.cache/olmo_jax/plans").expanduser())  # fmt: skip
+    args, rest = top.parse_known_args(argv)
+    wrong = [x for x in rest if not x.startswith("--config.") or "=" not in x]
+    if wrong:
+        top.error(f"unknown arguments: {' '.join(wrong)}")
+    if args.compiles < 0:
+        top.error("--compiles: need 0 or more")
+    pairs = (x.removeprefix("--config.").split("=", 1) for x in rest)
+    return args, dict(pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
