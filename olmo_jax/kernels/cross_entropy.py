@@ -4,9 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from olmo_jax.sharding import BATCH_AXES, axis_size, constrain, spec, sum_gradient
+from olmo_jax.sharding import (
+    BATCH_AXES,
+    Axes,
+    axis_size,
+    constrain,
+    on_each_device,
+    sum_gradient,
+)
 
 Sums = dict[str, jax.Array]
 
@@ -59,9 +65,16 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
         columns = jnp.arange(w.shape[1]) + _index("tensor") * w.shape[1]
 
         def body(carry, inputs):
-            sums, dw = carry
+            (sums, dw), (x, targets, weights) = carry, inputs
             parts, dx, more = _of_chunk(
-                *inputs, w, columns, vocab_size, z_loss, grad_dtype if with_grads else None
+                x,
+                targets,
+                weights,
+                w,
+                columns,
+                vocab_size,
+                z_loss,
+                grad_dtype if with_grads else None,
             )
             sums = jax.tree.map(jnp.add, sums, parts)
             return (sums, dw + more if with_grads else dw), dx
@@ -71,20 +84,14 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
         chunks = [a.reshape(n, tokens // n, *a.shape[2:]) for a in (x, targets, weights)]
         (sums, dw), dx = jax.lax.scan(body, ({"ce": zero, "z": zero}, dw), tuple(chunks))
         sums = _sum(sums, *BATCH_AXES, "context")
-        if not with_grads:
+        if dx is None:
             return (sums,)
         return sums, _sum(dx.reshape(x.shape), "tensor"), sum_gradient(dw, 0)
 
-    rows = spec(("batch", "seq"))
-    results = (PartitionSpec(), spec(("batch", "seq", None)), spec(("embed", "vocab")))
-    if not jax.sharding.get_abstract_mesh().empty:
-        here = jax.shard_map(
-            here,
-            in_specs=(spec(("batch", "seq", None)), spec((None, "vocab")), rows, rows),
-            out_specs=results if with_grads else results[:1],
-            check_vma=False,
-        )
-    sums, *grads = here(x, w, targets, weights)
+    of_x: Axes = ("batch", "seq", None)
+    into = of_x, (None, "vocab"), ("batch", "seq"), ("batch", "seq")
+    out_of = ((), of_x, ("embed", "vocab")) if with_grads else ((),)
+    sums, *grads = on_each_device(here, into, out_of, x, w, targets, weights)
     loss = sums["ce"] + (z_loss or 0.0) * sums["z"]
     return (loss, sums), tuple(grads)
 

@@ -32,7 +32,7 @@ from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN, LOG2E
 from olmo_jax.kernels.schedule import LANES, Blocks
-from olmo_jax.sharding import Axes, on_each_device
+from olmo_jax.sharding import Axes, device, on_each_device
 
 
 class Tuning(NamedTuple):
@@ -63,8 +63,7 @@ def tuning(head_dim: int, dtype: Any, has_documents: bool) -> Tuning:
     Large blocks hide the most between products; smaller ones leave more out among documents, and
     fit where a position has many bytes or the chip (v4) little memory.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    is_small = device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    is_small = device().device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
     is_wide = head_dim > 128 or jnp.dtype(dtype).itemsize > 2
     blocks = MEDIUM if is_small or is_wide or has_documents else LARGE
     return Tuning(blocks, blocks)
@@ -86,7 +85,7 @@ def attention(
     """
     options = _Options(q.shape[3], window, scale, tuning, interpret)
     q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q, k, v))
-    out = _attention(q, k, v, segment_ids, options)
+    out: Any = _attention(q, k, v, segment_ids, options)
     return out.reshape(*out.shape[:2], -1, options.head_dim)
 
 
@@ -236,9 +235,9 @@ def forward(
     q = layout.laid(_scaled(q, scale), blocks.q)
     k, v = (layout.laid(x, blocks.kv) for x in (k, v))
     (q_ids,), (kv_ids,) = _pad((q_ids,), blocks.q), _pad((kv_ids,), blocks.kv)
-    lengths = [-(-n // block) * block for n, block in ((seq, blocks.q), (kv_seq, blocks.kv))]
+    q_len, kv_len = -(-seq // blocks.q) * blocks.q, -(-kv_seq // blocks.kv) * blocks.kv
     plan = schedule.make(
-        *lengths, blocks, by="q", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
+        q_len, kv_len, blocks, by="q", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
     )
     at = body.Index(heads, kv_heads, plan.pairs.shape[0], plan.kinds)
     of_q = layout.block(blocks.q, lambda n, t, p: (*at.head(n), at.q(n, t, p)))
@@ -261,7 +260,7 @@ def forward(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, lengths[0]), F32),
+            jax.ShapeDtypeStruct((batch, heads, 1, q_len), F32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem
@@ -309,13 +308,13 @@ def backward(
     q, d_out = (layout.laid(x, blocks.q) for x in (_scaled(q, scale), d_out))
     k, v = (layout.laid(x, blocks.kv) for x in (k, v))
     (q_ids,), (kv_ids,) = _pad((q_ids,), blocks.q), _pad((kv_ids,), blocks.kv)
-    lengths = [-(-n // block) * block for n, block in ((seq, blocks.q), (kv_seq, blocks.kv))]
-    lse, delta = (jnp.pad(x, [(0, 0)] * 3 + [(0, lengths[0] - seq)]) for x in (lse, delta))
+    q_len, kv_len = -(-seq // blocks.q) * blocks.q, -(-kv_seq // blocks.kv) * blocks.kv
+    lse, delta = (jnp.pad(x, [(0, 0)] * 3 + [(0, q_len - seq)]) for x in (lse, delta))
     plan = schedule.make(
-        *lengths, blocks, by="kv", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
+        q_len, kv_len, blocks, by="kv", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
     )
-    n_q = lengths[0] // blocks.q
-    is_held = 4 * group * lengths[0] * head_dim <= tuning.dq_vmem
+    n_q = q_len // blocks.q
+    is_held = 4 * group * q_len * head_dim <= tuning.dq_vmem
     at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0], plan.kinds)
 
     def head(n, g):

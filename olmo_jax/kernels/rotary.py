@@ -109,7 +109,7 @@ def _call(
     rows = min(max(16, _BLOCK // width // 16 * 16), -(-seq // 16) * 16)
     n_blocks = -(-seq // rows)
     pad = lambda a: jnp.pad(a, ((0, 0), (0, n_blocks * rows - seq), (0, 0)))  # noqa: E731
-    x, cos, sin, *more = map(pad, (x, cos, sin, *more))
+    x, cos, sin, *others = map(pad, (x, cos, sin, *more))
     block = pl.BlockSpec((None, rows, width), lambda b, i: (b, i, 0))
     turn = pl.BlockSpec(
         (None, rows, options.head_dim), lambda b, i: (b if cos.shape[0] > 1 else 0, i, 0)
@@ -125,14 +125,14 @@ def _call(
     found = pl.pallas_call(
         functools.partial(kernel, options=options),
         grid=(batch, n_blocks),
-        in_specs=[block, whole, turn, turn, *[block] * len(more)],
+        in_specs=[block, whole, turn, turn, *[block] * len(others)],
         out_specs=[results[kind][0] for kind in kinds],
         out_shape=[results[kind][1] for kind in kinds],
-        scratch_shapes=[pltpu.VMEM((rows, width), F32)] if more else [],
+        scratch_shapes=[pltpu.VMEM((rows, width), F32)] if others else [],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=options.interpret,
         name=f"qk{kernel.__name__}",
-    )(x, None if gain is None else gain[None], cos, sin, *more)
+    )(x, None if gain is None else gain[None], cos, sin, *others)
     return [a[:, :seq] if kind == "rows" else a for a, kind in zip(found, kinds, strict=True)]
 
 
@@ -141,7 +141,7 @@ def _turn(x, gain, cos, sin, y, *, options):
     norm = None if gain is None else _norm(x, options)
     for at in _heads(x, options):
         part = x[:, at].astype(F32)
-        if norm is not None:
+        if norm is not None and gain is not None:
             part = part * norm * gain[:, at]
         turned = part * cos[...] + _swap(part) * sin[...]
         y[:, at] = turned.astype(y.dtype)
@@ -155,7 +155,7 @@ def _turn_back(dy, gain, cos, sin, x, dx, *rest, options):
     for at in _heads(x, options):
         part = dy[:, at].astype(F32)
         part = part * cos[...] + _swap(part * sin[...])
-        if norm is None:
+        if norm is None or gain is None:
             dx[:, at] = part.astype(dx.dtype)
             continue
         seen = x[:, at].astype(F32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
-from olmo_jax.sharding import Axes, axis_size, constrain, spec, sum_gradient
+from olmo_jax.sharding import Axes, axis_size, constrain, on_each_device, sum_gradient
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -155,16 +155,11 @@ def _lookup_backward(dtype, grad_dtype, residuals, dy):
         row = jnp.where(row < 0, n_rows, row)  # beyond the end: dropped
         sums = jnp.zeros((n_rows, dy.shape[-1]), jnp.float32)
         sums = sums.at[row].add(dy.astype(jnp.float32), mode="drop").astype(grad_dtype)
-        return sum_gradient(sums, 1)
+        return (sum_gradient(sums, 1),)
 
-    if not jax.sharding.get_abstract_mesh().empty:
-        here = jax.shard_map(
-            here,
-            in_specs=(spec(("batch", "seq")), spec(("batch", "seq", None))),
-            out_specs=spec(("vocab", "embed")),
-            check_vma=False,
-        )
-    return here(tokens, dy).astype(table.dtype), None
+    into: list[Axes] = [("batch", "seq"), ("batch", "seq", None)]
+    (d_table,) = on_each_device(here, into, [("vocab", "embed")], tokens, dy)
+    return d_table.astype(table.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
         embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
         with jax.named_scope("embed"):
-            x = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
+            x: Any = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
             x = constrain(x, ("batch", "seq", None))
 
         if positions is None:
