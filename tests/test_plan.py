@@ -135,6 +135,15 @@ def test_bytes_of_collectives_are_those_of_the_whole_array():
     }
 
 
+def test_rows_travel_to_experts_and_not_the_room_that_these_have():
+    found = collectives(
+        "%room = f32[64]{0} constant({...})",
+        "%out = f32[64]{0} ragged-all-to-all(%p, %room), replica_groups={{0,1,2,3}}",
+        "%back = f32[8]{0} ragged-all-to-all(%out, %p), replica_groups={{0,1,2,3}}",
+    )
+    assert found == {Collective("ragged-all-to-all", 32, (0, 1, 2, 3)): 2}
+
+
 def test_a_collective_on_another_core_is_found():
     text = "\n".join([
         "%called (q: f32[8]) -> f32[2] {",

@@ -201,6 +201,8 @@ class _Program:
     def _collective(self, kind: str, i: Instruction, shapes: dict[str, str]) -> Collective:
         taken = sum(n_bytes(shapes.get(o, "")) for o in i.operands)
         given = n_bytes(i.result)
+        if kind == "ragged-all-to-all":  # one side is a buffer with room for more than travels
+            taken = given = min(given, n_bytes(shapes.get(i.operands[0], "")))
         if i.opcode.endswith("-start"):  # the result holds the operand too
             given -= taken if kind != "all-reduce" else 0
         return Collective(kind, round(max(taken, given)), group(i.line))
