@@ -1,8 +1,9 @@
 """Matrix products of groups of rows with a matrix each: the experts of a mixture.
 
 Rows lie sorted by group; nothing is padded to a capacity and no row is lost, however unequal the
-groups are. On TPU and GPU XLA has a kernel (`lax.ragged_dot`). On a CPU its form multiplies all
-rows with all matrices, so there a loop takes the rows of each group in a block that just holds
+groups are. On TPU and GPU XLA has a kernel (`lax.ragged_dot`), but on TPU none for the gradient of
+the matrices: there it multiplies all rows for each group, so that one is JAX's own Pallas kernel
+("megablox"). On a CPU XLA's form multiplies all rows with all matrices, so there a loop takes the rows of each group in a block that just holds
 them, or in several: shapes are static, so the program has a product for each size of a block.
 """
 
@@ -12,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+TILES = 512, 1024, 512  # rows, in and out of the kernel for TPU; fit into the VMEM of each
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -32,7 +36,8 @@ def grouped_matmul(
       gather: (mesh axis, dimension) over which `w` is split inside a `shard_map`: its parts are
         gathered in the dtype of `x`, and their gradients reduced and scattered.
       grad_dtype: in which the gradient of `w` is accumulated and reduced over the mesh.
-      impl: "auto" (by the platform that it is compiled for), "ragged" or "loop".
+      impl: "auto" (by the platform that it is compiled for), "ragged", "loop", or "interpret", as
+        on a TPU but with its kernel interpreted, for tests.
 
     Returns: [rows, out], in the dtype of `x`.
     Raises: NotImplementedError for an implementation that does not exist.
@@ -62,12 +67,15 @@ def _whole(w: jax.Array, dtype: jnp.dtype, gather: tuple[str, int] | None) -> ja
     return w if gather is None else jax.lax.all_gather(w, gather[0], axis=gather[1], tiled=True)
 
 
-def _by_platform(impl: str, ragged, loop, *args: jax.Array) -> jax.Array:
+def _by_platform(impl: str, forms: dict[str, Callable[..., jax.Array]], *args: jax.Array):
     if impl == "auto":
-        return jax.lax.platform_dependent(*args, cpu=loop, default=ragged)
-    if impl not in ("ragged", "loop"):
+        on_tpu = forms.get("tpu", forms["ragged"])
+        return jax.lax.platform_dependent(
+            *args, cpu=forms["loop"], tpu=on_tpu, default=forms["ragged"]
+        )
+    if impl not in ("ragged", "loop", "interpret"):
         raise NotImplementedError(f"grouped_matmul impl={impl!r}: there are auto, ragged and loop")
-    return (ragged if impl == "ragged" else loop)(*args)
+    return forms.get(impl, forms["ragged"])(*args)
 
 
 def _product(
@@ -112,7 +120,7 @@ def _product(
         behind = jnp.arange(x.shape[0])[:, None] >= sizes.sum()
         return jnp.where(behind, 0, out[: x.shape[0]])
 
-    return _by_platform(impl, ragged, loop, x, w, sizes)
+    return _by_platform(impl, dict(ragged=ragged, loop=loop), x, w, sizes)
 
 
 def _outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, dtype: jnp.dtype, impl: str) -> jax.Array:
@@ -145,7 +153,15 @@ def _outer(x: jax.Array, dy: jax.Array, sizes: jax.Array, dtype: jnp.dtype, impl
 
         return jax.lax.scan(group, None, (jnp.cumsum(sizes) - sizes, sizes))[1]
 
-    return _by_platform(impl, ragged, loop, x, dy, sizes)
+    def kernel(x, dy, sizes, interpret=False):
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        x, dy = (jnp.pad(a, ((0, -a.shape[0] % TILES[0]), (0, 0))) for a in (x, dy))
+        return tgmm(x.T, dy, sizes, dtype, TILES, interpret=interpret)
+
+    interpreted = functools.partial(kernel, interpret=True)
+    forms = dict(ragged=ragged, loop=loop, tpu=kernel, interpret=interpreted)
+    return _by_platform(impl, forms, x, dy, sizes)
 
 
 def _blocks(rows: int, groups: int) -> list[int]:

@@ -91,11 +91,6 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
     share, again = START.get(chip.kind, START["GPU"]), _again(config)
     parts = _weights(m)
     done = 2 * sum(n * (3 + (part in again)) for part, n in parts.items()) * m.n_layers
-    if m.n_experts and chip.kind.startswith("TPU"):
-        # The compiler has no kernel for the gradient of the experts' weights: it multiplies all
-        # rows that a device can take with all of its experts.
-        dense = m.n_experts / shape["expert"] * _room(config, shape)
-        done += 2 * (parts["into"] + parts["down"]) * (dense - 1) * m.n_layers
     done = tokens * (done + 6 * m.d_model * m.vocab_rows) / shape["tensor"]
     sizes = flops.state_bytes(m, shape, config.compute.grad_dtype)
     touched = _PASSES * _kept(config, "none", shape)

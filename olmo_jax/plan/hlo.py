@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
 
     name: str
     n_bytes: float  # read and written
-    flops: float  # of XLA's own grouped product; 0: not known here
+    flops: float  # of a grouped product; 0: not known here
 
 
 class Collective(NamedTuple):
@@ -271,8 +271,8 @@ def _scattered(inside: collections.Counter) -> collections.Counter:
 
 
 def _grouped_flops(name: str, i: Instruction, shapes: dict[str, str]) -> float:
-    """Of `lax.ragged_dot`, in each of its forms two arrays of `[rows, …]` with one of matrices."""
-    if not name.startswith("ragged-dot-") or name == "ragged-dot-metadata":
+    """Of `lax.ragged_dot` and megablox' `tgmm`: two arrays of `[rows, …]`, one of matrices."""
+    if not name.startswith(("ragged-dot-", "tgmm")) or name == "ragged-dot-metadata":
         return 0.0
     floats = (x for x in (i.result, *(shapes[o] for o in i.operands)) if re.match(r"\w*f\d+\[", x))
     rows = [dims(x) for x in floats if len(dims(x)) == 2]

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from olmo_jax.config import MeshConfig
 from olmo_jax.kernels.grouped_matmul import grouped_matmul
+from olmo_jax.plan import chips, hlo
+from olmo_jax.sharding import make_mesh
 
 SIZES = {
     "balanced": [16, 16, 16, 16, 16, 16],
@@ -28,7 +31,7 @@ def by_group(x, w, sizes, dy):
     return y, dx, dw
 
 
-@pytest.mark.parametrize("impl", ["auto", "loop", "ragged"])
+@pytest.mark.parametrize("impl", ["auto", "loop", "ragged", "interpret"])
 @pytest.mark.parametrize("name", SIZES)
 def test_product_and_gradients_equal_a_loop_over_the_groups(name, impl):
     sizes = SIZES[name]
@@ -53,6 +56,31 @@ def test_bfloat16_rows_give_float32_weight_gradients():
     assert dw.dtype == jnp.float32
     exact = by_group(x.astype(jnp.float32), w, [40, 24], np.ones((64, 8)))[2]
     np.testing.assert_allclose(dw, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.tpu
+def test_on_a_tpu_no_product_takes_all_rows_for_each_group():
+    """XLA's own form of the gradient of the matrices does, and takes E times as long."""
+    mesh = make_mesh(MeshConfig(), chips.Slice.parse("v5p:2x2x1").devices()[:1])
+    whole = jax.NamedSharding(mesh, jax.P())
+    rows, d, f, groups = 4096, 512, 256, 8
+    x, w, dy, sizes = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        for shape, dtype in (
+            ((rows, d), jnp.bfloat16), ((groups, d, f), jnp.float32), ((rows, f), jnp.bfloat16),
+            ((groups,), jnp.int32),
+        )
+    )  # fmt: skip
+
+    def step(x, w, sizes, dy):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        return y, pull(dy)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(step).lower(x, w, sizes, dy).compile().as_text()
+    found = hlo.totals(text)
+    assert found.flops < 2 * rows * d * f  # those outside of kernels: less than a product's
+    assert sum(n for kernel, n in found.kernels.items() if "metadata" not in kernel.name) == 3
 
 
 def test_an_unknown_implementation_is_refused():
