@@ -4,12 +4,12 @@ import gzip
 import json
 import pathlib
 
-import compile_step
 import jax
 import pytest
 import runs
 
 from olmo_jax import config, loop, processes, sharding
+from olmo_jax.plan import program
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_steps_that_the_run_does_not_have_are_refused(steps, error, place, tmp_p
 def test_the_compiler_is_told_the_names_of_the_parts(name, parts):
     c = config.load(str(runs.ROOT / f"configs/{name}.py"))
     mesh = sharding.make_mesh(c.mesh)
-    text = compile_step.lowered(c, mesh).as_text(debug_info=True)
+    text = program.lower(c, mesh).as_text(debug_info=True)
     norms = ("attn_norm/", "mlp_norm/", "final_norm/")
     for part in (*parts, *norms, "embed/", "(loss)/", "/optimizer/"):
         assert part in text, part

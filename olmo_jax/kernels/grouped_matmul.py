@@ -3,8 +3,9 @@
 Rows lie sorted by group; nothing is padded to a capacity and no row is lost, however unequal the
 groups are. On TPU and GPU XLA has a kernel (`lax.ragged_dot`), but on TPU none for the gradient of
 the matrices: there it multiplies all rows for each group, so that one is JAX's own Pallas kernel
-("megablox"). On a CPU XLA's form multiplies all rows with all matrices, so there a loop takes the rows of each group in a block that just holds
-them, or in several: shapes are static, so the program has a product for each size of a block.
+("megablox"). On a CPU XLA's form multiplies all rows with all matrices, so there a loop takes the
+rows of each group in a block that just holds them, or in several: shapes are static, so the program
+has a product for each size of a block.
 """
 
 import functools
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 
 TILES = 512, 1024, 512  # rows, in and out of the kernel for TPU; fit into the VMEM of each
 
