@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-FLUSH = 256 << 20  # bytes that are written before the disk is asked for them
 LARGEST_HEADER = 100_000_000  # as in Hugging Face's reader
 
 
@@ -119,22 +117,15 @@ def write(
     Raises:
       FileExistsError: if there is a file already.
     """
-    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as behind:
+    with open(path, "xb", buffering=0) as file:
         _write_all(file.fileno(), header(tensors))
-        flush, unflushed = behind.submit(int), 0
         for key, (dtype, shape) in tensors.items():
             written = 0
             for piece in make(key):
                 assert piece.dtype == dtype, f"{key}: {piece.dtype}, not {dtype}"
                 _write_all(file.fileno(), np.ascontiguousarray(piece).view(np.uint8).data.cast("B"))
                 written += piece.size
-                unflushed += piece.nbytes
-                # The disk works while the next tensors are made, not at the end alone.
-                if unflushed > FLUSH and flush.done():
-                    flush.result()
-                    flush, unflushed = behind.submit(os.fdatasync, file.fileno()), 0
             assert written == math.prod(shape), f"{key}: {written} values of {shape}"
-        flush.result()
         os.fsync(file.fileno())
 
 
