@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from olmo_jax import flops, metrics, step, xla_flags
 from olmo_jax.config import Config, ConfigError
+from olmo_jax.plan.hlo import COLLECTIVES
 from olmo_jax.processes import say
 from olmo_jax.step import Batch, Metrics, TrainState
 
 GIB = 2**30
-COLLECTIVES = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
 
 
 class Program:
@@ -162,4 +162,4 @@ def memory_words(memory: dict[str, int], limit: int | None) -> str:
 
 def collectives(hlo: str) -> Counter[str]:
     """How many collectives of each kind the text of a program has, whatever repeats them."""
-    return Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", hlo))
+    return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo))

@@ -145,8 +145,18 @@ def sum_gradient(x: jax.Array, axis: int) -> jax.Array:
     """
     if axis_size("fsdp") > 1:
         x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
-    others = tuple(a for a in ("data", "expert", "context") if axis_size(a) > 1)
-    return jax.lax.psum(x, others) if others else x
+    return summed(x, "data", "expert", "context")
+
+
+def summed(tree: Any, *names: str) -> Any:
+    """Inside of `shard_map`: added up over those of these mesh axes that split anything."""
+    names = tuple(name for name in names if axis_size(name) > 1)
+    return jax.lax.psum(tree, names) if names else tree
+
+
+def axis_index(name: str) -> Any:
+    """Inside of `shard_map`: the place of this device along a mesh axis; 0 without one."""
+    return jax.lax.axis_index(name) if axis_size(name) > 1 else 0
 
 
 @functools.lru_cache(maxsize=8)

@@ -17,8 +17,6 @@ from olmo_jax import config, sharding, validate
 from olmo_jax.plan import hlo, program
 from olmo_jax.plan.chips import Slice
 
-COLLECTIVES = "all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute"
-
 
 def devices(name: str) -> list:
     """Of this machine, or of a TPU slice."""
@@ -29,7 +27,7 @@ def collectives(text: str) -> list[tuple[str, str, int]]:
     """Operation, shape of the result, and devices that take part in each, of every line."""
     found = []
     for line in text.splitlines():
-        if match := re.search(rf" = (.*?) ({COLLECTIVES})(?:-start)?\(", line):
+        if match := re.search(rf" = (.*?) ({'|'.join(hlo.COLLECTIVES)})(?:-start)?\(", line):
             shape, operation = match.groups()
             found.append((operation, re.sub(r"\{.*?\}", "", shape), len(hlo.group(line))))
     return found
@@ -41,10 +39,11 @@ def main(topology: str, path: str, *options: str) -> None:
     there = devices(topology)
     validate.validate(c, len(there))
     compiled = program.compile_step(c, sharding.make_mesh(c.mesh, there))
-    memory = compiled.memory_analysis()
-    names = ("argument", "output", "alias", "temp", "generated_code")
-    sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in names}
-    print(json.dumps({"memory": sizes, "collectives": collectives(compiled.as_text())}))
+    print(
+        json.dumps(
+            {"memory": program.memory_of(compiled), "collectives": collectives(compiled.as_text())}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,27 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A file of tokens to train on."""
+    import runs
+
+    return runs.write_tokens(tmp_path_factory.mktemp("data") / "tokens.npy")
+
+
+@pytest.fixture
+def place(tokens: pathlib.Path, compiled: pathlib.Path, tmp_path: pathlib.Path) -> list[str]:
+    """Options of a run in a folder of its own."""
+    return [f"data.paths={tokens}", f"dir={tmp_path / 'run'}",
+            f"compute.compilation_cache={compiled}"]  # fmt: skip
+
+
+@pytest.fixture
+def bare(place: list[str]) -> list[str]:
+    """The same without files that are not looked at."""
+    return ["checkpoint.step0=false", "log.tensorboard=false", *place]
+
+
 @pytest.fixture(scope="session")
 def ai2_packages(pytestconfig: pytest.Config) -> pathlib.Path:
     """The folder for `ai2.install`, kept between test sessions."""

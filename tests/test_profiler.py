@@ -12,18 +12,6 @@ from olmo_jax import config, loop, processes, sharding
 from olmo_jax.plan import program
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> pathlib.Path:
-    return runs.write_tokens(tmp_path_factory.mktemp("data") / "tokens.npy")
-
-
-@pytest.fixture
-def place(tokens, compiled, tmp_path) -> list[str]:
-    """Options of a run without files that are not looked at."""
-    return [f"data.paths={tokens}", f"dir={tmp_path / 'run'}", "checkpoint.step0=false",
-            f"compute.compilation_cache={compiled}", "log.tensorboard=false"]  # fmt: skip
-
-
 def events(run: pathlib.Path) -> list[dict]:
     """What happened in the one trace of a run."""
     (path,) = run.glob("profile/plugins/profile/*/*.trace.json.gz")
@@ -45,8 +33,8 @@ def is_tracing() -> bool:
     return True
 
 
-def test_a_trace_has_whole_steps_and_the_names_of_the_model(place, tmp_path):
-    result = runs.run(*place, "profile.steps=[3,5]", "train.duration=6")
+def test_a_trace_has_whole_steps_and_the_names_of_the_model(bare, tmp_path):
+    result = runs.run(*bare, "profile.steps=[3,5]", "train.duration=6")
     assert result.code == 0, result.err
     assert steps(tmp_path / "run") == [3, 4]
     executed = {e["args"]["run_id"]: e["args"]["hlo_module"] for e in events(tmp_path / "run")
@@ -61,7 +49,7 @@ def test_a_trace_has_whole_steps_and_the_names_of_the_model(place, tmp_path):
     assert f"xprof server --logdir={tmp_path / 'run' / 'profile'}" in lines[0]
 
 
-def test_a_signal_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
+def test_a_signal_among_the_steps_ends_the_trace(bare, tmp_path, monkeypatch):
     monkeypatch.setattr(processes.Preemption, "_asked", 0, raising=False)
 
     def requested(self) -> bool:
@@ -69,7 +57,7 @@ def test_a_signal_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
         return self._asked == 3
 
     monkeypatch.setattr(processes.Preemption, "requested", requested)
-    result = runs.run(*place, "profile.steps=2,9", "train.duration=12")
+    result = runs.run(*bare, "profile.steps=2,9", "train.duration=12")
     assert (result.code, is_tracing()) == (75, False)
     assert steps(tmp_path / "run") == [2, 3]
     assert "profile: " in result.out
@@ -77,15 +65,15 @@ def test_a_signal_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = tmp_path / "run/profile"
     again.rename(tmp_path / "first")
-    assert runs.run(*place, "profile.steps=2,6", "train.duration=12").code == 0
+    assert runs.run(*bare, "profile.steps=2,6", "train.duration=12").code == 0
     assert steps(tmp_path / "run") == [4, 5]
     again.rename(tmp_path / "second")
-    result = runs.run(*place, "profile.steps=2,6", "train.duration=14")
+    result = runs.run(*bare, "profile.steps=2,6", "train.duration=14")
     assert "profile: no trace, step 12 is done" in result.out
     assert not again.exists()
 
 
-def test_an_error_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
+def test_an_error_among_the_steps_ends_the_trace(bare, tmp_path, monkeypatch):
     record = loop.Run.record
 
     def fails(self, pending):
@@ -94,7 +82,7 @@ def test_an_error_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
         record(self, pending)
 
     monkeypatch.setattr(loop.Run, "record", fails)
-    result = runs.run(*place, "profile.steps=2,9", "train.duration=12")
+    result = runs.run(*bare, "profile.steps=2,9", "train.duration=12")
     assert (result.code, is_tracing()) == (1, False)
     assert result.errors == ["the disk is on fire"]
     assert steps(tmp_path / "run") == [2, 3, 4]
@@ -109,8 +97,8 @@ def test_an_error_among_the_steps_ends_the_trace(place, tmp_path, monkeypatch):
         ("3", "config.profile.steps: found 3, need a list of tuple[int, int]"),
     ],
 )
-def test_steps_that_the_run_does_not_have_are_refused(steps, error, place, tmp_path):
-    result = runs.run(*place, f"profile.steps={steps}", "train.duration=6")
+def test_steps_that_the_run_does_not_have_are_refused(steps, error, bare, tmp_path):
+    result = runs.run(*bare, f"profile.steps={steps}", "train.duration=6")
     assert (result.code, result.errors) == (2, [error])
     assert not (tmp_path / "run").exists()
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pathlib
 import re
 from typing import Any
 
@@ -19,18 +18,6 @@ from olmo_jax.config import ComputeConfig
 from olmo_jax.plan.program import lower
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> pathlib.Path:
-    return runs.write_tokens(tmp_path_factory.mktemp("data") / "tokens.npy")
-
-
-@pytest.fixture
-def place(tokens, compiled, tmp_path) -> list[str]:
-    """Options of a run without files that are not looked at."""
-    return [f"data.paths={tokens}", f"dir={tmp_path / 'run'}", "checkpoint.step0=false",
-            "log.tensorboard=false", f"compute.compilation_cache={compiled}"]  # fmt: skip
-
-
 @pytest.fixture
 def no_cache():
     """No compilation cache before the test, and that of before after it."""
@@ -42,10 +29,10 @@ def no_cache():
     compilation_cache.reset_cache()
 
 
-def test_a_step_is_compiled_once_and_described_before_it_runs(place, tmp_path, no_cache, caplog):
+def test_a_step_is_compiled_once_and_described_before_it_runs(bare, tmp_path, no_cache, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         mesh = "mesh.fsdp=4", "mesh.data=2", "compute.compilation_cache=none"
-        result = runs.run(*place, "train.duration=3", *mesh)
+        result = runs.run(*bare, "train.duration=3", *mesh)
     assert result.code == 0, result.err
     start = "Finished XLA compilation of jit(train_step)"
     assert len([message for message in caplog.messages if message.startswith(start)]) == 1
@@ -61,10 +48,10 @@ def test_a_step_is_compiled_once_and_described_before_it_runs(place, tmp_path, n
 
 
 def test_the_second_start_finds_its_program_in_the_default_cache(
-    place, tmp_path, no_cache, monkeypatch
+    bare, tmp_path, no_cache, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    options = [*place[:-1], "train.duration=3", "optim.beta1=0.89"]  # nobody else's program
+    options = [*bare[:-1], "train.duration=3", "optim.beta1=0.89"]  # nobody else's program
     for hits in (0, 1):
         result = runs.run(*options, f"dir={tmp_path / str(hits)}")
         assert result.out.count("(found in the compilation cache)") == hits
@@ -80,16 +67,16 @@ def test_the_second_start_finds_its_program_in_the_default_cache(
         ("--xla_a=1", "found '--xla_a=1', need NAME=VALUE as in xla_some_flag=true"),
     ],
 )
-def test_a_flag_that_the_compiler_refuses_is_named_with_its_option(flag, error, place):
-    result = runs.run(*place, f"compute.xla_flags={flag}", "train.duration=3")
+def test_a_flag_that_the_compiler_refuses_is_named_with_its_option(flag, error, bare):
+    result = runs.run(*bare, f"compute.xla_flags={flag}", "train.duration=3")
     assert result.code == 2
     (line,) = result.errors
     assert line.startswith(f"config.compute.xla_flags: {error}")
 
 
-def test_flags_are_printed_and_reach_the_compiler(place):
+def test_flags_are_printed_and_reach_the_compiler(bare):
     flags = "xla_cpu_enable_fast_math=true,xla_no_such=none"
-    result = runs.run(*place, f"compute.xla_flags={flags}", "train.duration=3")
+    result = runs.run(*bare, f"compute.xla_flags={flags}", "train.duration=3")
     assert "XLA flag: xla_cpu_enable_fast_math=True (config.compute.xla_flags)\n" in result.out
     assert result.code == 0  # the other test shows that they are looked at
 
@@ -193,8 +180,8 @@ def waits(timeline: list[tuple[str, int]], last: int) -> list[int]:
     return sorted(set(found))
 
 
-def test_the_host_reads_a_step_when_the_next_one_is_with_the_devices(place, timeline):
-    result = runs.run(*place, "train.duration=9", "checkpoint.interval=6", "eval.at_finish=false")
+def test_the_host_reads_a_step_when_the_next_one_is_with_the_devices(bare, timeline):
+    result = runs.run(*bare, "train.duration=9", "checkpoint.interval=6", "eval.at_finish=false")
     assert result.code == 0, result.err
     order = list(dict.fromkeys(timeline))
     assert order[:4] == [("begun", 1), ("begun", 2), ("read", 1), ("begun", 3)]
@@ -202,7 +189,7 @@ def test_the_host_reads_a_step_when_the_next_one_is_with_the_devices(place, time
 
 
 @pytest.mark.parametrize("what", ["state", "metric"])
-def test_a_read_too_early_would_be_seen(what, place, timeline, monkeypatch):
+def test_a_read_too_early_would_be_seen(what, bare, timeline, monkeypatch):
     advance = loop.Plan.rates
     call, made = program.Program.__call__, []
 
@@ -218,7 +205,7 @@ def test_a_read_too_early_would_be_seen(what, place, timeline, monkeypatch):
 
     monkeypatch.setattr(program.Program, "__call__", kept)
     monkeypatch.setattr(loop.Plan, "rates", reads)
-    assert runs.run(*place, "train.duration=7", "checkpoint.interval=20").code == 0
+    assert runs.run(*bare, "train.duration=7", "checkpoint.interval=20").code == 0
     assert waits(timeline, last=7) == [4]
 
 

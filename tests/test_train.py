@@ -22,18 +22,6 @@ from olmo_jax import loop, processes, records, start, storage, train
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> pathlib.Path:
-    return runs.write_tokens(tmp_path_factory.mktemp("data") / "tokens.npy")
-
-
-@pytest.fixture
-def place(tokens, compiled, tmp_path) -> list[str]:
-    """Options of a run in a folder of its own."""
-    return [f"data.paths={tokens}", f"dir={tmp_path / 'run'}",
-            f"compute.compilation_cache={compiled}"]  # fmt: skip
-
-
 @pytest.fixture
 def open_folder(tokens) -> Iterator[pathlib.Path]:
     """A folder that other users may look into, with the tokens; pytest's own are closed."""

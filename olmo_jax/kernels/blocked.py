@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from olmo_jax.kernels.schedule import LOG2E
+
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # positions, and blocks: they are unrolled and take time to compile
-LOG2E = float(np.log2(np.e))
 
 
 class Mask(NamedTuple):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from olmo_jax.sharding import (
     BATCH_AXES,
     Axes,
+    axis_index,
     axis_size,
     constrain,
     on_each_device,
     sum_gradient,
+    summed,
 )
 
 Sums = dict[str, jax.Array]
@@ -62,7 +64,7 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
     def here(x, w, targets, weights):
         tokens = x.shape[0] * x.shape[1]
         n = _n_chunks(tokens, chunk)
-        columns = jnp.arange(w.shape[1]) + _index("tensor") * w.shape[1]
+        columns = jnp.arange(w.shape[1]) + axis_index("tensor") * w.shape[1]
 
         def body(carry, inputs):
             (sums, dw), (x, targets, weights) = carry, inputs
@@ -83,10 +85,10 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
         dw = jnp.zeros(w.shape, grad_dtype) if with_grads else zero
         chunks = [a.reshape(n, tokens // n, *a.shape[2:]) for a in (x, targets, weights)]
         (sums, dw), dx = jax.lax.scan(body, ({"ce": zero, "z": zero}, dw), tuple(chunks))
-        sums = _sum(sums, *BATCH_AXES, "context")
+        sums = summed(sums, *BATCH_AXES, "context")
         if dx is None:
             return (sums,)
-        return sums, _sum(dx.reshape(x.shape), "tensor"), sum_gradient(dw, 0)
+        return sums, summed(dx.reshape(x.shape), "tensor"), sum_gradient(dw, 0)
 
     of_x: Axes = ("batch", "seq", None)
     into = of_x, (None, "vocab"), ("batch", "seq"), ("batch", "seq")
@@ -101,13 +103,15 @@ def _of_chunk(x, targets, weights, w, columns, vocab_size, z_loss, grad_dtype):
     logits = jnp.matmul(x, w, preferred_element_type=jnp.float32)
     scores = (columns < vocab_size)[None]
     logits = jnp.where(scores, logits, jnp.finfo(jnp.float32).min)
-    top = _over_columns(jax.lax.pmax, logits.max(1, keepdims=True))
-    lse = top + jnp.log(_over_columns(jax.lax.psum, jnp.exp(logits - top).sum(1, keepdims=True)))
+    top = logits.max(1, keepdims=True)
+    if axis_size("tensor") > 1:
+        top = jax.lax.pmax(top, "tensor")
+    lse = top + jnp.log(summed(jnp.exp(logits - top).sum(1, keepdims=True), "tensor"))
     targets, weights = targets[:, None], weights[:, None]
     at = targets - columns[0]
     is_here = (at >= 0) & (at < columns.size)
     picked = jnp.take_along_axis(logits, jnp.clip(at, 0, columns.size - 1), axis=1)
-    picked = _over_columns(jax.lax.psum, jnp.where(is_here, picked, 0.0))
+    picked = summed(jnp.where(is_here, picked, 0.0), "tensor")
     parts = {"ce": jnp.sum(weights * (lse - picked)), "z": jnp.sum(weights * lse**2)}
     if grad_dtype is None:
         return parts, None, None
@@ -116,20 +120,6 @@ def _of_chunk(x, targets, weights, w, columns, vocab_size, z_loss, grad_dtype):
     d_logits = (jnp.exp(logits - lse) * scale - of_target).astype(x.dtype)
     dw = jnp.matmul(x.T, d_logits, preferred_element_type=jnp.dtype(grad_dtype))
     return parts, d_logits @ w.T, dw
-
-
-def _over_columns(reduce, x):
-    return reduce(x, "tensor") if axis_size("tensor") > 1 else x
-
-
-def _sum(tree, *axes):
-    """Summed over those of these mesh axes that split anything."""
-    axes = tuple(axis for axis in axes if axis_size(axis) > 1)
-    return jax.lax.psum(tree, axes) if axes else tree
-
-
-def _index(axis):
-    return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
 def _n_chunks(tokens: int, chunk: int | None) -> int:

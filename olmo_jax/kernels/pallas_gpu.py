@@ -33,10 +33,8 @@ from olmo_jax.kernels.pallas_gpu_body import AXES, F32, WARPGROUP, WORKERS, Kind
 from olmo_jax.sharding import Axes, on_each_device
 
 SWIZZLE = 128  # bytes, the width of a tile of shared memory
-TILE, MAX_HEAD_DIM = (
-    64,
-    128,
-)  # heads are padded to tiles; wider ones need too many registers
+TILE = 64  # heads are padded to tiles ...
+MAX_HEAD_DIM = 128  # ... wider ones need too many registers
 DTYPES = ("bfloat16", "float16")
 
 

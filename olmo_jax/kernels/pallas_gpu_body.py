@@ -9,7 +9,6 @@ In a matrix of scores rows are own positions, columns are those that are met.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from olmo_jax.kernels.schedule import LOG2E
+
 F32 = jnp.float32
-LOG2E = math.log2(math.e)
 HIDDEN = -1e30  # finite, so that a row without anything visible gives no NaN
 ACC = plgpu.WGMMAAccumulatorRef
 WORKERS = 2  # warpgroups that compute
@@ -222,7 +222,7 @@ def d_keys_and_values(
         loops = loops if _has_edge(kind) else loops[:2]
 
         def of_head(g, sums):
-            return _loops(loops, lambda i, x, is_clear: step(g, i, x, is_clear), sums)
+            return _loops(loops, functools.partial(step, g), sums)
 
         sum_k, sum_v = lax.fori_loop(0, kind.group, of_head, (zeros, zeros))
         own_k.at[me][...] = (sum_k * kind.scale).astype(dk.dtype)

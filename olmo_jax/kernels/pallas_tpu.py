@@ -30,8 +30,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
-from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN, LOG2E
-from olmo_jax.kernels.schedule import LANES, Blocks
+from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN
+from olmo_jax.kernels.schedule import LANES, LOG2E, Blocks
 from olmo_jax.sharding import Axes, device, on_each_device
 
 

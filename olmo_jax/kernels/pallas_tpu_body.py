@@ -1,7 +1,6 @@
 """What the TPU kernels do at a step of their grid; `pallas_tpu` calls them."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from olmo_jax.kernels import schedule
-from olmo_jax.kernels.schedule import LANES, Blocks, Tile
+from olmo_jax.kernels.schedule import LANES, LOG2E, Blocks, Tile
 
-LOG2E = math.log2(math.e)
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # half of it less another is still finite
 F32 = jnp.float32
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from olmo_jax.kernels.schedule import LANES
 from olmo_jax.sharding import Axes, axis_size, device, on_each_device
 
-LANES = 128
 _BLOCK = 1 << 19  # numbers of a block of rows
 F32 = jnp.float32
 

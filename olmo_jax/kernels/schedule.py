@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LANES = 128
+LOG2E = math.log2(math.e)  # kernels take powers of 2
 # The lowest bits of a pair: the first or last one in a row of the list; the first or last one that
 # meets its block across the rows.
 FIRST, LAST, OPENS, CLOSES = 1, 2, 4, 8

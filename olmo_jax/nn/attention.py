@@ -78,26 +78,36 @@ class Attention(nn.Module):
         q = norm_rotate(q, q_gain, (factor * cos, factor * sin), n, c.norm_eps, is_fused)
         key = norm_rotate(key, k_gain, (cos, sin), k, c.norm_eps, is_fused)
 
-        def core(window: int | None, *flat: jax.Array) -> jax.Array:
-            q, key, value = (y.reshape(*y.shape[:2], -1, h) for y in flat)
-            q = constrain(q, ("batch", "seq", "heads", None))
-            key = constrain(key, ("batch", "seq", "kv_heads", None))
-            value = constrain(value, ("batch", "seq", "kv_heads", None))
-            impl = self.compute.attention
-            out = attention(
-                q, key, value, window=window, segment_ids=segment_ids, scale=scale, impl=impl
-            )
-            return out.reshape(*x.shape[:2], -1)
-
-        windows = [c.window if name == "sliding" else None for name in rope.kinds(c)]
-        branches = [functools.partial(core, window) for window in windows]
-        # No weights inside the switch: their gradients would be reduced in each branch.
-        mixed = (
-            branches[0](q, key, value)
-            if len(branches) == 1
-            else jax.lax.switch(kind, branches, q, key, value)
-        )
+        mixed = _by_kind(c, self.compute.attention, kind, (q, key, value), segment_ids, scale)
         return product("btnh,nhd->btd", mixed.reshape(*x.shape[:2], n, h), wo)
+
+
+def _by_kind(
+    c: ModelConfig,
+    impl: str,
+    kind: jax.Array,
+    flat: tuple[jax.Array, jax.Array, jax.Array],
+    segment_ids: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Attention with the window of this kind of layer, flat in and out."""
+
+    def core(window: int | None, *flat: jax.Array) -> jax.Array:
+        q, key, value = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in flat)
+        q = constrain(q, ("batch", "seq", "heads", None))
+        key = constrain(key, ("batch", "seq", "kv_heads", None))
+        value = constrain(value, ("batch", "seq", "kv_heads", None))
+        out = attention(
+            q, key, value, window=window, segment_ids=segment_ids, scale=scale, impl=impl
+        )
+        return out.reshape(*out.shape[:2], -1)
+
+    windows = [c.window if name == "sliding" else None for name in rope.kinds(c)]
+    branches = [functools.partial(core, window) for window in windows]
+    if len(branches) == 1:
+        return branches[0](*flat)
+    # No weights inside the switch: their gradients would be reduced in each branch.
+    return jax.lax.switch(kind, branches, *flat)
 
 
 def norm_rotate(

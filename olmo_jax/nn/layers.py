@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config import ComputeConfig, ModelConfig
-from olmo_jax.sharding import Axes, axis_size, constrain, on_each_device, sum_gradient
+from olmo_jax.sharding import (
+    Axes,
+    axis_index,
+    axis_size,
+    constrain,
+    on_each_device,
+    sum_gradient,
+)
 
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -151,7 +158,7 @@ def _lookup_backward(dtype, grad_dtype, residuals, dy):
     n_rows = table.shape[0] // axis_size("tensor")
 
     def here(tokens, dy):
-        row = tokens - (jax.lax.axis_index("tensor") * n_rows if axis_size("tensor") > 1 else 0)
+        row = tokens - axis_index("tensor") * n_rows
         row = jnp.where(row < 0, n_rows, row)  # beyond the end: dropped
         sums = jnp.zeros((n_rows, dy.shape[-1]), jnp.float32)
         sums = sums.at[row].add(dy.astype(jnp.float32), mode="drop").astype(grad_dtype)

@@ -20,7 +20,7 @@ from olmo_jax.kernels.grouped_matmul import grouped_matmul
 from olmo_jax.nn import router as routing
 from olmo_jax.nn.layers import constant, matrix_init, weight
 from olmo_jax.nn.router import Stats
-from olmo_jax.sharding import axis_size, spec
+from olmo_jax.sharding import axis_size, spec, summed
 
 
 class MoE(nn.Module):
@@ -93,8 +93,7 @@ def _experts(
         y = _collect(y, order, inverse).reshape(*chosen.shape, -1)
         weights = weights.astype(y.dtype)
         out = jnp.einsum("nkd,nk->nd", y, weights, preferred_element_type=jnp.float32)
-    if axis_size("tensor") > 1:
-        out = jax.lax.psum(out, "tensor")
+    out = summed(out, "tensor")
     stats = routing.stats(sizes, scores, lse) | needed
     return out.astype(x.dtype).reshape(x.shape), stats
 

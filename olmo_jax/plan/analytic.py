@@ -85,9 +85,7 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
     fix = {"temporary": 1.0} | (corrections or {})
     m, chip = config.model, machine.chip
     shape = validate.mesh_shape(config.mesh, machine.n_devices)
-    tokens = config.data.global_batch_size / math.prod(
-        shape[axis] for axis in (*sharding.BATCH_AXES, "context")
-    )
+    tokens = config.data.global_batch_size / token_ways(shape)
     share, again = START.get(chip.kind, START["GPU"]), _again(config)
     parts = _weights(m)
     done = 2 * sum(n * (3 + (part in again)) for part, n in parts.items()) * m.n_layers
@@ -225,8 +223,12 @@ def kept_bytes(config: Config, shape: dict[str, int]) -> float:
 
 def _tokens(config: Config, shape: dict[str, int]) -> float:
     """Of a micro-batch, of a device."""
-    ways = math.prod(shape[axis] for axis in (*sharding.BATCH_AXES, "context"))
-    return config.data.global_batch_size / ways / config.compute.accumulate
+    return config.data.global_batch_size / token_ways(shape) / config.compute.accumulate
+
+
+def token_ways(shape: dict[str, int]) -> int:
+    """How many devices, or groups that share heads, have different tokens."""
+    return math.prod(shape[axis] for axis in (*sharding.BATCH_AXES, "context"))
 
 
 def _room(config: Config, shape: dict[str, int]) -> float:

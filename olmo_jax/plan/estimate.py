@@ -4,13 +4,13 @@ Cycles of the scheduler for fusions; bundles of our attention kernels; the bandw
 for other kernels; bytes over the links of the torus for collectives.
 """
 
-import math
 from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from olmo_jax import flops, sharding
+from olmo_jax import flops
 from olmo_jax.config import Config
+from olmo_jax.nn import rope
 from olmo_jax.plan import analytic, hlo, kernels
 from olmo_jax.plan.chips import Chip, Slice
 from olmo_jax.plan.plan import Plan
@@ -33,7 +33,7 @@ def estimate(
       program: the compiled step.
       seconds_of: of the attention kernels for a row (`kernels.seconds`).
     """
-    chip, kinds = where.chip, sorted(set(config.model.layer_kinds))  # as the model has its branches
+    chip, kinds = where.chip, rope.kinds(config.model)  # as the model has its branches
     shares = [config.model.layer_kinds.count(kind) / config.model.n_layers for kind in kinds]
     found = hlo.totals(program.text, lambda n: shares if n == len(shares) else hlo.first_of_two(n))
     exchanged = _collectives(found, where, mesh)
@@ -125,7 +125,7 @@ def _attention(
         return 0.0, ("attention: XLA's, among the products",)
     m, again, total, notes = config.model, calls[0] / calls[1], 0.0, ()
     rows = config.data.global_batch_size / config.data.seq_len
-    rows /= math.prod(mesh.shape[axis] for axis in (*sharding.BATCH_AXES, "context"))
+    rows /= analytic.token_ways(dict(mesh.shape))
     for kind in kinds:
         case = kernels.Case(
             where.name.split(":")[0], config.data.seq_len, _HEADS * m.n_heads // m.n_kv_heads,

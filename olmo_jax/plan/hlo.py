@@ -22,7 +22,7 @@ _BYTES = {
 }  # fmt: skip
 _SHAPE = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 _NO_MODEL = 2**50  # the scheduler writes a huge number where it has no estimate
-_COLLECTIVES = (
+COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all",
     "collective-permute",
 )  # fmt: skip
@@ -166,7 +166,7 @@ class _Program:
         """`total` with one instruction, without what is inside of it."""
         moved = sum(n_bytes(shapes.get(o, "")) for o in i.operands) + n_bytes(i.result)
         kind = i.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
+        if kind in COLLECTIVES:
             total.collectives[self._collective(kind, i, shapes)] += 1
         elif 'custom_call_target="tpu_custom_call"' in i.line:
             name = re.sub(r"[.\d]+$", "", i.name)

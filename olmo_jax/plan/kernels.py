@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from olmo_jax.config import MeshConfig
 from olmo_jax.kernels import pallas_tpu, schedule
@@ -30,7 +31,7 @@ from olmo_jax.plan.chips import CHIPS, ENVIRONMENT, Slice
 from olmo_jax.sharding import make_mesh
 
 NAMES = ("attention_forward", "attention_backward")  # of the kernels, in HLO and in dumps
-ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1",
+_ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1",
              "tpu7x": "tpu7x:2x2x1"}  # fmt: skip
 _SMALL = 48  # branches of fewer bundles are counted as always taken
 # Room for large blocks of other kernels; ours ask for it themselves.
@@ -177,6 +178,11 @@ def counts(case: Case, way: str) -> tuple[list[int], int]:
     return [*ends[0], *bodies, *ends[1]], len(kinds)
 
 
+def one_chip(name: str) -> Mesh:
+    """A mesh of a single chip, such as "v5p", to compile for."""
+    return make_mesh(MeshConfig(), Slice.parse(_ONE_CHIP[name]).devices()[:1])
+
+
 def compile_kernels(case: Case, run: Any = None) -> None:
     """Compile attention, forward and backward, for one chip.
 
@@ -184,7 +190,7 @@ def compile_kernels(case: Case, run: Any = None) -> None:
       case: what to compile.
       run: `(q, k, v, segment_ids) -> out` on `[heads, seq, head_dim]`; None: ours.
     """
-    mesh = make_mesh(MeshConfig(), Slice.parse(ONE_CHIP[case.chip]).devices()[:1])
+    mesh = one_chip(case.chip)
     whole = jax.NamedSharding(mesh, jax.P())
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:

@@ -81,23 +81,25 @@ def lower(config: Config, mesh: Mesh) -> Any:
         return update.jitted.lower(state, batch, scalar, scalar)  # type: ignore[attr-defined]
 
 
-def compile_step(config: Config, mesh: Mesh, flags: dict[str, str] | None = None) -> Any:
-    """Compile the step for the devices of a mesh, in this process.
-
-    Args:
-      config: of the step.
-      mesh: over devices that need not be here.
-      flags: options of the compiler besides those that the step itself gives it.
+def compile_step(config: Config, mesh: Mesh) -> Any:
+    """Compile the step for the devices of a mesh, which need not be here, in this process.
 
     Raises:
       DoesNotFitError: if it needs more memory than a device has.
     """
     try:
-        return lower(config, mesh).compile(compiler_options=dict(flags or {}))
+        return lower(config, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         if found := _OUT_OF_MEMORY.search(str(error)):
             raise DoesNotFitError(_size(found[1])) from error
         raise
+
+
+def memory_of(compiled: Any) -> dict[str, float]:
+    """Bytes that a program takes on a device, by the compiler's kinds."""
+    found = compiled.memory_analysis()
+    names = ("argument", "output", "alias", "temp", "generated_code")
+    return {name: float(getattr(found, f"{name}_size_in_bytes")) for name in names}
 
 
 def _size(text: str) -> float:
@@ -212,10 +214,7 @@ def _child(task: dict[str, Any]) -> None:
     except DoesNotFitError as error:
         made = Program("", {}, error.needs, time.monotonic() - start)
     else:
-        memory = compiled.memory_analysis()
-        names = ("argument", "output", "alias", "temp", "generated_code")
-        sizes = {name: float(getattr(memory, f"{name}_size_in_bytes")) for name in names}
-        made = Program(compiled.as_text(), sizes, None, time.monotonic() - start)
+        made = Program(compiled.as_text(), memory_of(compiled), None, time.monotonic() - start)
     content = json.dumps(dataclasses.asdict(made)).encode()
     _write(pathlib.Path(task["path"]), gzip.compress(content, 6))
 

@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.config import MeshConfig
 from olmo_jax.kernels.grouped_matmul import grouped_matmul
-from olmo_jax.plan import chips, hlo
-from olmo_jax.sharding import make_mesh
+from olmo_jax.plan import hlo, kernels
 
 SIZES = {
     "balanced": [16, 16, 16, 16, 16, 16],
@@ -61,7 +59,7 @@ def test_bfloat16_rows_give_float32_weight_gradients():
 @pytest.mark.tpu
 def test_on_a_tpu_no_product_takes_all_rows_for_each_group():
     """XLA's own form of the gradient of the matrices does, and takes E times as long."""
-    mesh = make_mesh(MeshConfig(), chips.Slice.parse("v5p:2x2x1").devices()[:1])
+    mesh = kernels.one_chip("v5p")
     whole = jax.NamedSharding(mesh, jax.P())
     rows, d, f, groups = 4096, 512, 256, 8
     x, w, dy, sizes = (

@@ -14,11 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from olmo_jax.config import MeshConfig
 from olmo_jax.kernels.cross_entropy import cross_entropy
 from olmo_jax.plan import hlo, kernels
-from olmo_jax.plan.chips import CHIPS, Slice
-from olmo_jax.sharding import make_mesh
+from olmo_jax.plan.chips import CHIPS
 
 D_MODEL, VOCAB, Z_LOSS = 4096, 100_352, 1e-5
 
@@ -33,8 +31,7 @@ def naive(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array)
 
 def measure(chip: str, tokens: int, chunk: int | None, dtype: str) -> tuple[float, float]:
     """MiB of temporary memory and estimated milliseconds; `chunk` 0 is the naive form."""
-    device = Slice.parse(kernels.ONE_CHIP[chip]).devices()[0]
-    mesh = make_mesh(MeshConfig(), [device])
+    mesh = kernels.one_chip(chip)
     whole = jax.NamedSharding(mesh, jax.P())
 
     def array(*shape: int, dtype: Any) -> Any:
