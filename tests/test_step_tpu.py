@@ -16,7 +16,7 @@ MODEL = dict(
 
 
 @pytest.fixture(scope="module")
-def step():
+def step(libtpu):
     """(config, text of the program) of a small Olmo 3 on 16 chips, 4 rows each."""
     options = {f"model.{name}": str(value) for name, value in MODEL.items()}
     options |= {
