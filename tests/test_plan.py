@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import gzip
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,8 @@ import sys
 import pytest
 
 from olmo_jax import config, flops
-from olmo_jax.plan import analytic, gpus, hlo, program, report, search
+from olmo_jax.config import ConfigError
+from olmo_jax.plan import analytic, gpus, hlo, kernels, program, report, search
 from olmo_jax.plan.chips import Slice
 from olmo_jax.plan.hlo import Collective
 from olmo_jax.plan.plan import Plan
@@ -318,6 +320,18 @@ def test_corrections_make_the_prediction_what_the_program_showed():
     assert fixed.memory["temporary"] == pytest.approx(real.memory["temporary"])
 
 
+@pytest.mark.parametrize("n_documents", [0, 3])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_row_of_any_length_takes_what_its_padded_blocks_take(way, n_documents):
+    def counts(seq):
+        return kernels.counts(kernels.Case("v5p", seq, 8, 8, 128, 100, n_documents), way)
+
+    assert counts(64)[1] == 1
+    if not n_documents:
+        assert counts(1000) == counts(1024)
+    assert counts(5000)[1] >= counts(4096)[1] > 1
+
+
 # --- search ---------------------------------------------------------------------------------------
 
 
@@ -368,9 +382,15 @@ def test_a_search_learns_from_what_it_compiles():
     assert len(tried) == 4
 
 
-def test_a_config_that_fits_nowhere_is_an_error():
-    with pytest.raises(ValueError, match="no plan of this config fits"):
-        search.search(load("olmo3_32b"), gpus.Nodes.parse("a100:8x1"), lambda c: 0.0, 1)
+def test_of_a_config_that_fits_nowhere_nothing_is_found():
+    few = gpus.Nodes.parse("a100:8x1")
+    assert search.search(load("olmo3_32b"), few, lambda c: 0.0, 1) == ([], [])
+
+
+def test_a_config_that_has_no_mesh_says_what_is_wrong():
+    c = with_(load("olmo3_7b"), data={"global_batch_size": 7 * 8192})
+    with pytest.raises(ConfigError, match="7 rows of seq_len=8192, not divisible"):
+        search.rank(c, NODES)
 
 
 # --- what is kept on disk -------------------------------------------------------------------------
@@ -392,6 +412,30 @@ def test_a_kept_program_is_of_all_that_reaches_it_and_of_nothing_else(tmp_path, 
     assert len({base, *others, store._path(c, where)}) == 7
 
 
+def test_a_damaged_file_is_made_again(tmp_path, monkeypatch):
+    store, where, c = program.Store(tmp_path), Slice.parse("v5p:2x2x1"), load("olmo3_7b")
+    monkeypatch.setattr(program, "_versions", lambda: ["1"])
+    whole = program.Program("HloModule x", {"temp": 1.0}, None, 2.0)
+    content = gzip.compress(json.dumps(dataclasses.asdict(whole)).encode())
+    path = store._path(c, where)
+    damages = (b"", content[:-9], b"HloModule", gzip.compress(b"[1]"), gzip.compress(b'{"text": '))
+    for damage in damages:
+        path.write_bytes(damage)
+        assert store.kept(c, where) is None, damage
+    path.write_bytes(content)
+    assert store.kept(c, where) == whole
+
+    case = kernels.Case("v5p", 8192, 32, 8, 128)
+    monkeypatch.setattr(kernels, "seconds", lambda case: (0.25, 0.5))
+    assert store.attention(case) == (0.25, 0.5)
+    (path,) = tmp_path.glob("attention-*")
+    for damage in (b"", b"[0.25", b"[0.25]", b"\xff"):
+        path.write_bytes(damage)
+        assert store.attention(case) == (0.25, 0.5), damage
+    monkeypatch.setattr(kernels, "seconds", lambda case: 1 / 0)
+    assert store.attention(case) == (0.25, 0.5)
+
+
 def test_sources_of_a_step_are_all_that_it_imports():
     code = "import sys, olmo_jax.step, olmo_jax.kernels.pallas_tpu; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -411,27 +455,31 @@ def plan_pod(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=variables)
 
 
+OLMO_3 = ["--config=configs/olmo3_7b.py"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (["--topology=h100:8x16"], 2, "--config"),
         (["--config=configs/olmo3_7b.py", "--topology=h100:8x1", "--fast"], 2, "--fast"),
-        (["--config=configs/none.py", "--topology=h100:8x16"], 1, "no such file"),
-        (["--config=configs/olmo3_7b.py", "--topology=v9:4x4"], 1, "v9:4x4"),
-        (["--config=configs/olmo3_7b.py", "--topology=h100:8"], 1, "h100:8x16"),
+        (["--config=configs/none.py", "--topology=h100:8x16"], 2, "no such file"),
+        ([*OLMO_3, "--topology=v9:4x4"], 2, "v9:4x4"),
+        ([*OLMO_3, "--topology=h100:8"], 2, "h100:8x16"),
+        ([*OLMO_3, "--topology=h100:8x00"], 2, "h100:8x16"),
+        ([*OLMO_3, "--topology=h100:8x1", "--price=-1"], 2, "--price"),
+        ([*OLMO_3, "--topology=h100:8x1", "--price=nan"], 2, "--price"),
+        ([*OLMO_3, "--topology=h100:8x16", "--config.mesh.fsdp=3"], 2, "needs 3 devices"),
+        ([*OLMO_3, "--topology=h100:8x16", "--config.compute.accumulate=3"], 2, "not divisible"),
         (
-            ["--config=configs/olmo3_7b.py", "--topology=h100:8x16", "--config.mesh.fsdp=3"],
-            1,
-            "needs 3 devices, found 128",
+            [*OLMO_3, "--topology=h100:8x16", "--search", "--config.mesh.fsdp=8"],
+            2,
+            "--search finds config.mesh.fsdp: leave it out",
         ),
         (
-            [
-                "--config=configs/olmo3_7b.py",
-                "--topology=h100:8x16",
-                "--config.compute.accumulate=3",
-            ],
-            1,
-            "not divisible",
+            [*OLMO_3, "--topology=h100:8x16", "--search", "--config.data.global_batch_size=65536"],
+            2,
+            "65536 tokens is 8 rows of seq_len=8192, not divisible by mesh.data x fsdp x expert",
         ),
     ],
 )
@@ -453,6 +501,28 @@ def test_a_plan_for_gpus_says_that_it_is_a_formula(monkeypatch):
     first = [line for line in done.stdout.splitlines() if line.startswith(("step", "MFU"))]
     assert again.returncode == 0
     assert [x for x in again.stdout.splitlines() if x.startswith(("step", "MFU"))] == first
+
+
+@pytest.mark.parametrize("more", [[], ["--search"]])
+def test_a_plan_that_does_not_fit_says_what_it_needs_and_no_speed(more, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = plan_pod("--config=configs/olmo3_32b.py", "--topology=h100:8x1", *more)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "does not fit" in done.stdout
+    assert "GiB" in done.stdout
+    assert "tokens/s" not in done.stdout
+
+
+def test_a_growing_batch_is_planned_at_its_largest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = [*OLMO_3, "--topology=h100:8x16", "--config.compute.accumulate=1"]
+    grows = ["--config.data.batch_sizes=1048576,8388608", "--config.data.batch_starts=0,1000000000"]
+    first = plan_pod(*place, *grows)
+    assert first.returncode == 0, first.stderr
+    assert "8,388,608 tokens (the largest of config.data.batch_sizes)" in first.stdout
+    largest = plan_pod(*place, "--config.data.global_batch_size=8388608")
+    of = lambda text: [x for x in text.splitlines() if x.startswith(("step", "MFU", "FLOPs"))]  # noqa: E731
+    assert of(first.stdout) == of(largest.stdout)
 
 
 def test_the_run_is_as_long_as_the_config_says():

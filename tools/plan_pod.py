@@ -7,30 +7,40 @@
 For a TPU (v4, v5e, v5p, v6e, tpu7x; needs `jax[tpu]`, no TPU) the sharded step is compiled, which
 takes minutes of a core; for GPUs everything is a formula. --search looks for the best mesh, remat
 policy and number of micro-batches. Options of the config as in training: --config.mesh.fsdp=32.
-Exit codes: 0 done, 1 failed (a plan that does not fit included), 2 wrong command line.
+Exit codes: 0 done, 1 failed (a plan that does not fit included), 2 wrong command line or config,
+130 and 143 interrupted.
 """
 
 import argparse
+import math
 import os
 import pathlib
+import signal
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
 
 
+_FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mesh
+
+
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     args, overrides = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the compiler's process ends with us
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
     from olmo_jax import config
     from olmo_jax.plan import report
 
+    code = 2
     try:
-        return report.run(config.load(args.config, overrides), args)
+        machine, what = report.parse(args.topology), config.load(args.config, overrides)
+        code = 1
+        return report.run(what, machine, args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         for line in getattr(error, "problems", [str(error)]):
             print(f"error: {line}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, config.ConfigError) else code
     except KeyboardInterrupt:
         print("error: interrupted; what was compiled is kept", file=sys.stderr)
         return 130
@@ -49,7 +59,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     top.add_argument("--search", action="store_true", help="find the best plan, and compile it")
     top.add_argument("--compiles", type=int, default=3, metavar="N",
                      help="programs that a search may compile (3; 0: formulas only)")  # fmt: skip
-    top.add_argument("--price", type=float, help="of a chip and hour, for the cost of the run")
+    top.add_argument("--price", type=_price, help="of a chip and hour, for the cost of the run")
     top.add_argument("--cache", type=pathlib.Path, help="folder for what was compiled",
                      default=pathlib.Path("~/.cache/olmo_jax/plans").expanduser())  # fmt: skip
     args, rest = top.parse_known_args(argv)
@@ -58,8 +68,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         top.error(f"unknown arguments: {' '.join(wrong)}")
     if args.compiles < 0:
         top.error("--compiles: need 0 or more")
-    pairs = (x.removeprefix("--config.").split("=", 1) for x in rest)
-    return args, dict(pairs)
+    overrides = dict(x.removeprefix("--config.").split("=", 1) for x in rest)
+    found = [x for x in overrides if x.startswith("mesh.") or x in _FOUND]
+    if args.search and found:
+        top.error(f"--search finds config.{', config.'.join(found)}: leave it out")
+    return args, overrides
+
+
+def _price(text: str) -> float:
+    price = float(text)
+    if not 0 <= price < math.inf:
+        raise ValueError
+    return price
 
 
 if __name__ == "__main__":

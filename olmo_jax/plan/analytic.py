@@ -58,6 +58,11 @@ class Machine(Protocol):
         """As JAX counts them."""
         ...
 
+    @property
+    def size(self) -> str:
+        """How many devices, in words."""
+        ...
+
     def rates(self, config: Config) -> dict[str, float]:
         """Bytes/s that a device sends in a group along each axis of the config's mesh."""
         ...

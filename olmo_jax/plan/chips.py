@@ -65,6 +65,10 @@ CHIPS = {
 }
 
 
+class NoSuchMeshError(ValueError):
+    """A torus cannot be divided as a mesh asks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """A slice of TPU chips such as v5p:4x4x8."""
@@ -96,6 +100,11 @@ class Slice:
         """As JAX counts them."""
         return math.prod(self.shape) * (2 if self.chip.kind == "TPU7x" else 1)
 
+    @property
+    def size(self) -> str:
+        """How many devices, in words."""
+        return f"{self.n_devices} devices"
+
     @functools.cache  # noqa: B019  (slices are few, and their devices are always the same)
     def devices(self) -> list[Any]:
         """The devices, which are not here: to compile for, not to run on.
@@ -126,12 +135,13 @@ class Slice:
         """A mesh over the slice, laid along its torus.
 
         Raises:
-          ValueError: as `devices`, and if the torus cannot be divided so.
+          ValueError: as `devices`.
+          NoSuchMeshError: if the torus cannot be divided so.
         """
         try:
             return make_mesh(config, self.devices())
         except NotImplementedError as error:
-            raise ValueError(f"topology {self.name!r} has no such mesh: {error}") from error
+            raise NoSuchMeshError(f"topology {self.name!r} has no such mesh: {error}") from error
 
     def rates(self, config: Config) -> dict[str, float]:
         """Bytes/s that a device sends in a group along each axis of the config's mesh."""

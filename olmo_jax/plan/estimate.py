@@ -136,7 +136,7 @@ def _attention(
             forward, backward = seconds_of(case)
         except RuntimeError as error:
             forward, backward = analytic.attention_seconds(case, where.chip)
-            notes = (f"attention: at the share of the peak in START, since {error}",)
+            notes = (f"attention: at the usual share of the chip's peak, since {error}",)
         heads = m.n_kv_heads / mesh.shape["tensor"] / _HEADS
         layers = m.layer_kinds.count(kind)
         total += rows * layers * heads * (again * forward + backward)

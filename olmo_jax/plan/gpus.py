@@ -54,7 +54,7 @@ class Nodes:
           ValueError: if no such node is known.
         """
         found = re.fullmatch(r"(\w+):(\d+)x(\d+)", name)
-        if found is None or found[1] not in GPUS or "0" in (found[2], found[3]):
+        if found is None or found[1] not in GPUS or not int(found[2]) * int(found[3]):
             raise ValueError(
                 f"topology {name!r}: needed is GPU:PER_NODExNODES, such as h100:8x16, with a GPU of"
                 f" {', '.join(GPUS)}"
@@ -65,6 +65,11 @@ class Nodes:
     def n_devices(self) -> int:
         """All GPUs."""
         return self.per_node * self.n_nodes
+
+    @property
+    def size(self) -> str:
+        """How many GPUs, in words."""
+        return f"{self.n_devices} devices, {self.n_nodes} node(s) of {self.per_node}"
 
     def rates(self, config: Config) -> dict[str, float]:
         """Bytes/s that a device sends in a group along each axis of the config's mesh.

@@ -120,8 +120,10 @@ def bundles(command: list[str]) -> Iterator[Any]:
 
         def dump(name: str) -> str:
             found = glob.glob(f"{folder}/*{name}*packed-bundles-post-ra.txt")
-            (path,) = [x for x in found if "schedule-analysis" not in x]
-            return path
+            paths = [x for x in found if "schedule-analysis" not in x]
+            if len(paths) != 1:
+                raise RuntimeError(f"the compiler wrote {len(paths)} schedules of {name}")
+            return paths[0]
 
         yield dump
 
@@ -165,15 +167,18 @@ def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def counts(case: Case, way: str) -> tuple[list[int], int]:
     """How often each branch of our kernel is taken by a head, and how many steps there are."""
     blocks = getattr(case.tuning(), way).fit(case.seq, case.seq)
-    ids = jnp.asarray(case.document_ids()) if case.n_documents else None
+    of_q, of_kv = -(-case.seq // blocks.q), -(-case.seq // blocks.kv)  # the last one is padded
+    ids: list[jax.Array] | list[None] = [None, None]
+    if case.n_documents:
+        known, padded = case.document_ids(), (of_q * blocks.q, of_kv * blocks.kv)
+        ids = [jnp.asarray(np.pad(known, [(0, 0), (0, n - case.seq)], "edge")) for n in padded]
     plan = schedule.make(
-        case.seq, case.seq, blocks, by="q" if way == "forward" else "kv",
-        window=case.window, q_ids=ids, kv_ids=ids,
+        of_q * blocks.q, of_kv * blocks.kv, blocks, by="q" if way == "forward" else "kv",
+        window=case.window, q_ids=ids[0], kv_ids=ids[1],
     )  # fmt: skip
     kinds = np.asarray(schedule.kind(plan.pairs[0, : int(plan.count)]))
-    n_kinds = 1 + (ids is not None) + len(schedule.borders(blocks, case.window))
+    n_kinds = 1 + (case.n_documents > 0) + len(schedule.borders(blocks, case.window))
     bodies = [int((kinds == schedule.FULL + i).sum()) for i in range(n_kinds)]
-    of_q, of_kv = case.seq // blocks.q, case.seq // blocks.kv
     ends = ([1, of_q], [of_q]) if way == "forward" else ([of_kv, of_q], [of_q, of_kv])
     return [*ends[0], *bodies, *ends[1]], len(kinds)
 

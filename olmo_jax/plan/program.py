@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -112,25 +113,23 @@ class Store:
 
     folder: pathlib.Path
 
-    def has(self, config: Config, where: Slice) -> bool:
-        """Whether the step of a config is there already."""
-        return self._path(config, where).exists()
+    def kept(self, config: Config, where: Slice) -> Program | None:
+        """The compiled step of a config, if it is there and whole."""
+        try:
+            with gzip.open(self._path(config, where), "rt") as file:
+                return Program(**json.load(file))
+        except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, TypeError):
+            return None
 
-    def program(self, config: Config, where: Slice) -> Program:
-        """The compiled step of a config; made in a process of its own if it is not there.
+    def make(self, config: Config, where: Slice) -> Program:
+        """Compile the step of a config, in a process of its own, and keep it.
 
         Raises:
           RuntimeError: if the compiler fails, or is ended for the memory that it takes.
         """
         path = self._path(config, where)
-        if not path.exists():
-            task = {
-                "config": configs.to_dict(config),
-                "topology": where.name,
-                "path": str(path),
-            }
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _run_child(task)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _run_child({"config": configs.to_dict(config), "topology": where.name, "path": str(path)})
         with gzip.open(path, "rt") as file:
             return Program(**json.load(file))
 
@@ -144,10 +143,12 @@ class Store:
             self.folder
             / f"attention-{_digest([case, _versions(), _sources(('kernels', 'plan/kernels.py'))])}"
         )
-        if not path.exists():
+        try:
+            forward, backward = map(float, json.loads(path.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):  # not there, or not whole
+            forward, backward = kernels.seconds(case)
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(kernels.seconds(case)).encode())
-        forward, backward = json.loads(path.read_text())
+            _write(path, json.dumps((forward, backward)).encode())
         return forward, backward
 
     def _path(self, config: Config, where: Slice) -> pathlib.Path:
@@ -202,7 +203,7 @@ def _run_child(task: dict[str, Any]) -> None:
             f"the compiler was ended by signal {-child.returncode}; if that is 9, this machine has"
             " too little memory for it"
         )
-    raise RuntimeError(f"the compiler failed: {said[-2000:]}")
+    raise RuntimeError(f"the compiler failed: {said[-400:]}")
 
 
 def _child(task: dict[str, Any]) -> None:

@@ -32,15 +32,20 @@ those of other programs by the TPU compiler. Good for ranking; the
 time and the temporary memory of a plan are known when it is compiled."""
 
 
-def run(config: Config, args: argparse.Namespace) -> int:
+def run(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -> int:
     """Plan as the command line says, and print it.
+
+    Where the batch grows, the plan is of the largest.
 
     Returns: 0, or 1 for a plan that does not fit.
     Raises:
-      ValueError: for a topology, mesh or batch that cannot be.
+      ConfigError: for a mesh or batch that cannot be.
+      ValueError: for a slice that the TPU compiler does not know.
       RuntimeError: if the compiler fails.
     """
-    machine = parse(args.topology)
+    largest = max(size for _, size in validate.batch_stages(config.data))
+    data = dataclasses.replace(config.data, global_batch_size=largest)
+    config = dataclasses.replace(config, data=data)
     if isinstance(machine, Slice):
         machine.devices()  # is there a compiler?
     if args.search:
@@ -53,8 +58,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     else:
         found = compiler(machine, Store(args.cache))(config)
         if not isinstance(found, Plan):
-            print(f"does not fit: needs {found / GIB:.1f} GiB, a device has"
-                  f" {machine.chip.hbm / GIB:.1f} GiB")  # fmt: skip
+            print(f"does not fit: needs {_size(found)}, a device has {_size(machine.chip.hbm)}")
             return 1
         plan = found
     print("\n".join(describe(config, machine, plan, args.price)))
@@ -79,9 +83,11 @@ def compiler(where: Slice, store: Store) -> Callable[[Config], Plan | float]:
     """The plan of a config from its compiled step, or the bytes that it needs if it has no room."""
 
     def compile_(config: Config) -> Plan | float:
-        if not store.has(config, where):
-            print(f"compiling for minutes: {search.overrides(config)}", file=sys.stderr, flush=True)
-        program = store.program(config, where)
+        program = store.kept(config, where)
+        if program is None:
+            what = f"compiling, which may take minutes: {search.overrides(config)}"
+            print(what, file=sys.stderr, flush=True)
+            program = store.make(config, where)
         if program.needs is not None:
             return program.needs
         mesh = where.mesh(config.mesh)
@@ -108,7 +114,8 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
     else:
         ranked = search.rank(config, machine)
     if not compiled and not ranked:
-        raise ValueError(f"no plan of this config fits {machine.name}; take more devices")
+        print(_nothing_fits(config, machine))
+        return 1
     best = (compiled or ranked)[0]
     lines += [*describe(best.config, machine, best.plan, args.price), ""]
     if compiled:
@@ -118,6 +125,16 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
     lines += [*_table(ranked[:_SHOWN], machine), "", "paste", f"  {search.overrides(best.config)}"]
     print("\n".join(lines))
     return 0
+
+
+def _nothing_fits(config: Config, machine: Machine) -> str:
+    sizes = [x.plan.total_memory for x in search.predictions(config, machine)]
+    if not sizes:
+        return f"does not fit: no mesh of this config can be laid on {machine.name}"
+    return (
+        f"does not fit: the smallest of {len(sizes)} plans needs {_size(min(sizes))} by formula,"
+        f" a device has {_size(machine.chip.hbm)}"
+    )
 
 
 def describe(config: Config, machine: Machine, plan: Plan, price: float | None) -> list[str]:
@@ -133,24 +150,21 @@ def describe(config: Config, machine: Machine, plan: Plan, price: float | None) 
     d, tokens = config.data, config.data.global_batch_size
     ways = shape["data"] * shape["fsdp"] * shape["expert"]
     rows = tokens / d.seq_len / ways / config.compute.accumulate
+    grows = " (the largest of config.data.batch_sizes)" if d.batch_sizes else ""
     lines = [
-        f"{config.name} on {machine.name}: {machine.n_devices} devices",
+        f"{config.name} on {machine.name}: {machine.size}",
         _row("mesh", " x ".join(f"{axis} {n}" for axis, n in shape.items())),
-        _row("batch", f"{tokens:,} tokens in rows of {d.seq_len:,}; {config.compute.accumulate}"
-             f" micro-batch(es) of {rows:g} row(s) for {machine.n_devices // ways} device(s)"),
+        _row("batch", f"{tokens:,} tokens{grows} in rows of {d.seq_len:,};"
+             f" {config.compute.accumulate} micro-batch(es) of {rows:g} row(s) for"
+             f" {machine.n_devices // ways} device(s)"),
         _row("remat", config.compute.remat),
-        _row("fits" if plan.fits else "does not fit", f"{plan.total_memory / GIB:.1f} of"
-             f" {plan.available / GIB:.1f} GiB on a device"),
-        *(_row(f"  {kind}", f"{n / GIB:8.2f} GiB") for kind, n in plan.memory.items()),
-        _row("  of temporary", f"{plan.activations / GIB:8.2f} GiB activations (by formula)"),
-        _row("FLOPs", f"{plan.flops:.3e} useful on a device and step, {plan.done:.3e} done in"
-             " products"),
-        _row("step", f"{_ms(plan.step)} ({1e3 * plan.fastest:,.1f} to {1e3 * plan.slowest:,.1f})"),
-        *(_row(f"  {kind}", _ms(s)) for kind, s in plan.seconds.items() if s),
-        *_collectives(plan),
-        *_speed(config, machine, plan, price),
+        _row("fits" if plan.fits else "does not fit", f"{_size(plan.total_memory)} of"
+             f" {_size(plan.available)} on a device"),
+        *(_row(f"  {kind}", f"{_size(n):>12}") for kind, n in plan.memory.items()),
+        _row("  of temporary", f"{_size(plan.activations):>12} activations (by formula)"),
     ]  # fmt: skip
-    lines += [_row("assumed", note) for note in plan.notes]
+    if plan.fits:
+        lines += [*_time(config, machine, plan, price), *(_row("assumed", x) for x in plan.notes)]
     if plan.compile_seconds is not None:
         lines.append(_row("compiled", f"in {plan.compile_seconds:.0f} s"))
         return [*lines, "", _COMPILED]
@@ -158,8 +172,25 @@ def describe(config: Config, machine: Machine, plan: Plan, price: float | None) 
     return [*lines, "", _FORMULA + source]
 
 
+def _time(config: Config, machine: Machine, plan: Plan, price: float | None) -> list[str]:
+    return [
+        _row("FLOPs", f"{plan.flops:.3e} useful on a device and step, {plan.done:.3e} done in"
+             " products"),
+        _row("step", f"{_ms(plan.step)} ({1e3 * plan.fastest:,.1f} to {1e3 * plan.slowest:,.1f})"),
+        *(_row(f"  {kind}", _ms(s)) for kind, s in plan.seconds.items() if s),
+        *_collectives(plan),
+        *_speed(config, machine, plan, price),
+    ]  # fmt: skip
+
+
 def _row(name: str, text: str) -> str:
     return f"{name:18}{text}"
+
+
+def _size(n_bytes: float) -> str:
+    if n_bytes >= GIB:
+        return f"{n_bytes / GIB:.2f} GiB"
+    return f"{n_bytes / 2**20:.1f} MiB"
 
 
 def _ms(seconds: float) -> str:
@@ -185,7 +216,7 @@ def _speed(config: Config, machine: Machine, plan: Plan, price: float | None) ->
         return
     hours = budget / config.data.global_batch_size * plan.step / 3600
     chips = machine.n_devices // (2 if machine.chip.kind == "TPU7x" else 1)
-    cost = f", {hours * chips * price:,.0f} at {price:g} per chip and hour" if price else ""
+    cost = "" if price is None else f", {hours * chips * price:,.0f} at {price:g} per chip and hour"
     yield _row("run", f"{budget / 1e9:,.1f}B tokens: {hours / 24:.1f} days, "
                f"{hours * chips:,.0f} chip-hours{cost}")  # fmt: skip
 
@@ -203,13 +234,13 @@ def token_budget(config: Config) -> int | None:
 
 
 def _table(plans: list[search.Candidate], machine: Machine) -> list[str]:
-    names = [field.name for field in dataclasses.fields(plans[0].config.mesh)] if plans else []
-    head = "".join(f"{name:>8}" for name in (*names, "remat", "micro"))
-    lines = [f"{head:52}{'GiB':>8}{'step ms':>11}{'serial ms':>11}{'MFU':>7}"]
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    lines = ["".join(f"{name:>11}" for name in (*axes, "remat", "accumulate", "GiB", "step ms",
+                                                "serial ms", "MFU"))]  # fmt: skip
     for config, plan in plans:
         cells = [*dataclasses.astuple(config.mesh), config.compute.remat, config.compute.accumulate]
-        row = "".join(f"{x:>{10 if i == len(names) else 8}}" for i, x in enumerate(cells))
         mfu = plan.flops / machine.chip.peak / plan.step
-        lines.append(f"{row:52}{plan.total_memory / GIB:8.1f}{1e3 * plan.step:11,.1f}"
-                     f"{1e3 * plan.serial:11,.1f}{mfu:7.1%}")  # fmt: skip
+        cells += [f"{plan.total_memory / GIB:.2f}", f"{1e3 * plan.step:,.1f}",
+                  f"{1e3 * plan.serial:,.1f}", f"{mfu:.1%}"]  # fmt: skip
+        lines.append("".join(f"{x:>11}" for x in cells))
     return lines

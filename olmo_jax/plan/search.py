@@ -13,6 +13,7 @@ from typing import NamedTuple
 from olmo_jax.config import Config, ConfigError, MeshConfig
 from olmo_jax.plan import analytic
 from olmo_jax.plan.analytic import Corrections, Machine
+from olmo_jax.plan.chips import NoSuchMeshError
 from olmo_jax.plan.plan import Plan
 from olmo_jax.validate import validate
 
@@ -31,18 +32,27 @@ class Candidate(NamedTuple):
 def rank(
     config: Config, machine: Machine, corrections: Corrections | None = None
 ) -> list[Candidate]:
-    """All plans that fit, the fastest first; collectives count as hidden by half."""
-    found = []
-    for each in candidates(config, machine):
-        try:
-            plan = analytic.predict(each, machine, corrections)
-        except ValueError:  # the torus cannot be divided so
-            continue
-        if plan.total_memory <= _MARGIN * plan.available:
-            found.append(Candidate(each, plan))
+    """All plans that fit, the fastest first; collectives count as hidden by half.
+
+    Raises:
+      ConfigError: if no mesh is one for this config.
+    """
+    found = predictions(config, machine, corrections)
+    found = [x for x in found if x.plan.total_memory <= _MARGIN * x.plan.available]
     # Of equals the one with more room: a full device counts as one percent of time.
     share = lambda plan: plan.total_memory / plan.available  # noqa: E731
     return sorted(found, key=lambda x: expected(x.plan) * (1 + 0.01 * share(x.plan)))
+
+
+def predictions(
+    config: Config, machine: Machine, corrections: Corrections | None = None
+) -> Iterator[Candidate]:
+    """What each candidate needs by formula."""
+    for each in candidates(config, machine):
+        try:
+            yield Candidate(each, analytic.predict(each, machine, corrections))
+        except NoSuchMeshError:
+            continue
 
 
 def expected(plan: Plan) -> float:
@@ -65,7 +75,7 @@ def search(
     Returns:
       What was compiled and fits, and all that fits by formula; each the fastest first.
     Raises:
-      ValueError: if no plan fits.
+      ConfigError: if no mesh is one for this config.
     """
     fix: Corrections = {}
     compiled: dict[str, Candidate] = {}
@@ -87,10 +97,6 @@ def search(
             more = found / best.plan.total_memory
             fix = fix | {"temporary": fix.get("temporary", 1.0) * max(1.1, more)}
     ranked = [x for x in rank(config, machine, fix) if overrides(x.config) not in refused]
-    if not ranked and not compiled:
-        raise ValueError(
-            f"no plan of this config fits {machine.name}: more chips, or fewer rows at a time"
-        )
     return sorted(compiled.values(), key=lambda x: expected(x.plan)), ranked
 
 
@@ -104,34 +110,44 @@ def overrides(config: Config) -> str:
 
 
 def candidates(config: Config, machine: Machine) -> Iterator[Config]:
-    """Every plan that the config's shapes allow on so many devices."""
-    m, n = config.model, machine.n_devices
+    """Every plan that the config's shapes allow on so many devices.
+
+    Raises:
+      ConfigError: if there is none: what is wrong with the first.
+    """
+    n, is_any, wrong = machine.n_devices, False, None
+    for mesh in _meshes(config, n):
+        try:
+            for each in _with_mesh(config, mesh, n):
+                is_any = True
+                yield each
+        except ConfigError as error:
+            wrong = wrong or error
+    if wrong and not is_any:
+        raise wrong
+
+
+def _meshes(config: Config, n: int) -> Iterator[MeshConfig]:
     long = config.data.seq_len >= _LONG
-    policies = [x for x in _REMAT if not (m.n_experts and x == "qkv_mlp")]  # its MLP has no names
     for tensor in (x for x in (1, 2, 4, 8) if n % x == 0):
         for context in (x for x in (1, 2, 4, 8, 16) if n % (tensor * x) == 0 and (long or x == 1)):
             inner = tensor * context
-            for expert in (x for x in _divisors(n // inner) if x == 1 or m.n_experts):
+            for expert in (x for x in _divisors(n // inner) if x == 1 or config.model.n_experts):
                 for fsdp in _divisors(n // inner // expert):
-                    mesh = dataclasses.replace(
+                    yield dataclasses.replace(
                         config.mesh, data=n // inner // expert // fsdp, fsdp=fsdp, expert=expert,
                         context=context, tensor=tensor,
                     )  # fmt: skip
-                    yield from _with_mesh(config, mesh, n, policies)
 
 
-def _with_mesh(config: Config, mesh: MeshConfig, n: int, policies: list[str]) -> Iterator[Config]:
+def _with_mesh(config: Config, mesh: MeshConfig, n: int) -> Iterator[Config]:
     rows = config.data.global_batch_size // config.data.seq_len
-    ways = mesh.data * mesh.fsdp * mesh.expert
-    if rows % ways:
-        return
-    for micro in _divisors(rows // ways):
+    is_dense = not config.model.n_experts
+    policies = [x for x in _REMAT if is_dense or x != "qkv_mlp"]  # experts have no such names
+    for micro in _divisors(rows // (mesh.data * mesh.fsdp * mesh.expert)) or [1]:
         compute = dataclasses.replace(config.compute, accumulate=micro)
         one = dataclasses.replace(config, mesh=mesh, compute=compute)
-        try:
-            validate(one, n)
-        except ConfigError:
-            return
+        validate(one, n)
         for remat in policies:
             changed = dataclasses.replace(compute, remat=remat)
             yield dataclasses.replace(one, compute=changed)
