@@ -8,6 +8,7 @@ are always present, with size 1 where unused. Arrays name logical axes; `spec` t
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -35,6 +36,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "norm": (),
 }
+
+
+_in_replica: ContextVar[bool] = ContextVar("in_replica", default=False)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -80,6 +84,8 @@ def spec(axes: Axes) -> PartitionSpec:
     entries: list[Any] = []
     for name in axes:
         mesh_axes = RULES[name] if name is not None else ()
+        if _in_replica.get():
+            mesh_axes = tuple(axis for axis in mesh_axes if axis != "data")
         for mesh_axis in mesh_axes:
             if mesh_axis in taken:
                 both = f"{taken[mesh_axis]!r} and {name!r}"
@@ -103,7 +109,9 @@ def data_parallel_ways(mesh: Mesh) -> int:
 
 def axis_size(*names: str) -> int:
     """Ways along these axes of the mesh in force; 1 without a mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
+    shape = dict(jax.sharding.get_abstract_mesh().shape)
+    if _in_replica.get():
+        shape.pop("data")
     return math.prod(shape.get(name, 1) for name in names)
 
 
@@ -129,9 +137,35 @@ def on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any
     """
     if jax.sharding.get_abstract_mesh().empty:
         return run(*arrays)
+    mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
-        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
+        run,
+        in_specs=tuple(map(spec, into)),
+        out_specs=tuple(map(spec, out_of)),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
     )(*arrays)
+
+
+def sum_of_replicas(run: Callable[[Any, Any], Any], params: Any, batch: Any) -> Any:
+    """`run(params, batch)` by the rows of each replica along `data`, added up once at the end.
+
+    Inside, `data` is no axis of the mesh, for `spec`, `axis_size` and what uses them: the arrays
+    are those of one replica, laid out over the other axes.
+    """
+
+    def of_one(params: Any, batch: Any) -> Any:
+        token = _in_replica.set(True)
+        try:
+            own = run(params, batch)
+        finally:
+            _in_replica.reset(token)
+        return jax.lax.psum(own, "data")
+
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        of_one, in_specs=(whole, rows), out_specs=whole, axis_names={"data"}, check_vma=False
+    )(params, batch)
 
 
 def sum_gradient(x: jax.Array, axis: int) -> jax.Array:

@@ -12,7 +12,14 @@ from olmo_jax import losses, optim, xla_flags
 from olmo_jax.config import Config
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
-from olmo_jax.sharding import data_parallel_ways, shardings, spec
+from olmo_jax.sharding import (
+    axis_size,
+    constrain,
+    data_parallel_ways,
+    shardings,
+    spec,
+    sum_of_replicas,
+)
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -148,16 +155,24 @@ def _gradients(
     if n == 1:
         return grad_fn(params, batch)
 
+    axes = transformer.logical_axes(model)
+
     def add(total: Any, micro: Batch) -> tuple[Any, None]:
         grads, parts = jax.tree.map(jnp.add, total, new := grad_fn(params, micro))
+        grads = jax.tree.map(constrain, grads, axes)  # sums are kept as parameters are
         if "buffer" in parts:
             parts["buffer"] = jnp.maximum(total[1]["buffer"], new[1]["buffer"])
         return (grads, parts), None
 
-    # Strided, so that each device splits its own rows: contiguous parts would move rows around.
-    micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, _first(micro)))
-    return jax.lax.scan(add, zeros, micro)[0]
+    def total(params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        # Strided, so that each device splits its own rows: contiguous parts would move rows around.
+        micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, _first(micro)))
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    if axis_size("data") == 1 or config.model.n_experts:  # their losses are of all rows together
+        return total(params, batch)
+    return sum_of_replicas(total, params, batch)
 
 
 def _apply(model: Transformer, params: Any, batch: Batch, output: str) -> Any:

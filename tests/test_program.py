@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from olmo_jax import config, flops, loop, program, sharding, step, validate
 from olmo_jax.config import ComputeConfig
+from olmo_jax.plan import hlo
 from olmo_jax.plan.program import lower
 
 
@@ -233,3 +235,15 @@ def test_gradients_of_matrices_are_reduced_in_the_dtype_of_the_config(grad_dtype
     # The MLP's [64, 128] and its transpose, whole or a quarter.
     mlp = {dtype for dtype, shape in shapes if shape.endswith(("64,128", "128,64", "16,128"))}
     assert mlp == {short}
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_replicas_add_up_their_gradients_once_in_a_step_of_micro_batches(mesh):
+    words = {f"mesh.{axis}": str(n) for axis, n in mesh.items()} | {"compute.accumulate": "4"}
+    c = config.load(str(runs.CONFIG), words | {"data.global_batch_size": "2048"})
+    there = sharding.make_mesh(c.mesh)
+    found = hlo.totals(lower(c, there).compile().as_text()).collectives.items()
+    replicas = {device.id for device in there.devices[:, 0, 0, 0, 0]}
+    sizes = [k.n_bytes * n for k, n in found if replicas <= {*k.devices} and k.n_bytes > 1000]
+    matrices = sum(math.prod(n for n, _ in w) for w in flops.weights(c.model).values())
+    assert sum(sizes) == pytest.approx(4 * matrices / mesh.get("fsdp", 1), rel=0.02)
