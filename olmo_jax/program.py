@@ -104,7 +104,7 @@ def check_flags(config: Config, mesh: Mesh) -> None:
       ConfigError: if it refuses an option of `compute.xla_flags`.
     """
     kind = mesh.devices.flat[0].device_kind
-    chosen = xla_flags.options(kind, config.compute.xla_flags)
+    chosen: Any = xla_flags.options(kind, config.compute.xla_flags)
     try:
         jax.jit(lambda: 0).lower().compile(compiler_options=chosen)
     except jax.errors.JaxRuntimeError as error:

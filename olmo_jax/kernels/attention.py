@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.kernels import blocked, cudnn, reference, ring
 from olmo_jax.kernels.schedule import LANES
-from olmo_jax.sharding import BATCH_AXES, axis_size, device
+from olmo_jax.sharding import BATCH_AXES, axis_size, device, is_split_by_xla
 
 
 def attention(
@@ -45,7 +45,9 @@ def attention(
     target, is_split = device(), axis_size("context") > 1
     of_kernel = q.dtype, q.shape[3], segment_ids is not None
     if impl == "auto":
-        impl = choose(target, is_split, *of_kernel)
+        # XLA cannot split a kernel for TPU.
+        needs_xla = target.platform == "tpu" and is_split_by_xla()
+        impl = "blocked" if needs_xla else choose(target, is_split, *of_kernel)
     usual: float = q.shape[3] ** -0.5
     if scale is None:
         scale = usual
