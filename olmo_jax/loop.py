@@ -35,7 +35,6 @@ from olmo_jax.config import Config, ConfigError
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
 from olmo_jax.evals.perplexity import Evaluator
-from olmo_jax.kernels import attention
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 from olmo_jax.validate import batch_stages, validate
@@ -57,12 +56,8 @@ def train(config: Config) -> int:
         shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
-        if config.compute.attention == "auto":
-            ways, has_documents = mesh.shape["context"], config.data.document_mask != "none"
-            of_kernel = config.compute.dtype, config.model.head_dim, has_documents
-            kernel = attention.choose(mesh.devices.flat[0], ways > 1, *of_kernel)
-            say(f"attention: {kernel}" + (f" in a ring of {ways}" if ways > 1 else ""))
-
+        start.check_attention(config, mesh)
+        program.check_flags(config, mesh)
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)
         stack.callback(_wait_for_save, checkpointer)

@@ -39,11 +39,7 @@ class Program:
     def __call__(
         self, at: int, state: TrainState, batch: Batch, lr: Any, max_grad_norm: Any
     ) -> tuple[TrainState, Metrics]:
-        """One update, number `at`; returns without waiting for the devices.
-
-        Raises:
-          ConfigError: if the compiler refuses an option of `compute.xla_flags`.
-        """
+        """One update, number `at`; returns without waiting for the devices."""
         arguments = state, batch, lr, max_grad_norm
         rows = batch["tokens"].shape[0]
         if rows not in self._rows:
@@ -61,10 +57,7 @@ class Program:
         began = time.perf_counter()
         with jax.set_mesh(self._mesh), _cache_hits() as hits:
             lowered = self._update.jitted.lower(*arguments)  # type: ignore[attr-defined]
-            try:
-                compiled = lowered.compile()
-            except jax.errors.JaxRuntimeError as error:
-                raise _explained(error) from error
+            compiled = lowered.compile()
         seconds = time.perf_counter() - began
         say(f"compiled in {seconds:.1f} s{' (found in the compilation cache)' if hits else ''}")
         memory, tokens = memory_of(compiled, arguments), rows * self._config.data.seq_len
@@ -102,6 +95,20 @@ def _cache_hits() -> Iterator[list[str]]:
         yield hits
     finally:
         jax.monitoring.unregister_event_listener(listen)
+
+
+def check_flags(config: Config, mesh: Mesh) -> None:
+    """Show the flags of the step to the compiler, with a program of one number.
+
+    Raises:
+      ConfigError: if it refuses an option of `compute.xla_flags`.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    chosen: Any = xla_flags.options(kind, config.compute.xla_flags)
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=chosen)
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error) from error
 
 
 def _explained(error: Exception) -> Exception:

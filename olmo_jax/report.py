@@ -32,6 +32,7 @@ def describe(config: Config, n_devices: int) -> str:
         f"layers            {_kinds(model.layer_kinds, model.window)}",
         f"mesh              {n_devices} devices: "
         + " x ".join(f"{axis} {n}" for axis, n in shape.items()),
+        *_chunks(seq, shape["context"]),
     ]
     for start, size in batch_stages(config.data):
         rows = size // seq
@@ -48,6 +49,16 @@ def describe(config: Config, n_devices: int) -> str:
         *(f"optimizer         {line}" for line in _groups(config)),
     ]
     return "\n".join(lines)
+
+
+def _chunks(seq: int, ways: int) -> list[str]:
+    if ways == 1:
+        return []
+    from olmo_jax.kernels.schedule import LANES
+
+    chunk = seq // (2 * ways)
+    short = f"; no multiple of {LANES}, as it has to be on a TPU" if chunk % LANES else ""
+    return [f"chunks            {2 * ways} of each row, {chunk:,} tokens{short}"]
 
 
 def _experts(model: ModelConfig) -> list[str]:

@@ -120,6 +120,11 @@ def device() -> Any:
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
+def is_split_by_xla() -> bool:
+    """Whether arrays may lie on several devices while no mesh in force says how."""
+    return jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin the sharding of an intermediate array; does nothing without a mesh in force."""
     if jax.sharding.get_abstract_mesh().empty:

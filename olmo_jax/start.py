@@ -14,6 +14,8 @@ from olmo_jax.config import Config, ConfigError, to_dict
 from olmo_jax.data import corpus
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
+from olmo_jax.kernels import attention
+from olmo_jax.kernels.schedule import LANES
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 
@@ -64,6 +66,33 @@ def _keep_compiled(name: str) -> None:
 def _replace(config: Config, part: str, **changes: Any) -> Config:
     changed = dataclasses.replace(getattr(config, part), **changes)
     return dataclasses.replace(config, **{part: changed})
+
+
+def check_attention(config: Config, mesh: Mesh) -> None:
+    """Say what attention computes with on these devices.
+
+    Raises:
+      ConfigError: if they cannot compute it so.
+    """
+    impl, ways = config.compute.attention, mesh.shape["context"]
+    has_documents = config.data.document_mask != "none"
+    of_kernel = config.compute.dtype, config.model.head_dim, has_documents
+    target = mesh.devices.flat[0], ways > 1
+    if impl == "auto":
+        impl = attention.choose(*target, *of_kernel)
+        say(f"attention: {impl}" + (f" in a ring of {ways}" if ways > 1 else ""))
+    elif impl != "reference" and (found := attention.obstacle(impl, *target, *of_kernel)):
+        raise ConfigError([f"config.compute.attention={impl}: {found}"])
+    seq_lens = {"data": config.data.seq_len, "eval": config.eval.seq_len}
+    problems = [
+        f"config.{part}.seq_len={seq} over 2 x mesh.context={2 * ways} is chunks of"
+        f" {seq // (2 * ways)}, on a TPU they are multiples of {LANES}; use a multiple of"
+        f" {2 * ways * LANES}, a smaller mesh.context or compute.attention=blocked"
+        for part, seq in seq_lens.items()
+        if impl == "pallas" and ways > 1 and seq is not None and seq % (2 * ways * LANES)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def starting_point(config: Config, source: Source | None) -> tuple[int, Position | None]:

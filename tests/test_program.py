@@ -69,11 +69,14 @@ def test_the_second_start_finds_its_program_in_the_default_cache(
         ("--xla_a=1", "found '--xla_a=1', need NAME=VALUE as in xla_some_flag=true"),
     ],
 )
-def test_a_flag_that_the_compiler_refuses_is_named_with_its_option(flag, error, bare):
+def test_a_flag_that_the_compiler_refuses_is_named_before_anything_is_written(
+    flag, error, bare, tmp_path
+):
     result = runs.run(*bare, f"compute.xla_flags={flag}", "train.duration=3")
     assert result.code == 2
     (line,) = result.errors
     assert line.startswith(f"config.compute.xla_flags: {error}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_flags_are_printed_and_reach_the_compiler(bare):

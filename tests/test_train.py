@@ -140,6 +140,17 @@ def test_a_dry_run_and_the_run_give_the_same_verdict(place, tmp_path, options, m
 
 
 @pytest.mark.parametrize(
+    ("impl", "needed"), [("pallas", "a TPU or a Hopper GPU"), ("cudnn", "an NVIDIA GPU")]
+)
+def test_an_attention_that_is_not_for_this_device_is_refused_at_start(impl, needed, bare, tmp_path):
+    result = runs.run(*bare, f"compute.attention={impl}")
+    (line,) = result.errors
+    assert result.code == 2
+    assert line.startswith(f"config.compute.attention={impl}: {needed} is needed, this is cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "no such file"),

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.kernels import blocked, cudnn, reference, ring
 from olmo_jax.kernels.schedule import LANES
-from olmo_jax.sharding import BATCH_AXES, axis_size, device
+from olmo_jax.sharding import BATCH_AXES, axis_size, device, is_split_by_xla
 
 
 def attention(
@@ -45,7 +45,9 @@ def attention(
     target, is_split = device(), axis_size("context") > 1
     of_kernel = q.dtype, q.shape[3], segment_ids is not None
     if impl == "auto":
-        impl = choose(target, is_split, *of_kernel)
+        # XLA cannot split a kernel for TPU.
+        needs_xla = target.platform == "tpu" and is_split_by_xla()
+        impl = "blocked" if needs_xla else choose(target, is_split, *of_kernel)
     usual: float = q.shape[3] ** -0.5
     if scale is None:
         scale = usual
@@ -57,8 +59,8 @@ def attention(
             q, k, v, window=window, segment_ids=segment_ids, positions=positions
         )
         return checkpoint_name(out, "attention_out")
-    if obstacle := _obstacle(impl, target, is_split, *of_kernel):
-        raise NotImplementedError(f"attention impl={impl!r}: {obstacle}")
+    if found := obstacle(impl, target, is_split, *of_kernel):
+        raise NotImplementedError(f"attention impl={impl!r}: {found}")
     if impl == "blocked" and not is_split:
         return blocked.attention(q, k, v, segment_ids, window)
     _check_division(impl, q.shape, k.shape)
@@ -85,11 +87,11 @@ def choose(target: Any, is_split: bool, dtype: Any, head_dim: int, has_documents
     """
     if target.platform == "tpu":
         return "pallas"
-    is_hard = _obstacle("cudnn", target, is_split, dtype, head_dim, has_documents)
+    is_hard = obstacle("cudnn", target, is_split, dtype, head_dim, has_documents)
     return "blocked" if is_hard else "cudnn"
 
 
-def _obstacle(
+def obstacle(
     impl: str, target: Any, is_split: bool, dtype: Any, head_dim: int, has_documents: bool
 ) -> str | None:
     """Why an implementation cannot compute this on a device, in words; None if it can."""
@@ -105,7 +107,7 @@ def _obstacle(
     elif impl == "pallas" and target.platform != "tpu":
         found = f"a TPU or a Hopper GPU is needed, this is {target.platform}"
     if is_split and impl != "blocked" and target.platform == "gpu":
-        found = found or f"mesh.context={axis_size('context')} splits sequences"
+        found = found or "mesh.context splits sequences"
     return found and f"{found}; use auto or blocked"
 
 

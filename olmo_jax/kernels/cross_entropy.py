@@ -63,7 +63,7 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
 
     def here(x, w, targets, weights):
         tokens = x.shape[0] * x.shape[1]
-        n = _n_chunks(tokens, chunk)
+        n = 1 if chunk is None else -(-tokens // chunk)
         columns = jnp.arange(w.shape[1]) + axis_index("tensor") * w.shape[1]
 
         def body(carry, inputs):
@@ -83,12 +83,13 @@ def _run(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):
 
         zero = jnp.zeros((), jnp.float32)
         dw = jnp.zeros(w.shape, grad_dtype) if with_grads else zero
-        chunks = [a.reshape(n, tokens // n, *a.shape[2:]) for a in (x, targets, weights)]
+        chunks = [_in_chunks(a.reshape(tokens, *a.shape[2:]), n) for a in (x, targets, weights)]
         (sums, dw), dx = jax.lax.scan(body, ({"ce": zero, "z": zero}, dw), tuple(chunks))
         sums = summed(sums, *BATCH_AXES, "context")
         if dx is None:
             return (sums,)
-        return sums, summed(dx.reshape(x.shape), "tensor"), sum_gradient(dw, 0)
+        dx = dx.reshape(-1, dx.shape[-1])[:tokens].reshape(x.shape)
+        return sums, summed(dx, "tensor"), sum_gradient(dw, 0)
 
     of_x: Axes = ("batch", "seq", None)
     into = of_x, (None, "vocab"), ("batch", "seq"), ("batch", "seq")
@@ -122,10 +123,12 @@ def _of_chunk(x, targets, weights, w, columns, vocab_size, z_loss, grad_dtype):
     return parts, d_logits @ w.T, dw
 
 
-def _n_chunks(tokens: int, chunk: int | None) -> int:
-    """The fewest chunks that hold at most `chunk` tokens and are of one size."""
-    need = 1 if chunk is None else -(-tokens // chunk)
-    return next(n for n in range(need, tokens + 1) if tokens % n == 0)
+def _in_chunks(x: jax.Array, n: int) -> jax.Array:
+    """`x [tokens, …]` as `n` chunks of one size, filled up with zeros: tokens without weight."""
+    size = -(-len(x) // n)
+    return jnp.pad(x, [(0, n * size - len(x)), *[(0, 0)] * (x.ndim - 1)]).reshape(
+        n, size, *x.shape[1:]
+    )
 
 
 def _forward(x, head, targets, weights, vocab_size, z_loss, chunk, grad_dtype):

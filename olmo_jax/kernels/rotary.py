@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from olmo_jax.kernels.schedule import LANES
-from olmo_jax.sharding import Axes, axis_size, device, on_each_device
+from olmo_jax.sharding import Axes, axis_size, device, is_split_by_xla, on_each_device
 
 _BLOCK = 1 << 19  # numbers of a block of rows
 F32 = jnp.float32
@@ -24,7 +24,8 @@ F32 = jnp.float32
 
 def fits(head_dim: int) -> bool:
     """Whether heads are columns of whole tiles of a TPU, and the norm needs no other device."""
-    return device().platform == "tpu" and head_dim % LANES == 0 and axis_size("tensor") == 1
+    is_whole = axis_size("tensor") == 1 and not is_split_by_xla()
+    return device().platform == "tpu" and head_dim % LANES == 0 and is_whole
 
 
 def norm_rotate(

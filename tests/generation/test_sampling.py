@@ -1,11 +1,13 @@
+import dataclasses
 import functools
 
+import compile_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax import config
+from olmo_jax import config, sharding, step
 from olmo_jax.generation import sampling
 from olmo_jax.generation.sampling import sample
 from olmo_jax.nn import transformer
@@ -81,3 +83,18 @@ def test_bad_requests_are_refused(model, params):
     with pytest.raises(ValueError, match=r"temperature=-1"):
         sample(model, params, [1], 1, -1)
     assert sample(model, params, [1], 0) == []
+
+
+@pytest.mark.tpu
+def test_parameters_on_all_chips_of_a_tpu_are_sampled_from(monkeypatch):
+    # Known fault: XLA was to split the kernels for TPU, which it cannot.
+    chips = compile_step.devices("v5e:2x4")
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    wide = dataclasses.replace(MODEL, head_dim=128)  # takes the kernel for rotary embedding too
+    c = config.Config(model=wide)
+    params = step.abstract_state(c, sharding.make_mesh(c.mesh, chips)).params
+    window, scalar = jax.ShapeDtypeStruct((16,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    sampling._continue.lower(
+        transformer.Transformer(wide), 4, params, window, scalar, 0.7, key
+    ).compile()

@@ -131,3 +131,13 @@ def test_the_gradient_of_the_head_is_as_exact_as_its_dtype():
     assert abs(many - one) < 1e-5
     assert 0.0015 < error("bfloat16", None) < 0.0025
     assert 0.004 < error("bfloat16", 64) < 0.009
+
+
+@pytest.mark.parametrize("tokens", [2048, 2039])  # the second is a prime number
+def test_any_number_of_tokens_takes_the_fewest_chunks(tokens):
+    x = jax.ShapeDtypeStruct((1, tokens, 8), jnp.float32)
+    head = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    weights = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
+    f = lambda *a: cross_entropy(*a, 16, None, 1024)[0]  # noqa: E731
+    assert "length=2\n" in str(jax.make_jaxpr(jax.grad(f))(x, head, ids, weights))

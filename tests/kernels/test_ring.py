@@ -1,15 +1,25 @@
 """Split sequences give what whole ones give, and every device does the same work."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractDevice, NamedSharding
 from test_attention import SMALL, documents, inputs, tpu_mesh, values_and_gradients
 
-from olmo_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
+from olmo_jax import report, start
+from olmo_jax.config import (
+    ComputeConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+)
 from olmo_jax.kernels import pallas_tpu, reference, ring
 from olmo_jax.kernels.attention import attention
 from olmo_jax.sharding import make_mesh, spec
@@ -197,3 +207,24 @@ def test_a_sequence_that_cannot_be_split_is_refused_with_both_numbers():
     message = r"data\.seq_len=36 is not divisible by 2 x mesh\.context=8, .*; use 40"
     with pytest.raises(ConfigError, match=message):
         validate(config, 8)
+
+
+def test_chunks_that_a_tpu_cannot_take_are_refused_at_start_and_told_in_a_dry_run():
+    config = Config(
+        data=DataConfig(seq_len=1024, global_batch_size=8192, paths=("x",)),
+        mesh=MeshConfig(fsdp=1, context=8),
+    )
+    chips = types.SimpleNamespace(
+        shape={"context": 8}, devices=np.array([AbstractDevice("TPU v5 lite", 1, "tpu")])
+    )
+    with pytest.raises(ConfigError) as refused:
+        start.check_attention(config, chips)
+    assert refused.value.problems == [
+        "config.data.seq_len=1024 over 2 x mesh.context=16 is chunks of 64, on a TPU they are"
+        " multiples of 128; use a multiple of 2048, a smaller mesh.context or"
+        " compute.attention=blocked"
+    ]
+    assert "16 of each row, 64 tokens; no multiple of 128" in report.describe(config, 8)
+    blocked = dataclasses.replace(config, compute=ComputeConfig(attention="blocked"))
+    start.check_attention(blocked, chips)
+    start.check_attention(config, make_mesh(config.mesh))  # a CPU takes any
