@@ -14,7 +14,6 @@ from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
 from olmo_jax.sharding import (
     axis_size,
-    constrain,
     data_parallel_ways,
     shardings,
     spec,
@@ -155,11 +154,8 @@ def _gradients(
     if n == 1:
         return grad_fn(params, batch)
 
-    axes = transformer.logical_axes(model)
-
     def add(total: Any, micro: Batch) -> tuple[Any, None]:
         grads, parts = jax.tree.map(jnp.add, total, new := grad_fn(params, micro))
-        grads = jax.tree.map(constrain, grads, axes)  # sums are kept as parameters are
         if "buffer" in parts:
             parts["buffer"] = jnp.maximum(total[1]["buffer"], new[1]["buffer"])
         return (grads, parts), None
@@ -170,7 +166,9 @@ def _gradients(
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, _first(micro)))
         return jax.lax.scan(add, zeros, micro)[0]
 
-    if axis_size("data") == 1 or config.model.n_experts:  # their losses are of all rows together
+    # Over `fsdp` the gradients of each micro-batch have to be scattered, else they would not fit;
+    # there XLA also fuses better without. Losses of experts are of all rows together.
+    if axis_size("data") == 1 or axis_size("fsdp", "expert") > 1 or config.model.n_experts:
         return total(params, batch)
     return sum_of_replicas(total, params, batch)
 

@@ -98,21 +98,13 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, grad_dtype: str = "float32
 
 def _matmul(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     (x_in, w_in), out = _split(equation), equation.split("->")[1]
-    w = _gathered(equation, w, x.dtype)
+    w = w.astype(x.dtype)
     if axis_size("context") > 1:  # merging two sharded dimensions would gather them
         return jnp.einsum(equation, x, w)
     n = sum(letter in w_in for letter in x_in)  # contracted dimensions
     size = math.prod(w.shape[:n])
     y = x.reshape(-1, size) @ w.reshape(size, -1)
     return y.reshape(*x.shape[: x.ndim - n], *w.shape[n:]) if len(out) else y
-
-
-def _gathered(equation: str, w: jax.Array, dtype: Any) -> jax.Array:
-    """The weight for a product, whole over `fsdp`: once for all uses in a pass, which would else
-    gather it each for itself, or not before the next one's layout.
-    """
-    names = {"n": "heads", "k": "kv_heads", "f": "mlp", "v": "vocab"}
-    return constrain(w.astype(dtype), tuple(names.get(x) for x in _split(equation)[1]))
 
 
 def _split(equation: str) -> tuple[str, str]:
@@ -131,11 +123,11 @@ def _einsum_backward(equation, grad_dtype, residuals, dy):
     if axis_size("context") > 1:
         x_in, w_in = _split(equation)
         out = equation.split("->")[1]
-        dx = jnp.einsum(f"{out},{w_in}->{x_in}", dy, _gathered(equation, w, dy.dtype))
+        dx = jnp.einsum(f"{out},{w_in}->{x_in}", dy, w.astype(dy.dtype))
         dw = jnp.einsum(f"{x_in},{out}->{w_in}", x, dy, preferred_element_type=dtype)
         return dx, dw.astype(w.dtype)
     dy = dy.reshape(-1, math.prod(w.shape[n:]))
-    dx = (dy @ _gathered(equation, w, dy.dtype).reshape(size, -1).T).reshape(x.shape)
+    dx = (dy @ w.astype(dy.dtype).reshape(size, -1).T).reshape(x.shape)
     dw = jnp.matmul(x.reshape(-1, size).T, dy, preferred_element_type=dtype)
     if w.ndim > 2:  # XLA would reshape, and so copy, the activations in the place of the gradient
         dw = jax.lax.optimization_barrier(dw)
