@@ -89,14 +89,14 @@ def alone():
     return run(make_config(model=EXPERTS, **LOSSES), make_batch(), n=2)
 
 
-SLOW = [dict(fsdp=8), dict(expert=8), dict(expert=2, tensor=2), dict(context=2, fsdp=2, tensor=2)]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
         dict(data=2, fsdp=2, expert=2),
-        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW),
+        dict(expert=8),
+        dict(expert=2, tensor=2),
+        dict(context=2, fsdp=2, tensor=2),
     ],
     ids=str,
 )
@@ -141,6 +141,7 @@ def test_the_factor_that_a_step_needs_is_enough():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_factor_that_it_needs(tmp_path):
     result = runs.run(
         f"--config={runs.ROOT / 'configs/tiny_olmoe.py'}", "mesh.fsdp=2", "mesh.expert=4",

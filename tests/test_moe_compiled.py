@@ -44,7 +44,7 @@ def numbers(shape: str) -> int:
     return functools.reduce(lambda n, dim: n * int(dim), filter(None, dims.split(",")), 1)
 
 
-@pytest.mark.parametrize("topology", ["cpu", TPU])
+@pytest.mark.parametrize("topology", [pytest.param("cpu", marks=pytest.mark.slow), TPU])
 def test_experts_alone_on_a_mesh_exchange_rows_and_gather_nothing(topology):
     found = collectives(topology, "mesh.fsdp=1", "mesh.expert=8")
     # There and back, forward and backward; the layers are one scanned body.

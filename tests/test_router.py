@@ -88,16 +88,16 @@ def test_routing_losses_and_bias_are_olmo_cores(ai2_packages, tmp_path, package,
 # --- the bias in training -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bias_follows_the_loads_and_nothing_else():
     config = make_config(model=BIASED)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state, update = step.init_state(config, mesh), step.make_train_step(config, mesh)
     arrays = sharding.to_global(make_batch(), mesh, 8)
+    forward = jax.jit(step.build_model(config).apply, static_argnames="output")
     expected = np.zeros((2, 8))
     for _ in range(3):
-        _, stats = jax.jit(step.build_model(config).apply, static_argnames="output")(
-            {"params": state.params}, arrays["tokens"], output="hidden"
-        )
+        _, stats = forward({"params": state.params}, arrays["tokens"], output="hidden")
         tokens = np.asarray(stats["tokens"])
         expected += 0.03 * np.sign(tokens.mean(1, keepdims=True) - tokens)
         state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))

@@ -63,6 +63,7 @@ def test_a_wrong_window_or_theta_would_be_seen():
         assert jnp.abs(wrong - right).max() > 1e-2, change
 
 
+@pytest.mark.slow
 def test_documents_do_not_see_each_other():
     params = transformer.init(Transformer(SMALL), jax.random.key(0))
     ends = [10, 37]
@@ -162,6 +163,7 @@ def test_init_has_olmo2_distributions():
             np.testing.assert_allclose(leaf.std(), truncated, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_init_has_olmo1_distributions():
     config = ModelConfig(
         vocab_size=2000, d_model=256, n_layers=3, n_heads=8, n_kv_heads=8, head_dim=32, d_ff=512,
