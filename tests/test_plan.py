@@ -633,7 +633,7 @@ def test_what_does_not_fit_is_said_with_what_it_needs(small):
     done = plan_pod(*small[1], *more)
     assert done.returncode == 1
     assert done.stdout.startswith("does not fit: needs ")
-    assert "a device has 15.8 GiB" in done.stdout
+    assert "a device has 15.75 GiB" in done.stdout
 
 
 @pytest.mark.tpu
