@@ -114,11 +114,13 @@ def test_sharded_experts_equal_one_device(alone, mesh):
 
 def one_step(factor, accumulate=1):
     """State before and after a step on four devices, and the factor that it needed."""
-    config = make_config(dict(expert=4), accumulate, model=EXPERTS, **LOSSES)
+    fresh, config = (
+        make_config(dict(expert=4), n, model=EXPERTS, **LOSSES) for n in (1, accumulate)
+    )
     compute = dataclasses.replace(config.compute, expert_buffer=factor)
     config = dataclasses.replace(config, compute=compute)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
-    state, update = step.init_state(config, mesh), step.make_train_step(config, mesh)
+    state, update = step.init_state(fresh, mesh), step.make_train_step(config, mesh)
     before, arrays = jax.tree.map(np.asarray, state), sharding.to_global(make_batch(), mesh, 8)
     state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
     return before, state, float(metrics["train/expert buffer"])
