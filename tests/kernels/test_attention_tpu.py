@@ -86,7 +86,9 @@ def test_the_tpu_compiler_takes_the_shapes_of_olmo_3_7b(chip, seq, window, has_d
     [
         *[(dim, jnp.bfloat16, 2048) for dim in (64, 96, 192, 256)],
         (64, jnp.float32, 1024),
-        (256, jnp.float32, 2048),  # what takes most of the chip's memory
+        (256, jnp.float32, 1024),
+        # With the largest blocks, 30 seconds of a core.
+        pytest.param(256, jnp.float32, 2048, marks=pytest.mark.by_hand),
     ],
 )
 def test_the_tpu_compiler_takes_grouped_heads_of_any_width(dim, dtype, seq):
