@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -89,21 +90,22 @@ def test_padded_vocabulary_rows_do_not_score():
     np.testing.assert_array_equal(logits_of(padded, loud), logits)
 
 
+@functools.cache
+def gradients(remat):
+    params = transformer.init(Transformer(SMALL), jax.random.key(0))
+    model = Transformer(SMALL, ComputeConfig(dtype="float32", remat=remat))
+    loss = lambda p: jnp.square(model.apply({"params": p}, jnp.asarray(TOKENS))).mean()  # noqa: E731
+    return jax.jit(jax.grad(loss))(params)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["attention", "qkv_mlp", "full", "offload"])
 def test_every_remat_policy_gives_the_same_gradients(remat):
-    params = transformer.init(Transformer(SMALL), jax.random.key(0))
-
-    def grads(policy):
-        model = Transformer(SMALL, ComputeConfig(dtype="float32", remat=policy))
-        loss = lambda p: jnp.square(model.apply({"params": p}, jnp.asarray(TOKENS))).mean()  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
-
     def assert_equal(a, b):
         # Equal to the bit, but that "full" makes the softmax again, which XLA then fuses otherwise.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * np.abs(b).max())
 
-    jax.tree.map(assert_equal, grads(remat), grads("none"))
+    jax.tree.map(assert_equal, gradients(remat), gradients("none"))
 
 
 def test_weight_gradients_are_accumulated_in_fp32():
