@@ -321,7 +321,7 @@ def test_corrections_make_the_prediction_what_the_program_showed():
     assert fixed.memory["temporary"] == pytest.approx(real.memory["temporary"])
 
 
-@pytest.mark.parametrize("n_documents", [0, 3])
+@pytest.mark.parametrize("n_documents", [0, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_a_row_of_any_length_takes_what_its_padded_blocks_take(way, n_documents):
     def counts(seq):

@@ -35,13 +35,12 @@ def routed(x, w_router, model, bias):
     return loss, (chosen, weights, parts, step._router_metrics(config, parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "cases"),
     [
-        ("olmo-core-2", [(0.03, None)]),
-        pytest.param(
-            "olmo-core-3", [(None, None), (0.03, None), (0.03, 1.0)], marks=pytest.mark.slow
-        ),
+        ("olmo-core-2", [(None, None), (0.03, None)]),
+        ("olmo-core-3", [(None, None), (0.03, None), (0.03, 1.0)]),
     ],
 )
 def test_routing_losses_and_bias_are_olmo_cores(ai2_packages, tmp_path, package, cases):

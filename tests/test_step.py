@@ -173,6 +173,7 @@ def test_a_batch_without_tokens_changes_nothing_and_says_so():
     assert metrics["optim/step skipped"] == 1.0
 
 
+@pytest.mark.slow
 def test_documents_stay_apart_under_context_parallelism():
     # Known fault: keys were given the document ids of the local queries.
     batch = make_batch(masked=(), documents=True)

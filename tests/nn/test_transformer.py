@@ -81,6 +81,7 @@ def test_documents_do_not_see_each_other():
         np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padded_vocabulary_rows_do_not_score():
     padded = dataclasses.replace(SMALL, padded_vocab_size=128)
     params = transformer.init(Transformer(padded), jax.random.key(0))
