@@ -1,8 +1,9 @@
 """Routes batches of tokens with OLMo-core's own router and losses.
 
-Run by the tests with that package installed: `route_olmo_core.py FILE GAMMA NORM`, where FILE
-holds `x [batches, rows, seq, d_model]` and `router [n_experts, d_model]`; GAMMA and NORM are
-numbers or none. Prints for each batch, as JSON, what came out, and the bias after it.
+Run by the tests with that package installed: `route_olmo_core.py FILE CASES`, where FILE holds
+`x [batches, rows, seq, d_model]` and `router [n_experts, d_model]`; CASES is a list in JSON of
+[bias_gamma, normalize_expert_weights], numbers or null. Prints as JSON, for each case and batch,
+what came out, and the bias after it.
 """
 
 import json
@@ -15,24 +16,19 @@ from olmo_core.nn.moe.router import MoELinearRouter
 TOP_K = 3
 
 
-def number(text: str) -> float | None:
-    """A number, or None."""
-    return None if text == "none" else float(text)
-
-
-def main(file: str, gamma: str, norm: str) -> None:
-    """Route, and print."""
-    with np.load(file) as arrays:
-        batches, weight = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["router"])
+def route(
+    batches: torch.Tensor, weight: torch.Tensor, gamma: float | None, norm: float | None
+) -> list[dict]:
+    """What comes out of each batch."""
     router = MoELinearRouter(
         d_model=weight.shape[1], num_experts=weight.shape[0], top_k=TOP_K,
-        bias_gamma=number(gamma), normalize_expert_weights=number(norm),
+        bias_gamma=gamma, normalize_expert_weights=norm,
         lb_loss_weight=0.01, z_loss_weight=0.001,
     )  # fmt: skip
     with torch.no_grad():
         router.weight.copy_(weight.reshape(-1))
     results = []
-    for x in batches:
+    for x in batches.clone():
         x.requires_grad_()
         router.zero_grad()
         weights, chosen, sizes, loss = router(x)
@@ -45,7 +41,14 @@ def main(file: str, gamma: str, norm: str) -> None:
             "drouter": router.weight.grad.reshape(weight.shape).tolist(),
             "bias": None if router.score_bias is None else router.score_bias.tolist(),
         })  # fmt: skip
-    print(json.dumps(results))
+    return results
+
+
+def main(file: str, cases: str) -> None:
+    """Route, and print."""
+    with np.load(file) as arrays:
+        batches, weight = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["router"])
+    print(json.dumps([route(batches, weight, *case) for case in json.loads(cases)]))
 
 
 if __name__ == "__main__":

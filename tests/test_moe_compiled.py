@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 D_MODEL, D_FF, N_EXPERTS = 512, 256, 8
 TINY = ("configs/tiny_olmoe.py", f"model.d_model={D_MODEL}", f"model.d_ff={D_FF}")
+CPU = pytest.param("cpu", marks=pytest.mark.slow)
 TPU = pytest.param("v5p:2x2x2", marks=[pytest.mark.slow, pytest.mark.tpu])
 
 
@@ -44,7 +45,7 @@ def numbers(shape: str) -> int:
     return functools.reduce(lambda n, dim: n * int(dim), filter(None, dims.split(",")), 1)
 
 
-@pytest.mark.parametrize("topology", ["cpu", TPU])
+@pytest.mark.parametrize("topology", [CPU, TPU])
 def test_experts_alone_on_a_mesh_exchange_rows_and_gather_nothing(topology):
     found = collectives(topology, "mesh.fsdp=1", "mesh.expert=8")
     # There and back, forward and backward; the layers are one scanned body.
@@ -55,7 +56,7 @@ def test_experts_alone_on_a_mesh_exchange_rows_and_gather_nothing(topology):
     assert "reduce-scatter" not in found
 
 
-@pytest.mark.parametrize("topology", ["cpu", TPU])
+@pytest.mark.parametrize("topology", [CPU, TPU])
 def test_weights_of_experts_are_gathered_over_fsdp_only(topology):
     found = collectives(topology, "mesh.fsdp=4", "mesh.expert=2")
     assert [devices for _, devices in found["all-to-all"]] == [2] * 4

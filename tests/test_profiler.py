@@ -2,90 +2,85 @@
 
 import gzip
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
-import jax
 import pytest
 import runs
 
-from olmo_jax import config, loop, processes, sharding
+from olmo_jax import config, sharding
 from olmo_jax.plan import program
 
 
-def events(run: pathlib.Path) -> list[dict]:
-    """What happened in the one trace of a run."""
-    (path,) = run.glob("profile/plugins/profile/*/*.trace.json.gz")
+@pytest.fixture(scope="module")
+def traced(tokens, compiled, tmp_path_factory):
+    """(folder of the traces, how each run of `trace_runs.py` ended)."""
+    folder = tmp_path_factory.mktemp("traced")
+    options = [f"data.paths={tokens}", f"compute.compilation_cache={compiled}",
+               "checkpoint.step0=false", "log.tensorboard=false"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", runs.ROOT / "tests/trace_runs.py", folder, *options],
+        env=os.environ | {"PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'tests'}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert not any(still for *_, still in ends.values())  # no trace outlives its run
+    return folder, {name: runs.Result(*end) for name, (*end, _) in ends.items()}
+
+
+def events(trace: pathlib.Path) -> list[dict]:
+    """What happened in a trace."""
+    (path,) = trace.glob("plugins/profile/*/*.trace.json.gz")
     return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 
 
-def steps(run: pathlib.Path) -> list[int]:
-    """The steps of the trace, in their order."""
-    found = [e for e in events(run) if e.get("name") == "train"]
+def steps(trace: pathlib.Path) -> list[int]:
+    """The steps of a trace, in their order."""
+    found = [e for e in events(trace) if e.get("name") == "train"]
     return [int(e["args"]["step_num"]) for e in sorted(found, key=lambda e: e["ts"])]
 
 
-def is_tracing() -> bool:
-    """Whether a trace is still being written, which is ended."""
-    try:
-        jax.profiler.stop_trace()
-    except RuntimeError:
-        return False
-    return True
-
-
-def test_a_trace_has_whole_steps_and_the_names_of_the_model(bare, tmp_path):
-    result = runs.run(*bare, "profile.steps=[3,5]", "train.duration=6")
+@pytest.mark.slow
+def test_a_trace_has_whole_steps_and_the_names_of_the_model(traced):
+    folder, ends = traced
+    trace, result = folder / "whole", ends["whole"]
     assert result.code == 0, result.err
-    assert steps(tmp_path / "run") == [3, 4]
-    executed = {e["args"]["run_id"]: e["args"]["hlo_module"] for e in events(tmp_path / "run")
+    assert steps(trace) == [3, 4]
+    executed = {e["args"]["run_id"]: e["args"]["hlo_module"] for e in events(trace)
                 if "run_id" in e.get("args", {}) and "hlo_module" in e["args"]}  # fmt: skip
     assert list(executed.values()).count("jit_train_step") == 2  # neither cut off nor a third
-    (path,) = (tmp_path / "run").glob("profile/plugins/profile/*/*.xplane.pb")
+    (path,) = trace.glob("plugins/profile/*/*.xplane.pb")
     held = path.read_bytes()
     for name in ("layers/attn/", "layers/mlp/", "attn_norm/", "embed/", "(loss)/", "optimizer/"):
         assert name.encode() in held, name
     lines = [line for line in result.out.splitlines() if line.startswith("profile: ")]
     assert len(set(lines)) == 1
-    assert f"xprof server --logdir={tmp_path / 'run' / 'profile'}" in lines[0]
+    assert f"xprof server --logdir={folder / 'runs/one/profile'}" in lines[0]
 
 
-def test_a_signal_among_the_steps_ends_the_trace(bare, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes.Preemption, "_asked", 0, raising=False)
-
-    def requested(self) -> bool:
-        self._asked += 1
-        return self._asked == 3
-
-    monkeypatch.setattr(processes.Preemption, "requested", requested)
-    result = runs.run(*bare, "profile.steps=2,9", "train.duration=12")
-    assert (result.code, is_tracing()) == (75, False)
-    assert steps(tmp_path / "run") == [2, 3]
-    assert "profile: " in result.out
+@pytest.mark.slow
+def test_a_signal_among_the_steps_ends_the_trace(traced):
+    folder, ends = traced
+    assert ends["cut by a signal"].code == 75
+    assert steps(folder / "cut by a signal") == [2, 3]
+    assert "profile: " in ends["cut by a signal"].out
     # Resumed among them, the rest is traced.
-    monkeypatch.undo()
-    again = tmp_path / "run/profile"
-    again.rename(tmp_path / "first")
-    assert runs.run(*bare, "profile.steps=2,6", "train.duration=12").code == 0
-    assert steps(tmp_path / "run") == [4, 5]
-    again.rename(tmp_path / "second")
-    result = runs.run(*bare, "profile.steps=2,6", "train.duration=14")
-    assert "profile: no trace, step 12 is done" in result.out
-    assert not again.exists()
+    assert ends["resumed"].code == 0
+    assert steps(folder / "resumed") == [4, 5]
+    assert "profile: no trace, step 12 is done" in ends["too late"].out
+    assert not (folder / "too late").exists()
 
 
-def test_an_error_among_the_steps_ends_the_trace(bare, tmp_path, monkeypatch):
-    record = loop.Run.record
-
-    def fails(self, pending):
-        if pending and pending[0] == 3:
-            raise ValueError("the disk is on fire")
-        record(self, pending)
-
-    monkeypatch.setattr(loop.Run, "record", fails)
-    result = runs.run(*bare, "profile.steps=2,9", "train.duration=12")
-    assert (result.code, is_tracing()) == (1, False)
-    assert result.errors == ["the disk is on fire"]
-    assert steps(tmp_path / "run") == [2, 3, 4]
+@pytest.mark.slow
+def test_an_error_among_the_steps_ends_the_trace(traced):
+    folder, ends = traced
+    assert (ends["cut by an error"].code, ends["cut by an error"].errors) == (
+        1, ["the disk is on fire"],
+    )  # fmt: skip
+    assert steps(folder / "cut by an error") == [2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_a_step_is_compiled_once_and_described_before_it_runs(bare, tmp_path, no
     assert f"{useful:.3g} useful ones" in said
 
 
+@pytest.mark.slow
 def test_the_second_start_finds_its_program_in_the_default_cache(
     bare, tmp_path, no_cache, monkeypatch
 ):

@@ -8,10 +8,10 @@ from olmo_jax import config, flops, sharding
 from olmo_jax.plan import chips, hlo, program
 
 pytestmark = [pytest.mark.tpu, pytest.mark.slow]
-DATA, FSDP = 2, 8
+DATA, FSDP, SEQ = 2, 8, 512
 MODEL = dict(
-    n_layers=2, d_model=1024, n_heads=8, n_kv_heads=8, d_ff=2816, vocab_size=8192,
-    padded_vocab_size=8192, max_seq_len=2048, layer_types=["full"],
+    n_layers=2, d_model=512, n_heads=4, n_kv_heads=4, d_ff=1408, vocab_size=4096,
+    padded_vocab_size=4096, max_seq_len=SEQ, layer_types=["full"],
 )  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def step(libtpu):
     """(config, text of the program) of a small Olmo 3 on 16 chips, 4 rows each."""
     options = {f"model.{name}": str(value) for name, value in MODEL.items()}
     options |= {
-        "data.seq_len": "2048", "data.global_batch_size": str(64 * 2048),
+        "data.seq_len": str(SEQ), "data.global_batch_size": str(64 * SEQ),
         "mesh.data": str(DATA), "mesh.fsdp": str(FSDP),
         "compute.remat": "qkv", "compute.accumulate": "1", "compute.grad_dtype": "bfloat16",
     }  # fmt: skip

@@ -15,7 +15,9 @@ from olmo_jax.config import (  # noqa: E402
 )
 
 
-@pytest.mark.parametrize("name", ["olmo2 grouped", "olmo3 yarn grouped"])
+@pytest.mark.parametrize(
+    "name", ["olmo3 yarn grouped", pytest.param("olmo2 grouped", marks=pytest.mark.slow)]
+)
 def test_ten_steps_equal_pytorch_adamw_on_a_hugging_face_model(name):
     model, model_config, params = hf.random_model(name, scale=0.05)
     rng = np.random.default_rng(1)

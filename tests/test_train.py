@@ -428,6 +428,7 @@ def fail_writes_after(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(storage.Writer, "write", failing)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_at_the_next_save(place, tmp_path, monkeypatch):  # P15
     fail_writes_after(monkeypatch, 5, errno.ENOSPC)
     options = ["checkpoint.interval=5", "train.duration=60"]
@@ -446,6 +447,7 @@ def test_a_disk_that_fills_up_ends_the_run_at_the_next_save(place, tmp_path, mon
     assert sorted(records.read(folder)) == [*range(7)]
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_ends_the_run_at_the_next_save(
     open_folder, monkeypatch
 ):  # P15

@@ -72,9 +72,9 @@ def test_the_tpu_compiler_takes_the_flags_of_each_chip(kind):
 @pytest.mark.parametrize(
     ("kind", "width", "without", "with_flags"),
     [
-        ("TPU v5 lite", 2048, "collective-permute", "%async_collective_fusion"),
-        ("TPU v5", 1024, None, "sparse"),
-        ("TPU v6 lite", 1024, None, "sparse"),
+        ("TPU v5 lite", 1024, "collective-permute", "%async_collective_fusion"),
+        ("TPU v5", 512, None, "sparse"),
+        ("TPU v6 lite", 512, None, "sparse"),
     ],
 )
 def test_the_flags_do_what_their_reasons_say(kind, width, without, with_flags):

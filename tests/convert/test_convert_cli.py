@@ -185,8 +185,8 @@ storage.Writer.commit = hf._write_json = commit
 @pytest.mark.parametrize(
     ("verb", "number", "left"),
     [
-        ("to_jax", signal.SIGTERM, []),
-        ("to_hf", signal.SIGTERM, []),
+        pytest.param("to_jax", signal.SIGTERM, [], marks=pytest.mark.slow),
+        pytest.param("to_hf", signal.SIGTERM, [], marks=pytest.mark.slow),
         ("to_hf", signal.SIGKILL, ["new.partial"]),
     ],
 )
@@ -232,7 +232,9 @@ def test_an_average_is_the_fp32_mean_of_all(tmp_path):
     assert run("to_hf", tmp_path / "mean", tmp_path / "hf").code == 0
 
 
-@pytest.mark.parametrize("name", ["olmo1 clipped", "olmo2 grouped"])
+@pytest.mark.parametrize(
+    "name", ["olmo1 clipped", pytest.param("olmo2 grouped", marks=pytest.mark.slow)]
+)
 def test_an_upcycled_model_starts_as_the_dense_one(tmp_path, name):
     src = save(tmp_path / "dense", name)
     options = ["--n_experts=6", "--n_experts_per_token=2", "--router_std=0.3", "--seed=4"]
@@ -329,6 +331,7 @@ def hub(**folders):
             thread.join()
 
 
+@pytest.mark.slow
 def test_a_revision_is_fetched_from_the_hub_once_and_without_the_other_format(tmp_path):
     main, other = save(tmp_path / "a", "olmo2"), save(tmp_path / "b", "olmo2 grouped")
     (other / "pytorch_model.bin").write_bytes(b"the same in another format")

@@ -69,7 +69,13 @@ def convert(folder: pathlib.Path, tmp_path: pathlib.Path, **options) -> pathlib.
     return tmp_path / "back"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+FAST = ["olmo1 clipped", "olmo1 tied", "olmo2 grouped", "olmo3 yarn grouped", "olmoe"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*FAST, *(pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES if x not in FAST)],
+)
 def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, name):
     folder = save(tmp_path, name)
     back = convert(folder, tmp_path)
@@ -201,7 +207,7 @@ def test_special_tokens_are_as_the_source_had_them(tmp_path, ids):
     assert generation.eos_token_id == want.eos_token_id
 
 
-@pytest.mark.parametrize("name", ["olmo2", "olmo1 tied"])
+@pytest.mark.parametrize("name", ["olmo1 tied", pytest.param("olmo2", marks=pytest.mark.slow)])
 def test_rows_of_padding_are_added_on_request_and_not_exported(tmp_path, name):
     folder = save(tmp_path, name)
     verbs.to_jax(str(folder), str(tmp_path / "ours"), padded_vocab_size=128, say=quiet)
@@ -263,13 +269,18 @@ def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path):
     [
         ("olmo1 clipped", dict(clip_qkv=None)),
         ("olmo3", dict(window=4)),  # the current token not counted
-        ("olmo3", dict(window=6)),  # counted in addition
-        ("olmo3", dict(layer_types=("full", "sliding", "sliding", "sliding"))),
-        ("olmo3 yarn grouped", dict(yarn_factor=None)),
-        ("olmo3 yarn grouped", dict(layer_types=("full",))),
-        ("olmo2", dict(rope_theta=10_000.0)),
-        ("olmo2", dict(norm_eps=1e-3)),
         ("olmo2", {"gate": "up", "up": "gate"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("olmo3", dict(window=6)),  # counted in addition
+                ("olmo3", dict(layer_types=("full", "sliding", "sliding", "sliding"))),
+                ("olmo3 yarn grouped", dict(yarn_factor=None)),
+                ("olmo3 yarn grouped", dict(layer_types=("full",))),
+                ("olmo2", dict(rope_theta=10_000.0)),
+                ("olmo2", dict(norm_eps=1e-3)),
+            )
+        ),
     ],
 )
 def test_each_trap_would_be_seen(tmp_path, name, wrong):

@@ -555,11 +555,8 @@ def test_every_preset_of_olmo_core_is_the_model_that_we_have(ai2_packages, packa
 @pytest.mark.parametrize(
     ("package", "model", "optimizer"),
     [
-        ("olmo-core-3", "olmo2", "adamw"),
         ("olmo-core-3", "olmo2 tied", "adamw"),
         ("olmo-core-3", "olmo2 fused", "skip_step_adamw"),
-        ("olmo-core-3", "olmo3", "skip_step_adamw"),
-        ("olmo-core-2", "olmo2", "skip_step_adamw"),
         ("olmo-core-2", "olmo3", "adamw"),
         ("olmo-core-3", "olmoe", "adamw"),
         ("olmo-core-2", "olmoe renormalised", "skip_step_adamw"),

@@ -52,6 +52,7 @@ def texts(made: corpus.Corpus, path: str) -> list[str]:
     return tokenizer._backend._tokenizer.decode_batch([d[:-1] for d in found])
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_prepared_whole_and_split_by_name(tmp_path):
     said = []
     made = corpus.prepare(tmp_path, 4096, log=said.append)

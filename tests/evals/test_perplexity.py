@@ -111,6 +111,7 @@ def test_the_total_is_that_of_scoring_every_token_by_hand(mesh, model, params, e
     assert (with_eos.n_tokens, without.n_tokens) == (61, 60)
 
 
+@pytest.mark.slow
 def test_all_batch_sizes_and_meshes_agree(mesh, params, eval_step):
     stream = Stream(TEXT, EOS)
     options = {"seq_len": SEQ, "stride": 8}

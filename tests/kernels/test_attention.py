@@ -70,30 +70,38 @@ def values_and_gradients(run, q, k, v, d_out, **kwargs):
     return both(q, k, v, d_out)
 
 
-CASES = [
-    (1, (4, 4), None, None),
+FAST = [
     (7, (4, 4), 3, None),  # one block
-    (128, (4, 2), None, None),
     (200, (4, 1), 1, "three"),  # a last block that is shorter
-    (200, (40, 8), 5, None),
     (256, (4, 4), 64, "in any order"),
-    (300, (4, 2), 300, "of length 1"),
     (300, (4, 2), 131, None),
+]
+SLOW = [
+    (1, (4, 4), None, None),
+    (128, (4, 2), None, None),
+    (200, (40, 8), 5, None),
+    (300, (4, 2), 300, "of length 1"),
     (700, (4, 2), None, "three"),
     (700, (2, 1), 512, None),  # the window ends where blocks do
     (700, (4, 2), 100, "three"),
 ]
+CASES = FAST + SLOW
 
 
 @pytest.mark.parametrize(
     ("impl", "seq", "heads", "window", "packed"),
-    [(impl, *case) for impl in ("blocked", "pallas") for case in CASES]
+    [(impl, *case) for impl in ("blocked", "pallas") for case in FAST]
     + [
-        (impl, *case)
-        for impl in ("pallas, unequal blocks", "pallas, dq in HBM")
-        for case in CASES[-2:]
-    ]
-    + [("pallas, late copies", *CASES[-2])],
+        pytest.param(impl, *case, marks=pytest.mark.slow)
+        for impl, cases in (
+            ("blocked", SLOW),
+            ("pallas", SLOW),
+            ("pallas, unequal blocks", SLOW[-2:]),
+            ("pallas, dq in HBM", SLOW[-2:]),
+            ("pallas, late copies", SLOW[-2:-1]),
+        )
+        for case in cases
+    ],
 )
 def test_every_implementation_equals_the_reference(impl, seq, heads, window, packed):
     arrays = inputs(seq, *heads, dim=16 if heads[0] < 40 else 8)
@@ -197,7 +205,7 @@ def test_more_tensor_ways_than_kv_heads_are_refused_with_both_numbers(tensor):
         validate(Config(model=model, mesh=MeshConfig(fsdp=1, tensor=tensor)), tensor)
 
 
-@pytest.mark.parametrize("impl", ["blocked", "pallas"])
+@pytest.mark.parametrize("impl", ["blocked", pytest.param("pallas", marks=pytest.mark.slow)])
 def test_a_mesh_changes_nothing(impl):
     options = dict(window=100, segment_ids=documents("three", 300))
     arrays = inputs(300)
@@ -211,6 +219,7 @@ def test_a_mesh_changes_nothing(impl):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [16, 128])  # heads as arrays of their own, and as columns
 def test_parts_of_the_keys_with_their_distance_add_up_to_the_whole(dim):
     """What a ring does: each device meets the keys of all, and only the logsumexp is shared."""

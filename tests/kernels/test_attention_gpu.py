@@ -108,9 +108,15 @@ def calls(text):
     return len(re.findall(r"custom_call @mosaic_gpu", text))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("window", "documents"), [(None, False), (4096, True)])
+@pytest.mark.parametrize(
+    ("dim", "dtype", "window", "documents"),
+    [
+        (64, "float16", None, False),
+        (128, "bfloat16", 4096, True),
+        pytest.param(64, "bfloat16", 4096, True, marks=pytest.mark.slow),
+        pytest.param(128, "float16", None, False, marks=pytest.mark.slow),
+    ],
+)
 def test_forward_and_backward_lower_for_an_h100(dim, dtype, window, documents):
     assert calls(lowered((2, 8192, 10, dim), 2, window, documents, dtype)) == 3
 

@@ -107,6 +107,7 @@ def test_devices_with_parts_of_tokens_and_vocabulary_find_the_same(batch, axes, 
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_head_is_as_exact_as_its_dtype():
     """The scores' gradients are rounded to bf16: 0.10 %. A bf16 sum rounds it again: 0.20 % in one
     chunk, 0.70 % in 32."""

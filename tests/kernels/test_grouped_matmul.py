@@ -29,8 +29,11 @@ def by_group(x, w, sizes, dy):
     return y, dx, dw
 
 
-@pytest.mark.parametrize("impl", ["auto", "loop", "ragged", "interpret"])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [(name, impl) for name in SIZES for impl in ("loop", "ragged", "interpret")]
+    + [("rows of no group", "auto")],  # that is loop here
+)
 def test_product_and_gradients_equal_a_loop_over_the_groups(name, impl):
     sizes = SIZES[name]
     rng = np.random.default_rng(0)

@@ -47,22 +47,27 @@ def in_a_ring(mesh, run, arrays, segment_ids=None):
         return split(jax.device_put(arrays, whole), segment_ids)
 
 
+FAST = [
+    (2, 64, (4, 2), None, None),
+    (2, 400, (4, 2), 130, "three"),  # a window of more than a chunk
+    (4, 64, (4, 4), 9, "in any order"),  # a window that ends with the chunk before
+    (4, 64, (4, 4), 10, None),  # and one more
+    (8, 16, (2, 1), 3, "in any order"),
+]
+SLOW = [
+    (2, 400, (4, 2), None, "three"),  # chunks of 100, blocks of 64
+    (4, 64, (40, 8), 1, None),
+    (4, 64, (4, 1), None, "of length 1"),
+    (4, 64, (4, 4), 64, "three"),
+    (8, 64, (2, 1), None, "three"),
+    (8, 64, (2, 1), 63, None),  # around the whole line of chunks
+    (8, 16, (2, 1), None, None),  # chunks of one position
+]
+
+
 @pytest.mark.parametrize(
     ("ways", "seq", "heads", "window", "packed"),
-    [
-        (2, 64, (4, 2), None, None),
-        (2, 400, (4, 2), None, "three"),  # chunks of 100, blocks of 64
-        (2, 400, (4, 2), 130, "three"),  # a window of more than a chunk
-        (4, 64, (40, 8), 1, None),
-        (4, 64, (4, 1), None, "of length 1"),
-        (4, 64, (4, 4), 9, "in any order"),  # a window that ends with the chunk before
-        (4, 64, (4, 4), 10, None),  # and one more
-        (4, 64, (4, 4), 64, "three"),
-        (8, 64, (2, 1), None, "three"),
-        (8, 64, (2, 1), 63, None),  # around the whole line of chunks
-        (8, 16, (2, 1), None, None),  # chunks of one position
-        (8, 16, (2, 1), 3, "in any order"),
-    ],
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_a_split_sequence_equals_a_whole_one(ways, seq, heads, window, packed):
     arrays, ids = inputs(seq, *heads, dim=8), documents(packed, seq)
@@ -74,7 +79,12 @@ def test_a_split_sequence_equals_a_whole_one(ways, seq, heads, window, packed):
 
 
 @pytest.mark.parametrize(
-    ("dim", "window", "packed"), [(16, None, "three"), (128, None, None), (16, 150, "three")]
+    ("dim", "window", "packed"),
+    [
+        (128, None, None),
+        pytest.param(16, None, "three", marks=pytest.mark.slow),
+        pytest.param(16, 150, "three", marks=pytest.mark.slow),
+    ],
 )
 def test_the_tpu_kernels_in_a_ring_equal_the_reference(dim, window, packed):
     arrays, ids = inputs(512, dim=dim), documents(packed, 512)
@@ -102,7 +112,7 @@ def test_the_reference_on_a_mesh_sees_the_same_keys():
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("window", [20, pytest.param(None, marks=pytest.mark.slow)])
 def test_keys_keep_their_own_documents(window):
     # Known fault: keys were given the document ids of the local queries.
     ids = jnp.asarray(np.searchsorted([10, 37], np.arange(64), side="right"), jnp.int32)
@@ -115,6 +125,7 @@ def test_keys_keep_their_own_documents(window):
         assert not np.array_equal(a[:, :10], b[:, :10])
 
 
+@pytest.mark.slow
 def test_bf16_errs_about_as_much_as_on_one_device():
     run = lambda q, k, v, ids: attention(q, k, v)  # noqa: E731
     exact, whole, split = (

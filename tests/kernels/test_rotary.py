@@ -41,14 +41,22 @@ def both(seq, n, dim, dtype, with_norm, batch_positions, mesh=None):
         return want, values_and_gradients(jax.jit(ours), x, gain, dy)
 
 
-@pytest.mark.parametrize("with_norm", [True, False])
-@pytest.mark.parametrize("batch_positions", [True, False])
-@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize(
+    ("dim", "batch_positions", "with_norm"),
+    [
+        (128, True, False),
+        (256, False, True),
+        pytest.param(128, False, True, marks=pytest.mark.slow),
+        pytest.param(256, True, True, marks=pytest.mark.slow),
+        pytest.param(256, False, False, marks=pytest.mark.slow),
+    ],
+)
 def test_values_and_gradients_are_the_plain_ones(dim, with_norm, batch_positions):
     for a, b in zip(*both(40, 3, dim, jnp.float32, with_norm, batch_positions), strict=True):
         np.testing.assert_allclose(b, a, atol=2e-6 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.slow
 def test_sums_over_several_blocks_and_what_is_padded_are_right():
     assert rotary._BLOCK // (3 * 256) < 1500  # more than one block of rows, the last one not full
     for a, b in zip(*both(1500, 3, 256, jnp.float32, True, True), strict=True):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,7 @@ def test_a_wrong_window_or_theta_would_be_seen():
         assert jnp.abs(wrong - right).max() > 1e-2, change
 
 
+@pytest.mark.slow
 def test_documents_do_not_see_each_other():
     params = transformer.init(Transformer(SMALL), jax.random.key(0))
     ends = [10, 37]
@@ -79,6 +81,7 @@ def test_documents_do_not_see_each_other():
         np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padded_vocabulary_rows_do_not_score():
     padded = dataclasses.replace(SMALL, padded_vocab_size=128)
     params = transformer.init(Transformer(padded), jax.random.key(0))
@@ -88,21 +91,22 @@ def test_padded_vocabulary_rows_do_not_score():
     np.testing.assert_array_equal(logits_of(padded, loud), logits)
 
 
+@functools.cache
+def gradients(remat):
+    params = transformer.init(Transformer(SMALL), jax.random.key(0))
+    model = Transformer(SMALL, ComputeConfig(dtype="float32", remat=remat))
+    loss = lambda p: jnp.square(model.apply({"params": p}, jnp.asarray(TOKENS))).mean()  # noqa: E731
+    return jax.jit(jax.grad(loss))(params)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["attention", "qkv_mlp", "full", "offload"])
 def test_every_remat_policy_gives_the_same_gradients(remat):
-    params = transformer.init(Transformer(SMALL), jax.random.key(0))
-
-    def grads(policy):
-        model = Transformer(SMALL, ComputeConfig(dtype="float32", remat=policy))
-        loss = lambda p: jnp.square(model.apply({"params": p}, jnp.asarray(TOKENS))).mean()  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
-
     def assert_equal(a, b):
         # Equal to the bit, but that "full" makes the softmax again, which XLA then fuses otherwise.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6 * np.abs(b).max())
 
-    jax.tree.map(assert_equal, grads(remat), grads("none"))
+    jax.tree.map(assert_equal, gradients(remat), gradients("none"))
 
 
 def test_weight_gradients_are_accumulated_in_fp32():
@@ -162,6 +166,7 @@ def test_init_has_olmo2_distributions():
             np.testing.assert_allclose(leaf.std(), truncated, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_init_has_olmo1_distributions():
     config = ModelConfig(
         vocab_size=2000, d_model=256, n_layers=3, n_heads=8, n_kv_heads=8, head_dim=32, d_ff=512,
