@@ -6,7 +6,7 @@ Data:   OLMoE-mix-0924/*.npy under data.root: uint16 tokens of gpt-neox-olmo-dol
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 83.0 GB of fp32 parameters and moments in all.
         Official hardware: 256 H100, fully sharded.
 Plan:   --config.mesh.data=2 --config.mesh.fsdp=64 --config.compute.remat=none
-        on v5p:4x4x8; compiled: 65 of 96 GiB, 8.67 to 8.92 s a step, estimated; nothing ran. See
+        on v5p:4x4x8; compiled: 63 of 96 GiB, 1.33 to 1.58 s a step, estimated; nothing ran. See
         docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: arXiv 2409.02060 and its training config; 5.1T tokens are 1.25 passes over the data, here

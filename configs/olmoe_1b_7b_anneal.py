@@ -6,7 +6,7 @@ Data:   OLMoE-anneal/*.npy under data.root: uint16 tokens of gpt-neox-olmo-dolma
 Needs:  128 chips of TPU v5p (v5p-256) are sensible. 83.0 GB of fp32 parameters and moments in all,
         and the end of olmoe_1b_7b in checkpoint.load_path.
 Plan:   --config.mesh.data=2 --config.mesh.fsdp=64 --config.compute.remat=none
-        on v5p:4x4x8; compiled: 65 of 96 GiB, 8.67 to 8.92 s a step, estimated; nothing ran. See
+        on v5p:4x4x8; compiled: 63 of 96 GiB, 1.33 to 1.58 s a step, estimated; nothing ran. See
         docs/plans.md.
 Expect: speed not measured here yet; official speed and loss unknown.
 Source: arXiv 2409.02060: 4e-5 to 0 over 100B tokens, 23,842 steps, seed 42.

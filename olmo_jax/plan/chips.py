@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from olmo_jax import flops
 from olmo_jax.config import Config, MeshConfig
 from olmo_jax.sharding import make_mesh
 
@@ -35,7 +36,6 @@ class Chip:
     Attributes:
       kind: JAX's `device_kind`.
       clock: of the compiler's estimates, cycles per second.
-      peak: bf16 FLOP/s of the data sheet, what MFU is a share of.
       hbm: bytes that the compiler lets a program use.
       bandwidth: of HBM, bytes/s.
       link: bytes/s that a device sends in one direction of one axis of the torus.
@@ -46,7 +46,6 @@ class Chip:
 
     kind: str
     clock: float
-    peak: float
     hbm: float
     bandwidth: float
     link: float
@@ -54,14 +53,19 @@ class Chip:
     cores: int = 1
     hosts: tuple[int, int, int] | None = None
 
+    @property
+    def peak(self) -> float:
+        """bf16 FLOP/s of the data sheet, what MFU is a share of."""
+        return flops.peak_flops(self.kind) or math.nan
+
 
 _GIB = 2**30
 CHIPS = {
-    "v4": Chip("TPU v4", 1.05e9, 275e12, 30.75 * _GIB, 1.2e12, 45e9, 4, cores=2),
-    "v5e": Chip("TPU v5 lite", 1.5e9, 197e12, 15.75 * _GIB, 0.82e12, 45e9, 16, hosts=(2, 2, 1)),
-    "v5p": Chip("TPU v5", 1.75e9, 459e12, 95.73 * _GIB, 2.765e12, 90e9, 4, cores=2),
-    "v6e": Chip("TPU v6 lite", 1.75e9, 918e12, 31.24 * _GIB, 1.64e12, 90e9, 16, hosts=(2, 2, 1)),
-    "tpu7x": Chip("TPU7x", 2.2e9, 1153e12, 94.75 * _GIB, 3.69e12, 90e9, 4),
+    "v4": Chip("TPU v4", 1.05e9, 30.75 * _GIB, 1.2e12, 45e9, 4, cores=2),
+    "v5e": Chip("TPU v5 lite", 1.5e9, 15.75 * _GIB, 0.82e12, 45e9, 16, hosts=(2, 2, 1)),
+    "v5p": Chip("TPU v5", 1.75e9, 95.73 * _GIB, 2.765e12, 90e9, 4, cores=2),
+    "v6e": Chip("TPU v6 lite", 1.75e9, 31.24 * _GIB, 1.64e12, 90e9, 16, hosts=(2, 2, 1)),
+    "tpu7x": Chip("TPU7x", 2.2e9, 94.75 * _GIB, 3.69e12, 90e9, 4),
 }
 
 

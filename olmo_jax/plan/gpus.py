@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from olmo_jax import validate
+from olmo_jax import flops, validate
 from olmo_jax.config import Config
 
 
@@ -13,8 +13,7 @@ class Gpu:
     """A GPU, by its data sheet.
 
     Attributes:
-      kind: whose shares of the peak are taken.
-      peak: dense bf16 FLOP/s.
+      kind: JAX's `device_kind`.
       hbm: bytes that a program can have with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 (JAX: 0.75).
       bandwidth: of the memory, bytes/s.
       link: bytes/s to the other GPUs of its node, one way.
@@ -22,18 +21,22 @@ class Gpu:
     """
 
     kind: str
-    peak: float
     hbm: float
     bandwidth: float
     link: float
     network: float
 
+    @property
+    def peak(self) -> float:
+        """Dense bf16 FLOP/s, what MFU is a share of."""
+        return flops.peak_flops(self.kind) or math.nan
+
 
 GPUS = {
-    "a100": Gpu("GPU", 312e12, 0.92 * 80e9, 2.04e12, 300e9, 25e9),
-    "h100": Gpu("GPU", 989.5e12, 0.92 * 80e9, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("GPU", 989.5e12, 0.92 * 141e9, 4.8e12, 450e9, 50e9),
-    "b200": Gpu("GPU", 2.25e15, 0.92 * 180e9, 7.7e12, 900e9, 50e9),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 0.92 * 80e9, 2.04e12, 300e9, 25e9),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 0.92 * 80e9, 3.35e12, 450e9, 50e9),
+    "h200": Gpu("NVIDIA H200", 0.92 * 141e9, 4.8e12, 450e9, 50e9),
+    "b200": Gpu("NVIDIA B200", 0.92 * 180e9, 7.7e12, 900e9, 50e9),
 }
 
 
