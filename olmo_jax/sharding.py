@@ -49,13 +49,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises:
       ConfigError: if the axes do not cover the devices.
-      ValueError: if slices cannot be laid along `data`.
+      ValueError: if slices are not alike, or cannot be laid along `data`.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
     slices: dict[int, list[Any]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    if len(sizes := {len(x) for x in slices.values()}) > 1:
+        found = " and ".join(map(str, sorted(sizes)))
+        raise ValueError(f"slices of {found} devices found; all need the same number")
     if shape["data"] % len(slices):
         raise ValueError(
             f"config.mesh.data={shape['data']} is no multiple of the {len(slices)} slices found;"

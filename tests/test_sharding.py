@@ -54,6 +54,12 @@ def test_an_axis_but_data_across_slices_is_refused():
         sharding.make_mesh(MeshConfig(fsdp=8), chips)
 
 
+def test_slices_of_different_sizes_are_refused():
+    chips = [Chip(i, i // 5) for i in range(8)]
+    with pytest.raises(ValueError, match="slices of 3 and 5 devices found"):
+        sharding.make_mesh(MeshConfig(data=2, fsdp=4), chips)
+
+
 def test_host_rows_become_the_global_batch():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, context=2))
     batch = {"tokens": np.arange(8 * 6).reshape(8, 6)}
