@@ -87,8 +87,6 @@ def spec(axes: Axes) -> PartitionSpec:
     entries: list[Any] = []
     for name in axes:
         mesh_axes = RULES[name] if name is not None else ()
-        if _in_replica.get():
-            mesh_axes = tuple(axis for axis in mesh_axes if axis != "data")
         for mesh_axis in mesh_axes:
             if mesh_axis in taken:
                 both = f"{taken[mesh_axis]!r} and {name!r}"
@@ -112,9 +110,7 @@ def data_parallel_ways(mesh: Mesh) -> int:
 
 def axis_size(*names: str) -> int:
     """Ways along these axes of the mesh in force; 1 without a mesh."""
-    shape = dict(jax.sharding.get_abstract_mesh().shape)
-    if _in_replica.get():
-        shape.pop("data")
+    shape = {} if _is_whole() else jax.sharding.get_abstract_mesh().shape
     return math.prod(shape.get(name, 1) for name in names)
 
 
@@ -130,7 +126,7 @@ def is_split_by_xla() -> bool:
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin the sharding of an intermediate array; does nothing without a mesh in force."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if _is_whole():
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
@@ -143,23 +139,18 @@ def on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any
       into, out_of: the logical axes of each argument, and of each result.
       arrays: the arguments; each may be None.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if _is_whole():
         return run(*arrays)
-    mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
-        run,
-        in_specs=tuple(map(spec, into)),
-        out_specs=tuple(map(spec, out_of)),
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-        check_vma=False,
+        run, in_specs=tuple(map(spec, into)), out_specs=tuple(map(spec, out_of)), check_vma=False
     )(*arrays)
 
 
 def sum_of_replicas(run: Callable[[Any, Any], Any], params: Any, batch: Any) -> Any:
-    """`run(params, batch)` by the rows of each replica along `data`, added up once at the end.
+    """`run(params, batch)` by the rows of each device, added up once at the end.
 
-    Inside, `data` is no axis of the mesh, for `spec`, `axis_size` and what uses them: the arrays
-    are those of one replica, laid out over the other axes.
+    For a mesh that has `data` alone. Inside, all is as on one device: no mesh is in force for
+    `axis_size`, `constrain` and `on_each_device`.
     """
 
     def of_one(params: Any, batch: Any) -> Any:
@@ -171,9 +162,13 @@ def sum_of_replicas(run: Callable[[Any, Any], Any], params: Any, batch: Any) -> 
         return jax.lax.psum(own, "data")
 
     whole, rows = PartitionSpec(), PartitionSpec("data")
-    return jax.shard_map(
-        of_one, in_specs=(whole, rows), out_specs=whole, axis_names={"data"}, check_vma=False
-    )(params, batch)
+    return jax.shard_map(of_one, in_specs=(whole, rows), out_specs=whole, check_vma=False)(
+        params, batch
+    )
+
+
+def _is_whole() -> bool:
+    return _in_replica.get() or jax.sharding.get_abstract_mesh().empty
 
 
 def sum_gradient(x: jax.Array, axis: int) -> jax.Array:

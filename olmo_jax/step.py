@@ -166,9 +166,10 @@ def _gradients(
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad_fn, params, _first(micro)))
         return jax.lax.scan(add, zeros, micro)[0]
 
-    # Over `fsdp` the gradients of each micro-batch have to be scattered, else they would not fit;
-    # there XLA also fuses better without. Losses of experts are of all rows together.
-    if axis_size("data") == 1 or axis_size("fsdp", "expert") > 1 or config.model.n_experts:
+    # Gradients that are sharded have to be scattered in each micro-batch, else they would not fit.
+    # Losses of experts are of all rows together.
+    is_sharded = axis_size("fsdp", "expert", "context", "tensor") > 1
+    if axis_size("data") == 1 or is_sharded or config.model.n_experts:
         return total(params, batch)
     return sum_of_replicas(total, params, batch)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from typing import Any
 
@@ -241,13 +240,11 @@ def test_gradients_of_matrices_are_reduced_in_the_dtype_of_the_config(grad_dtype
     assert mlp == {short}
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 4, "tensor": 2}], ids=str)
-def test_replicas_add_up_their_gradients_once_in_a_step_of_micro_batches(mesh):
-    words = {f"mesh.{axis}": str(n) for axis, n in mesh.items()} | {"compute.accumulate": "4"}
-    c = config.load(str(runs.CONFIG), words | {"data.global_batch_size": "2048"})
-    there = sharding.make_mesh(c.mesh)
-    found = hlo.totals(lower(c, there).compile().as_text()).collectives.items()
-    replicas = {device.id for device in there.devices[:, 0, 0, 0, 0]}
-    sizes = [k.n_bytes * n for k, n in found if replicas <= {*k.devices} and k.n_bytes > 1000]
-    matrices = sum(math.prod(n for n, _ in w) for w in flops.weights(c.model).values())
-    assert sum(sizes) == pytest.approx(4 * matrices / mesh.get("tensor", 1), rel=0.02)
+def test_replicas_add_up_their_gradients_once_in_a_step_of_micro_batches():
+    words = {"mesh.data": "8", "compute.accumulate": "4", "data.global_batch_size": "2048"}
+    c = config.load(str(runs.CONFIG), words)
+    text = lower(c, sharding.make_mesh(c.mesh)).compile().as_text()
+    found = hlo.totals(text).collectives.items()
+    assert {k.kind for k, _ in found} == {"all-reduce"}
+    n_params = flops.n_params(c.model).total
+    assert sum(k.n_bytes * n for k, n in found) == pytest.approx(4 * n_params, rel=0.001)

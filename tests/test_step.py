@@ -72,7 +72,7 @@ MESHES = [
     (dict(data=2, fsdp=2), 2),
     (dict(fsdp=8), 1),
     (dict(context=4), 2),
-    (dict(data=2, context=2, tensor=2), 2),  # each replica for itself
+    (dict(data=4), 2),  # each device for itself
     (dict(fsdp=2, context=2, tensor=2), 4),
     (dict(data=2, fsdp=2, expert=2), 1),
 ]
