@@ -12,13 +12,7 @@ from olmo_jax import losses, optim, xla_flags
 from olmo_jax.config import Config
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
-from olmo_jax.sharding import (
-    axis_size,
-    data_parallel_ways,
-    shardings,
-    spec,
-    sum_of_replicas,
-)
+from olmo_jax.sharding import axis_size, data_parallel_ways, shardings, spec, sum_of_replicas
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
