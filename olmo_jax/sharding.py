@@ -36,7 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "norm": (),
 }
-# Whether what is traced is the part of one device, which adds nothing up with others before its end.
+# Whether what is traced is the part of one device, which others join only at its end.
 _in_replica: ContextVar[bool] = ContextVar("in_replica", default=False)
 
 
