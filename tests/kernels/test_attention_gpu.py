@@ -226,8 +226,8 @@ REFUSALS = [
     ("pallas", AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "gpu"), {}, "this is NVIDIA A100"),
     ("pallas", H100, dict(dtype="float32"), "bfloat16 or float16 is needed, this is float32"),
     ("pallas", H100, dict(dim=208), "head_dim=208 is more than 128"),
-    ("cudnn", H100, dict(context=2), "context=2 splits"),
-    ("pallas", H100, dict(context=2), "context=2 splits"),
+    ("cudnn", H100, dict(context=2), "context splits"),
+    ("pallas", H100, dict(context=2), "context splits"),
 ]
 
 
