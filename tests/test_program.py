@@ -95,6 +95,7 @@ def compiled_step() -> tuple[config.Config, jax.sharding.Mesh, Any]:
     return c, mesh, lower(c, mesh).compile()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_formula_and_of_the_compiler(compiled_step):
     c, mesh, compiled = compiled_step
     rows = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "seq")))
@@ -193,6 +194,7 @@ def test_the_host_reads_a_step_when_the_next_one_is_with_the_devices(bare, timel
     assert waits(timeline, last=9) == [6]  # the checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["state", "metric"])
 def test_a_read_too_early_would_be_seen(what, bare, timeline, monkeypatch):
     advance = loop.Plan.rates
@@ -240,6 +242,7 @@ def test_gradients_of_matrices_are_reduced_in_the_dtype_of_the_config(grad_dtype
     assert mlp == {short}
 
 
+@pytest.mark.slow
 def test_replicas_add_up_their_gradients_once_in_a_step_of_micro_batches():
     words = {"mesh.data": "8", "compute.accumulate": "4", "data.global_batch_size": "2048"}
     c = config.load(str(runs.CONFIG), words)

@@ -125,6 +125,7 @@ def uneven():
     return batch, run(make_config(z_loss=1e-3, chunk=None), batch)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "chunk", "z_loss"),
     [

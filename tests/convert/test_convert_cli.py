@@ -232,6 +232,7 @@ def test_an_average_is_the_fp32_mean_of_all(tmp_path):
     assert run("to_hf", tmp_path / "mean", tmp_path / "hf").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["olmo1 clipped", pytest.param("olmo2 grouped", marks=pytest.mark.slow)]
 )
@@ -357,6 +358,7 @@ def test_a_revision_is_fetched_from_the_hub_once_and_without_the_other_format(tm
     assert tensors(tmp_path / "hf") == tensors(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option", "message"),
     [

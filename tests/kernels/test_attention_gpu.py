@@ -170,6 +170,7 @@ def test_nvidias_compiler_takes_the_kernels_and_finds_registers_for_them(pytestc
     assert "serialized" not in done.stdout  # products that it cannot overlap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 300, 5000])
 @pytest.mark.parametrize("packed", [None, "three", "in any order"])
 @pytest.mark.parametrize(("by", "blocks"), [("q", (128, 128)), ("q", (128, 64)), ("kv", (64, 128))])

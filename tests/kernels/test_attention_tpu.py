@@ -96,6 +96,7 @@ def test_the_tpu_compiler_takes_grouped_heads_of_any_width(dim, dtype, seq):
     assert calls(compiled(mesh, (1, seq, 40, dim), 8, dtype=dtype)) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 def test_each_chip_of_a_mesh_has_its_rows_and_heads_and_nothing_is_moved():
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), chips("v5e"))

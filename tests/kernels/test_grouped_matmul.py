@@ -59,6 +59,7 @@ def test_bfloat16_rows_give_float32_weight_gradients():
     np.testing.assert_allclose(dw, exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.tpu
 def test_on_a_tpu_no_product_takes_all_rows_for_each_group():
     """XLA's own form of the gradient of the matrices does, and takes E times as long."""

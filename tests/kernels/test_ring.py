@@ -78,6 +78,7 @@ def test_a_split_sequence_equals_a_whole_one(ways, seq, heads, window, packed):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dim", "window", "packed"),
     [
@@ -112,6 +113,7 @@ def test_the_reference_on_a_mesh_sees_the_same_keys():
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [20, pytest.param(None, marks=pytest.mark.slow)])
 def test_keys_keep_their_own_documents(window):
     # Known fault: keys were given the document ids of the local queries.

@@ -34,6 +34,7 @@ def test_logits_equal_hugging_face(name):
     np.testing.assert_allclose(logits_of(config, params), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["olmo1 clipped", "olmo2 grouped", "olmo3 yarn grouped"])
 def test_long_rows_equal_hugging_face_too(name):  # several blocks of queries, the last one partial
     tokens = np.random.default_rng(1).integers(2, 97, (1, 300))
@@ -43,6 +44,7 @@ def test_long_rows_equal_hugging_face_too(name):  # several blocks of queries, t
     np.testing.assert_allclose(logits_of(config, params, tokens), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["olmo1 untied", "olmo2 grouped", "olmo3 yarn grouped"])
 def test_bfloat16_errs_no_more_than_hugging_face_in_bfloat16(name):
     model, config, params = hf.random_model(name)
