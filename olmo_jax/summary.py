@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -43,14 +44,17 @@ def write(
         lines += _continuation(config, model, params)
     here = os.path.relpath(sys.executable)  # a newcomer has not activated the environment
     python = "python" if here.startswith("..") else here
-    given = next((a for a in sys.argv if a.startswith("--config=")), "--config=FILE")
+    # The same options again, but for those that are of this run alone.
+    own = ("--config.name=", "--config.dir=", "--config.optim.lr=")
+    again = [a for a in sys.argv if a.startswith("--config") and not a.startswith(own)]
+    options = shlex.join(again or ["--config=FILE"])
     lines += [
         f"curves:      {folder / 'summary.png'}",
         f"checkpoint:  {saved}",
         "",
         "next:",
         f"  {python} tools/plot_run.py {config.run_dir} --x steps",
-        f"  {python} -m olmo_jax.train {given} --config.name=slower"
+        f"  {python} -m olmo_jax.train {options} --config.name={config.name}-slower"
         f" --config.optim.lr={config.optim.lr / 2:g}",
         f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({config.run_dir!r})"',
     ]

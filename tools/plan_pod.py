@@ -76,9 +76,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _price(text: str) -> float:
-    price = float(text)
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
     if not 0 <= price < math.inf:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"need a number of 0 or more, found {text!r}")
     return price
 
 

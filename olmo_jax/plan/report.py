@@ -121,7 +121,9 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
     if compiled:
         lines += ["compiled", *_table(compiled, machine), ""]
     corrected = ", corrected by what was compiled" if compiled else ""
-    lines += [f"by formula{corrected}: the best of {len(ranked)} that fit"]
+    lines += [
+        f"by formula{corrected}: the best of {len(ranked)} that fit, by the mean of step and serial"
+    ]
     lines += [*_table(ranked[:_SHOWN], machine), "", "paste", f"  {search.overrides(best.config)}"]
     print("\n".join(lines))
     return 0
@@ -174,8 +176,8 @@ def describe(config: Config, machine: Machine, plan: Plan, price: float | None) 
 
 def _time(config: Config, machine: Machine, plan: Plan, price: float | None) -> list[str]:
     return [
-        _row("FLOPs", f"{plan.flops:.3e} useful on a device and step, {plan.done:.3e} done in"
-             " products"),
+        _row("FLOPs", f"{plan.flops:.3e} useful on a device and step; done are {plan.done:.3e} in"
+             " products, and attention's"),
         _row("step", f"{_ms(plan.step)} ({1e3 * plan.fastest:,.1f} to {1e3 * plan.slowest:,.1f})"),
         *(_row(f"  {kind}", _ms(s)) for kind, s in plan.seconds.items() if s),
         *_collectives(plan),
@@ -199,7 +201,7 @@ def _ms(seconds: float) -> str:
 
 def _collectives(plan: Plan) -> Iterator[str]:
     for name, (times, n_bytes, seconds) in plan.collectives.items():
-        yield f"    {name:28}{times:7.0f} x {n_bytes / 1e9:9.2f} GB {_ms(seconds)}"
+        yield f"    {name:28}{times:7,.0f} x {n_bytes / 1e9:9,.2f} GB {_ms(seconds)}"
 
 
 def _speed(config: Config, machine: Machine, plan: Plan, price: float | None) -> Iterator[str]:
