@@ -17,7 +17,7 @@ import olmo_jax
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import hf_config, names, native, safetensors, verbs
 
-pytestmark = pytest.mark.slow  # several short runs, and a model of 150 million parameters
+pytestmark = pytest.mark.slow  # several short runs, and a model of 200 million parameters
 
 PEAK = """
 import resource, runpy, sys, threading, time, pathlib
@@ -130,7 +130,7 @@ def peaks(*arguments, n_devices: int) -> tuple[int, int]:
 def test_memory_does_not_grow_with_devices_or_layers(tmp_path):
     """AI-Hypercomputer/maxtext#3192: every weight was restored whole on each simulated device."""
     model = ModelConfig(
-        vocab_size=20_000, d_model=1024, n_layers=8, n_heads=8, n_kv_heads=8, d_ff=3072
+        vocab_size=20_000, d_model=1024, n_layers=16, n_heads=8, n_kv_heads=8, d_ff=3072
     )
     folder, lengths = tmp_path / "hf", names.sizes(model)
     folder.mkdir()
@@ -141,7 +141,7 @@ def test_memory_does_not_grow_with_devices_or_layers(tmp_path):
         for i in range(model.n_layers if row.is_layered else 1)
     }
     n_bytes = 4 * sum(int(np.prod(shape)) for _, shape in shapes.values())
-    assert n_bytes > 4 * 130_000_000
+    assert n_bytes > 4 * 200_000_000
     safetensors.write(
         folder / "model.safetensors", shapes, lambda key: [numbers[: np.prod(shapes[key][1])]]
     )
@@ -152,4 +152,4 @@ def test_memory_does_not_grow_with_devices_or_layers(tmp_path):
         many, all_of_many = peaks(verb, src, tmp_path / f"{dst}16", n_devices=16)
         assert many <= 1.2 * one
         assert all_of_many <= 1.2 * all_of_one
-        assert one < 0.7e9  # of it 0.3 GB are the program; the model has 0.6
+        assert one < 1.2e9  # of it 0.3 GB are the program
