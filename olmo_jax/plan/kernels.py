@@ -85,21 +85,19 @@ def seconds(case: Case) -> tuple[float, float]:
 
 
 def _seconds(case: Case, way: str, path: str) -> float:
-    taken, always = branches(path)
+    (opening, bodies, closing), always = branches(path)
     times = counts(case, way)
     # Around ours, chips of one core have branches of the pipeline of copies: one or two in a row.
-    first, last = (next((i for i, b in enumerate(x) if b[1]), len(x)) for x in (taken, taken[::-1]))
-    more = first - len(times.opening), last - len(times.closing)
-    bodies = len(taken) - first - last
-    if bodies != len(times.bodies) or not 0 <= min(more) <= max(more) <= 2:
+    more = len(opening) - len(times.opening), len(closing) - len(times.closing)
+    if len(bodies) != len(times.bodies) or not 0 <= min(more) <= max(more) <= 2:
         raise RuntimeError(
-            f"{way}: the kernel has {first} + {bodies} + {last} branches, expected are"
-            f" {len(times.opening)} + {len(times.bodies)} + {len(times.closing)}"
+            f"{way}: the kernel has {len(opening)} + {len(bodies)} + {len(closing)} branches,"
+            f" expected are {len(times.opening)} + {len(times.bodies)} + {len(times.closing)}"
         )
     often = [times.rows] * more[0] + [*times.opening, *times.bodies, *times.closing]
     often += [times.rows] * more[1]
-    cycles = sum(n * t for (n, _), t in zip(taken, often, strict=True)) + always * times.steps
-    return per_row(case, cycles)
+    taken = zip([*opening, *bodies, *closing], often, strict=True)
+    return per_row(case, sum(n * t for n, t in taken) + always * times.steps)
 
 
 def per_row(case: Case, cycles: float) -> float:
@@ -137,12 +135,12 @@ def bundles(command: list[str]) -> Iterator[Any]:
         yield dump
 
 
-def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
-    """What a step of a kernel's grid does: (bundles, whether it has products) of each branch, in
-    order, and the bundles that are always passed.
+def branches(path: str) -> tuple[tuple[list[int], list[int], list[int]], int]:
+    """What a step of a kernel's grid does: the bundles of each branch, in order, before the first
+    one with products, from there to the last, and after it; and those that are always passed.
 
     Raises:
-      RuntimeError: if it has no loop over its grid.
+      RuntimeError: if it has no loop over its grid, or no branch with products.
     """
     products, jumps = [], []
     for line in pathlib.Path(path).read_text().splitlines():
@@ -162,7 +160,11 @@ def branches(path: str) -> tuple[list[tuple[int, bool]], int]:
         inside.remove(wide[0])
     taken = [(to - at, any(at < p < to for p in products)) for at, to in _outermost(inside)]
     taken = [x for x in taken if x[0] >= _SMALL]
-    return taken, length - sum(n for n, _ in taken)
+    sizes, has_products = [n for n, _ in taken], [x for _, x in taken]
+    if True not in has_products:
+        raise RuntimeError("the kernel has no branch with products")
+    first, last = has_products.index(True), len(sizes) - has_products[::-1].index(True)
+    return (sizes[:first], sizes[first:last], sizes[last:]), length - sum(sizes)
 
 
 def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

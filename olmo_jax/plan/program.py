@@ -116,8 +116,7 @@ class Store:
     def kept(self, config: Config, where: Slice) -> Program | None:
         """The compiled step of a config, if it is there and whole."""
         try:
-            with gzip.open(self._path(config, where), "rt") as file:
-                return Program(**json.load(file))
+            return _read(self._path(config, where))
         except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, TypeError):
             return None
 
@@ -130,8 +129,7 @@ class Store:
         path = self._path(config, where)
         self.folder.mkdir(parents=True, exist_ok=True)
         _run_child({"config": configs.to_dict(config), "topology": where.name, "path": str(path)})
-        with gzip.open(path, "rt") as file:
-            return Program(**json.load(file))
+        return _read(path)
 
     def attention(self, case: kernels.Case) -> tuple[float, float]:
         """`kernels.seconds` of a case.
@@ -178,6 +176,11 @@ def _sources(parts: tuple[str, ...]) -> str:
         for file in [path] if path.is_file() else sorted(path.glob("*.py")):
             found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return found.hexdigest()
+
+
+def _read(path: pathlib.Path) -> Program:
+    with gzip.open(path, "rt") as file:
+        return Program(**json.load(file))
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:

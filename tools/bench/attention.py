@@ -115,13 +115,10 @@ def their_seconds(side: str, case: kernels.Case, splash: str) -> list[float]:
     found = []
     with kernels.bundles([sys.executable, __file__, f"--worker={worker}"]) as dump:
         for way, name in zip(("forward", "backward"), NAMES, strict=True):
-            taken, always = kernels.branches(dump(name))
+            (opening, bodies, closing), always = kernels.branches(dump(name))
             times, steps = their_counts(side, case, splash, way)
             # Of the branches at the ends of a row it is enough to know their sum.
-            first, last = (next(i for i, b in enumerate(x) if b[1]) for x in (taken, taken[::-1]))
-            ends = taken[:first], taken[len(taken) - last :]
-            bodies = [n for n, _ in taken[first : len(taken) - last]]
-            lengths = [sum(n for n, _ in ends[0]), *bodies, sum(n for n, _ in ends[1])]
+            lengths = [sum(opening), *bodies, sum(closing)]
             if len(lengths) != len(times):
                 raise SystemExit(f"{side} {way}: {len(lengths)} branches, {len(times)} expected")
             cycles = sum(n * t for n, t in zip(lengths, times, strict=True)) + always * steps
