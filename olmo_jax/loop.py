@@ -77,7 +77,8 @@ def train(config: Config) -> int:
             place = f"checkpoint.load_path with load_position=True starts after step {first}"
             raise ConfigError([f"{end}, but {place}"])
         if is_done:
-            say(f"done already: step {first:,} of {plan.last:,}; a larger train.duration goes on")
+            say(f"done already: step {first:,} of {plan.last:,}; a larger train.duration goes on,"
+                " other changes have no effect")  # fmt: skip
             if config.train.summary and summary.is_written(config.run_dir):
                 say(f"its summary: {storage.path(config.run_dir) / 'summary.md'}")
             if start.is_complete(config, first):
@@ -90,6 +91,8 @@ def train(config: Config) -> int:
 
         # From here on things are written.
         stack.enter_context(processes.only_writer(config.run_dir))
+        if source is None:
+            say(f"new run in {config.run_dir}")
         if not is_resume:
             set_aside = processes.from_process_0(lambda: records.set_aside(config.run_dir))
             if set_aside:

@@ -67,13 +67,13 @@ class Program:
         by_formula /= self._mesh.size
         by_compiler = (compiled.cost_analysis() or {}).get("flops", math.nan)
         say(
-            f"  FLOPs per device: {by_formula:.3g} useful ones by formula; {by_compiler:.3g} in the"
-            " program, where what a loop repeats counts once"
+            f"  FLOPs per device: {by_formula:.3g} by formula; {by_compiler:.3g} by the compiler,"
+            " which counts the body of a loop once"
         )
         if jax.process_index() == 0:  # the text of a large program takes seconds
             found = collectives(compiled.as_text())
             words = ", ".join(f"{n} {name}" for name, n in sorted(found.items())) or "none"
-            say(f"  collectives, one in a loop counted once: {words}")
+            say(f"  collectives, those of a loop's body once: {words}")
         self._log.write(
             at,
             {"compile/duration_s": seconds, "compile/FLOPs per device": by_formula}

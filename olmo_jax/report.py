@@ -35,11 +35,10 @@ def describe(config: Config, n_devices: int) -> str:
         *_chunks(seq, shape["context"]),
     ]
     for start, size in batch_stages(config.data):
-        rows = size // seq
+        rows, n = size // seq, config.compute.accumulate
         lines.append(
-            f"batch             {size:,} tokens = {rows:,} rows of {seq:,}, "
-            f"{rows / ways / config.compute.accumulate:g} rows per device and micro-batch,"
-            f" {config.compute.accumulate} micro-batch(es), from token {start:,}"
+            f"batch             {size:,} tokens = {rows:,} rows of {seq:,}, {n} micro-batch(es) of"
+            f" {rows / ways / n:g} row(s) for {n_devices // ways} device(s), from token {start:,}"
         )
     lines += [
         f"state per device  {state.total / GIB:.2f} GiB: parameters {state.params / GIB:.2f},"

@@ -98,7 +98,6 @@ def check_attention(config: Config, mesh: Mesh) -> None:
 def starting_point(config: Config, source: Source | None) -> tuple[int, Position | None]:
     """Finished steps and position in the data; says where they come from and what changed."""
     if source is None:
-        say(f"new run in {config.run_dir}")
         return 0, None
     say(source.line)
     meta = source.meta()

@@ -15,6 +15,7 @@ whole leaves in memory; its layout is kept, its code is needed only by the tests
 
 import collections
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -117,19 +118,30 @@ def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = 
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 
-def read_part(folder: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+def read_part(
+    folder: Path, name: str, index: tuple[slice, ...], *, once: bool = False
+) -> np.ndarray:
     """A part of a leaf; reads the chunks that it lies in.
 
+    Args:
+      folder: a complete checkpoint.
+      name: of the leaf.
+      index: a slice for each of its dimensions.
+      once: its chunks leave the page cache, since nobody asks for them again.
     Raises:
       ValueError: if the leaf is damaged.
     """
     spec = _spec(folder, name)
-    if spec["kvstore"]["driver"] == "file":  # through the page cache: half of the copies
+    if spec["kvstore"]["driver"] == "file":  # half of the copies
         spec["kvstore"]["file_io_mode"] = {"mode": "memmap"}
     try:
-        part = ts.open(spec, open=True, read=True).result()[index]
+        array = ts.open(spec, open=True, read=True).result()
+        part = array[index]
         out = np.empty(part.shape, part.dtype.numpy_dtype)
         ts.array(out).write(part).result()
+        if once:
+            chunk: Any = array.chunk_layout.read_chunk.shape or ()  # None: a scalar
+            _release(folder, name, chunk, part.domain.index_exp)
         return out
     except ValueError as error:
         raise ValueError(f"{folder}: leaf {name} is damaged: {cause(error)}") from None
@@ -242,7 +254,9 @@ class Writer:
             for name, leaf in leaves.items()
         }
         self._arrays = {name: future.result() for name, future in opening.items()}
-        self._pending: collections.deque[tuple[Any, int]] = collections.deque()
+        self._pending: collections.deque[tuple[Any, int, str, Sequence[slice]]] = (
+            collections.deque()
+        )
         self._bytes = 0
 
     def write(self, name: str, start: Sequence[int], block: np.ndarray) -> None:
@@ -258,7 +272,7 @@ class Writer:
             raise ValueError(f"{self.folder}: {name} is {need}, found {block.dtype}")
         index = tuple(slice(i, i + n) for i, n in zip(start, block.shape, strict=True))
         future = self._arrays[name][index].write(block, can_reference_source_data_indefinitely=True)
-        self._pending.append((future, block.nbytes))
+        self._pending.append((future, block.nbytes, name, index))
         self._bytes += block.nbytes
         while self._bytes > IN_FLIGHT_BYTES:
             self._wait_for_one()
@@ -269,9 +283,10 @@ class Writer:
             self._wait_for_one()
 
     def _wait_for_one(self) -> None:
-        future, n_bytes = self._pending.popleft()
+        future, n_bytes, name, index = self._pending.popleft()
         self._bytes -= n_bytes
         future.result()
+        _release(self.folder, name, chunk_shape(name, self._leaves[name]), index)
 
     def commit(
         self,
@@ -295,6 +310,28 @@ class Writer:
             _write(self.folder, name, data)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()}
         _write_marker(self.folder, {"format": FORMAT, "kind": kind, "sha256": digests})
+
+
+def release(number: int, start: int = 0, n_bytes: int = 0) -> None:
+    """Let what an open file has on disk leave the page cache; 0 bytes: all to the end.
+
+    Who passes through files larger than memory finds room in what they leave, instead of the
+    memory of others.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(number, start, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _release(folder: Path, name: str, chunk: Sequence[int], index: Sequence[slice]) -> None:
+    """Release the files of a part of a leaf."""
+    if "://" in os.fspath(folder):
+        return
+    each = zip(index, chunk, strict=True)
+    numbers = [range(part.start // n, -(-part.stop // n)) for part, n in each]
+    base = os.fspath(folder / name.replace("/", ".") / "c")
+    for at in itertools.product(*numbers):
+        with open("/".join([base, *map(str, at)]), "rb") as file:
+            release(file.fileno())
 
 
 def set_kind(folder: Path, kind: str) -> None:

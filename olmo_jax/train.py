@@ -26,7 +26,8 @@ Train an OLMo model, or go on with a run that was stopped.
   --connect_timeout=S       seconds to wait for the other processes (300)
   --debug                   show where in the code an error arose
 
-Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: start it again.
+Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: start it again,
+130 interrupted at once.
 """
 NUMBERS = ("n_devices", "n_processes", "process_id", "connect_timeout")
 CLUSTER = ("coordinator", "n_processes", "process_id")

@@ -85,7 +85,7 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, make, args, messag
     make(tmp_path / "run")
     assert main([str(tmp_path / "run"), *args]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("plot_run.py: ")
+    assert said.startswith("error: ")
     assert message in said
     assert said.count("\n") == 1
 

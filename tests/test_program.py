@@ -45,7 +45,7 @@ def test_a_step_is_compiled_once_and_described_before_it_runs(bare, tmp_path, no
     c = config.load(str(runs.CONFIG))
     useful = flops.flops_per_token(c.model, 64) * 512 / 8
     assert (first["step"], first["compile/FLOPs per device"]) == (1, useful)
-    assert f"{useful:.3g} useful ones" in said
+    assert f"{useful:.3g} by formula" in said
 
 
 @pytest.mark.slow

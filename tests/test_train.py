@@ -233,7 +233,7 @@ def test_a_dry_run_of_32b_tells_its_figures_from_shapes_alone():
     flops = 6 * matmuls + layers * 12 * heads * h * (seq + 1) / 2
     assert f"FLOPs per token   {flops:.6e} at 4,096 tokens" in out
     assert "mesh              256 devices: data 1 x fsdp 256 x expert 1 x context 1 x tens" in out
-    assert "8,388,608 tokens = 2,048 rows of 4,096, 8 rows per device" in out
+    assert "8,388,608 tokens = 2,048 rows of 4,096, 1 micro-batch(es) of 8 row(s)" in out
     norms = (layers * (heads * h + kv_heads * h + 2 * d) + d) * 4  # whole on every device
     own = ((core + 2 * vocab * d) * 4 - norms) / 256 + norms
     params, moments = f"parameters {own / 2**30:.2f}", f"moments {2 * own / 2**30:.2f}"

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     try:
         plot.draw(args.runs, out, args.x)
     except (OSError, ValueError) as error:
-        print(f"plot_run.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {out}")
     return 0

@@ -11,7 +11,7 @@ import numpy as np
 from olmo_jax.checkpoint import NOT_THE_FUNCTION
 from olmo_jax.config import ModelConfig, to_dict
 from olmo_jax.convert.logits import logits
-from olmo_jax.convert.weights import Index, Weights, n_bytes, parts, pieces
+from olmo_jax.convert.weights import Index, Weights, parts, pieces, size
 
 LOGIT_TOLERANCE = 1e-5  # of the largest logit, for weights that are equal
 LOGIT_BYTES = 4 << 30  # larger models are not run on a few tokens after each conversion
@@ -76,7 +76,7 @@ def differences(
                 if all(start < stop for start, stop in inner):
                     here = _difference(one, two, name, tuple(slice(*pair) for pair in inner))
                     worst = max(worst, here, key=lambda d: d.value)
-            report(n_bytes(leaf) // len(parts(name, leaf)))
+            report(size(leaf) // len(parts(name, leaf)))
         found.append(worst)
     return found
 
@@ -124,7 +124,7 @@ def check_copy(source: Weights, copy: Weights, dtype: str) -> str:
     if problems:
         raise ValueError("the copy differs from its source: " + "; ".join(problems))
     line = f"checked: names, shapes, dtypes and all numbers of {len(copy.leaves)} arrays"
-    if sum(n_bytes(leaf) for leaf in copy.leaves.values()) > LOGIT_BYTES:
+    if sum(size(leaf) for leaf in copy.leaves.values()) > LOGIT_BYTES:
         return line
     tokens = tokens_for(source.model)
     x, y = logits(source, tokens, as_dtype=dtype), logits(copy, tokens)

@@ -16,7 +16,7 @@ from olmo_jax.convert import compare, folders, hf_config, names, resume, safeten
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.names import Row
 from olmo_jax.convert.stacked import Stacked, is_same
-from olmo_jax.convert.weights import Index, Weights, ahead, parts, pieces
+from olmo_jax.convert.weights import Index, Weights, ahead, parts, pieces, size
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Copied byte for byte: tokenizer, chat template, options of generation.
@@ -225,7 +225,7 @@ def write(
       folder: is there, empty.
       dtype: of the tensors; None: as they are stored, or were where they came from.
       max_shard_bytes: of a file; a tensor above that has one of its own.
-      report: told how many bytes were written, again and again.
+      report: told how many bytes of the source are done, again and again.
     Returns: the checksum of each tensor by key.
     Raises:
       ValueError: if Hugging Face has no such model.
@@ -238,21 +238,21 @@ def write(
     lengths = names.sizes(model) | {"v": model.vocab_size}
     written: dict[str, int] = {}
 
-    def make_group(group: list[Planned]) -> list[tuple[np.ndarray, int]]:
-        return [(made, compare.crc(made)) for made in _torch_tensors(weights, group, lengths)]
+    made = itertools.chain.from_iterable(ahead(_fills(weights, plan, lengths)))
 
-    together = itertools.groupby(plan.values(), lambda p: (p.row, p.part))
-    made = ahead(functools.partial(make_group, list(group)) for _, group in together)
-    one_by_one = itertools.chain.from_iterable(made)
-
-    def make(key: str) -> Iterator[np.ndarray]:
-        tensor, written[key] = next(one_by_one)  # in the order of the plan
-        yield tensor
-        report(plan[key].n_bytes)
+    def make(key: str) -> Iterator[np.ndarray]:  # called in the order of the plan
+        left, written[key] = plan[key].n_bytes, 0
+        while left:
+            rows = next(made)
+            written[key] = compare.crc(rows, written[key])
+            left -= rows.nbytes
+            yield rows
+        source = weights.leaves[f"params/{plan[key].row.ours}"]
+        report(math.prod(plan[key].shape) * source.dtype.itemsize)
 
     for file, keys in shards.items():
-        tensors = {key: (plan[key].dtype, plan[key].shape) for key in keys}
-        safetensors.write(folder / file, tensors, make)
+        shapes = {key: (plan[key].dtype, plan[key].shape) for key in keys}
+        safetensors.write(folder / file, shapes, make)
     if len(shards) > 1:
         total = {
             "total_size": sum(planned.n_bytes for planned in plan.values()),
@@ -269,22 +269,32 @@ def write(
     return written
 
 
-def check(folder: pathlib.Path, written: Mapping[str, int]) -> None:
+def check(
+    folder: pathlib.Path,
+    written: Mapping[str, int],
+    report: Callable[[int], None] = lambda n_bytes: None,
+) -> None:
     """Read the tensors of a folder and compare their checksums.
 
+    Args:
+      folder: that was written.
+      written: the checksum of each tensor by key.
+      report: told how many bytes were read, again and again.
     Raises:
       ValueError: if one is not what was written.
     """
-    tensors = _tensors(folders.open(str(folder)))
-    if tensors.keys() != written.keys():
+    opened = folders.open(str(folder))
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    entries = {k: e for file in files for k, e in safetensors.entries(opened, file).items()}
+    if entries.keys() != written.keys():
         raise ValueError(f"{folder}: not the tensors that were written")
-
-    def found(key: str) -> int:
-        return compare.crc(tensors[key].load(slice(None)))
-
-    read = ahead(functools.partial(found, key) for key in written)
+    read = ahead(
+        (safetensors.STEP_BYTES, functools.partial(safetensors.checksum, folder, entries[key]))
+        for key in written
+    )
     for (key, need), crc in zip(written.items(), read, strict=True):
         compare.refuse_other_crc(key, need, crc)
+        report(math.prod(entries[key].shape) * entries[key].dtype.itemsize)
 
 
 def _plan(weights: Weights, dtype: np.dtype) -> dict[str, Planned]:
@@ -324,23 +334,55 @@ def _shards(plan: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
     }
 
 
-def _torch_tensors(
-    weights: Weights, group: list[Planned], lengths: Mapping[str, int]
+def _fills(
+    weights: Weights, plan: Mapping[str, Planned], lengths: Mapping[str, int]
+) -> Iterator[tuple[int, Callable[[], list[np.ndarray]]]]:
+    """Bytes and call of each piece of our leaves, in the order of the plan.
+
+    A call copies its piece to tensors in PyTorch's layout, and returns those that it completes:
+    the last piece all of them, a piece of a table its rows.
+    """
+    for (row, part), group in itertools.groupby(plan.values(), lambda p: (p.row, p.part)):
+        name, skip = f"params/{row.ours}", len(part)
+        ends = names.shape(row.inner_axes, lengths)
+        found = [_within(index[skip:], ends) for index in pieces(weights, name, part)]
+        inners = [inner for inner in found if inner is not None]  # the others are padding
+        if row.ours == "embed":
+            [table] = group
+            for inner in inners:
+                rows = np.empty((inner[0].stop - inner[0].start, ends[1]), table.dtype)
+                call = functools.partial(_fill, weights, name, part, inner, [rows], [rows])
+                yield size(weights.leaves[name], inner), call
+            continue
+        tensors = [np.empty(planned.shape, planned.dtype) for planned in group]
+        ours = [names.view(t, row.torch_axes, row.inner_axes, lengths) for t in tensors]
+        for inner in inners:
+            outs, done = [own[inner] for own in ours], tensors if inner is inners[-1] else []
+            call = functools.partial(_fill, weights, name, part, inner, outs, done)
+            yield size(weights.leaves[name], (*part, *inner)), call
+
+
+def _within(index: Index, shape: tuple[int, ...]) -> Index | None:
+    """What of an index lies within a shape; None: nothing."""
+    inner = tuple(slice(*along.indices(n)) for along, n in zip(index, shape, strict=True))
+    return inner if all(along.start < along.stop for along in inner) else None
+
+
+def _fill(
+    weights: Weights,
+    name: str,
+    part: Index,
+    inner: Index,
+    outs: list[np.ndarray],
+    done: list[np.ndarray],
 ) -> list[np.ndarray]:
-    """Tensors that are a part of one leaf of ours, in PyTorch's layout, from pieces of it."""
-    row, part = group[0].row, group[0].part
-    outs = [np.empty(planned.shape, planned.dtype) for planned in group]
-    ours = [names.view(out, row.torch_axes, row.inner_axes, lengths) for out in outs]
-    name, skip = f"params/{row.ours}", len(part)
-    for index in pieces(weights, name, part):
-        ends = zip(index[skip:], ours[0].shape, strict=True)
-        inner = tuple(slice(*along.indices(n)) for along, n in ends)
-        if all(along.start < along.stop for along in inner):  # else it is padding
-            values = weights.view(name, (*part, *inner))
-            one_by_one = values[0] if row.is_per_expert else [values[(0,) * skip]]
-            for own, one in zip(ours, one_by_one, strict=True):
-                names.assign(own[inner], one)
-    return outs
+    """Copy a piece of a leaf to where it belongs; returns `done`."""
+    values = weights.view(name, (*part, *inner))
+    # Experts are a tensor each.
+    one_by_one = values[0] if names.has_experts(name) else [values[(0,) * len(part)]]
+    for out, one in zip(outs, one_by_one, strict=True):
+        names.assign(out, one)
+    return done
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

@@ -8,12 +8,14 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from olmo_jax import storage
 from olmo_jax.convert.folders import Folder
 
 DTYPES = {
@@ -22,6 +24,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
+STEP_BYTES = 64 << 20  # written or read before memory is released
 LARGEST_HEADER = 100_000_000  # as in Hugging Face's reader
 
 
@@ -89,6 +92,21 @@ def load(folder: Folder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     return data.view(entry.dtype).reshape(shape)
 
 
+def checksum(folder: pathlib.Path, entry: Entry) -> int:
+    """The CRC-32 of a tensor's bytes on the disk; they do not stay in memory."""
+    left = math.prod(entry.shape) * entry.dtype.itemsize
+    crc, buffer = 0, memoryview(bytearray(min(left, STEP_BYTES)))
+    with open(folder / entry.file, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        while left:
+            n = file.readinto(buffer[:left])
+            if not n:
+                raise ValueError(f"{folder / entry.file} is shorter than what was written")
+            crc, left = zlib.crc32(buffer[:n], crc), left - n
+            storage.release(file.fileno(), file.tell() - n, n)
+    return crc
+
+
 def header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
     """The beginning of a file that holds these tensors, in this order."""
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -117,19 +135,26 @@ def write(
     Raises:
       FileExistsError: if there is a file already.
     """
+    in_memory = 0
     with open(path, "xb", buffering=0) as file:
-        _write_all(file.fileno(), header(tensors))
+
+        def write_all(data: bytes | memoryview) -> None:
+            nonlocal in_memory
+            left = memoryview(data)
+            while left:
+                n = os.write(file.fileno(), left[:STEP_BYTES])
+                left, in_memory = left[n:], in_memory + n
+                if in_memory >= STEP_BYTES:
+                    in_memory = 0
+                    os.fsync(file.fileno())
+                    storage.release(file.fileno())
+
+        write_all(header(tensors))
         for key, (dtype, shape) in tensors.items():
             written = 0
             for piece in make(key):
                 assert piece.dtype == dtype, f"{key}: {piece.dtype}, not {dtype}"
-                _write_all(file.fileno(), np.ascontiguousarray(piece).view(np.uint8).data.cast("B"))
+                write_all(np.ascontiguousarray(piece).view(np.uint8).data.cast("B"))
                 written += piece.size
             assert written == math.prod(shape), f"{key}: {written} values of {shape}"
         os.fsync(file.fileno())
-
-
-def _write_all(number: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(number, view[: 1 << 30]) :]

@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,11 +22,30 @@ from olmo_jax.config import to_dict
 from olmo_jax.convert import compare, hf, names, native, weights
 from olmo_jax.convert.derived import Mean, Padded, Upcycled
 from olmo_jax.convert.logits import logits
-from olmo_jax.convert.weights import Index, Weights, ahead, n_bytes, parts, pieces
+from olmo_jax.convert.weights import (
+    Index,
+    Leaves,
+    Weights,
+    ahead,
+    blocks,
+    is_by_rows,
+    parts,
+    size,
+    whole,
+)
 from olmo_jax.progress import Bar
 
 Say = Callable[[str], None]
-Checksums = list[tuple[str, Index, int]]  # of each part of each leaf
+Checksums = list[tuple[str, Index, int]]  # of each block of each leaf
+
+
+class Block(NamedTuple):
+    """Some rows of a leaf, as they are written."""
+
+    name: str
+    index: Index
+    values: np.ndarray
+    checksum: int
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -92,11 +111,11 @@ def to_hf(
     say(f"{src}: {source.line}")
     with _result(dst) as partial:
         partial.mkdir()
-        total = sum(n_bytes(leaf) for leaf in source.leaves.values())
-        with _bar("writing", total) as report:
+        with _bar("writing", _n_bytes(source)) as report:
             written = hf.write(source, partial, dtype, max_shard_bytes, report)
-        hf.check(partial, written)
         same = hf.read(str(partial))
+        with _bar("checking", _n_bytes(same)) as report:
+            hf.check(partial, written, report)
         say(compare.check_copy(source, same, same.leaves["params/embed"].dtype.name))
     say(f"wrote {dst}")
 
@@ -153,21 +172,18 @@ def _to_jax(source: Weights, dst: str, dtype: str, say: Say, *, optimizer: bool 
 
 
 def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksums:
-    """Write a checkpoint of ours, one part of one leaf after the other."""
+    """Write a checkpoint of ours, one block of one leaf after the other."""
     written: Checksums = []
     leaves = {
         name: jax.ShapeDtypeStruct(leaf.shape, compare.dtype_of(name, leaf, dtype))
         for name, leaf in source.leaves.items()
     }
     writer = storage.Writer(folder, leaves)
-    with _bar("writing", sum(n_bytes(leaf) for leaf in source.leaves.values())) as report:
-        where = [(name, part) for name, leaf in leaves.items() for part in parts(name, leaf)]
-        made = ahead(
-            functools.partial(_assembled, source, name, part, leaves[name]) for name, part in where
-        )
-        for (name, part), values in zip(where, made, strict=True):
-            written.append((name, part, _write_part(writer, name, part, values)))
-            report(values.size * source.leaves[name].dtype.itemsize)
+    with _bar("writing", sum(map(size, leaves.values()))) as report:
+        for name, index, values, checksum in ahead(_blocks(source, leaves)):
+            writer.write(name, [along.start or 0 for along in index], values)
+            written.append((name, index, checksum))
+            report(values.nbytes)
         writer.wait()
     config = {"model": to_dict(source.model)}
     meta = {
@@ -188,43 +204,53 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
     return written
 
 
+def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[], Block]]]:
+    """Bytes and maker of each block, in order; what they are made from is read ahead of them.
+
+    A source that lies across our rows is read a part at a time, and blocks are cut out of it.
+    """
+    reads: list[tuple[str, Index, list[Index]]] = []
+    for name, leaf in leaves.items():
+        for part in parts(name, leaf):
+            rows = blocks(name, leaf, part)
+            together = (*part, *whole(leaf.shape, None)[len(part) :])
+            one_by_one = [(name, row, [row]) for row in rows]
+            reads += one_by_one if is_by_rows(source, name) else [(name, together, rows)]
+
+    def make(name: str, index: Index, values: np.ndarray) -> Block:
+        out = np.empty(values.shape, leaves[name].dtype)
+        names.assign(out, values)
+        return Block(name, index, out, compare.crc(out))
+
+    read = ahead(
+        (size(source.leaves[name], index), functools.partial(source.view, name, index))
+        for name, index, _ in reads
+    )
+    for (name, index, rows), values in zip(reads, read, strict=True):
+        for row in rows:
+            starts = [along.start or 0 for along in index]
+            cut = tuple(
+                along if along.start is None else slice(along.start - at, along.stop - at)
+                for along, at in zip(row, starts, strict=True)
+            )
+            make_it = functools.partial(make, name, row, values[(*cut, ...)])
+            yield size(leaves[name], row), make_it
+
+
 def _check_native(copy: Weights, written: Checksums) -> None:
     """Read what was written."""
 
-    def found(name: str, part: Index) -> int:
-        checksum = 0
-        for index in pieces(copy, name, part):
-            checksum = compare.crc(copy.read(name, index), checksum)
-        return checksum
+    def found(name: str, index: Index) -> int:
+        return compare.crc(copy.view(name, index))
 
-    read = ahead(functools.partial(found, name, part) for name, part, _ in written)
-    for (name, _, need), checksum in zip(written, read, strict=True):
-        compare.refuse_other_crc(name, need, checksum)
-
-
-def _assembled(source: Weights, name: str, part: Index, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A part of a leaf in its new dtype, from pieces of the source."""
-    lengths = [one.stop - one.start for one in part]
-    out = np.empty((*lengths, *leaf.shape[len(part) :]), leaf.dtype)
-    for index in pieces(source, name, part):
-        inner = (*(slice(None) for _ in part), *index[len(part) :])
-        names.assign(out[(*inner, ...)], source.view(name, index))  # a scalar stays an array
-    return out
-
-
-def _write_part(writer: storage.Writer, name: str, part: Index, values: np.ndarray) -> int:
-    """Write a part of a leaf, chunk by chunk; returns its checksum."""
-    first = [one.start for one in part]
-    skip, checksum = len(first), 0
-    if values.ndim == skip:
-        writer.write(name, first, values)
-        return compare.crc(values)
-    chunk = storage.chunk_shape(name, jax.ShapeDtypeStruct(values.shape, values.dtype))[skip]
-    for start in range(0, values.shape[skip], chunk):
-        block = values[(slice(None),) * skip + (slice(start, start + chunk),)]
-        writer.write(name, (*first, start, *(0,) * (values.ndim - skip - 1)), block)
-        checksum = compare.crc(block, checksum)
-    return checksum
+    read = ahead(
+        (size(copy.leaves[name], index), functools.partial(found, name, index))
+        for name, index, _ in written
+    )
+    with _bar("checking", _n_bytes(copy)) as report:
+        for (name, index, need), checksum in zip(written, read, strict=True):
+            compare.refuse_other_crc(name, need, checksum)
+            report(size(copy.leaves[name], index))
 
 
 # --- compare --------------------------------------------------------------------------------------
@@ -250,7 +276,7 @@ def check(a: str, b: str, *, atol: float = 0.0, say: Say = print) -> bool:
     shapes = compare.shape_changes(one, two)
     if shapes:
         raise ValueError(f"{a} and {b} cannot be compared: " + "; ".join(shapes))
-    with _bar("comparing", sum(n_bytes(leaf) for leaf in one.leaves.values())) as report:
+    with _bar("comparing", _n_bytes(one)) as report:
         found = compare.differences(one, two, report)
     worst = max(found, key=lambda d: d.value)
     n_equal = sum(d.value == 0 for d in found)
@@ -307,6 +333,10 @@ def _result(dst: str) -> Iterator[Any]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _n_bytes(checkpoint: Weights) -> int:
+    return sum(map(size, checkpoint.leaves.values()))
 
 
 @contextlib.contextmanager

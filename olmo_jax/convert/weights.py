@@ -20,7 +20,8 @@ from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
 
 PIECE_BYTES = 128 << 20
-AHEAD = 2  # arrays that are made while one is used
+AHEAD_BYTES = 384 << 20  # of arrays that are made while another is used
+THREADS = 4  # that make them: half of their time is the disk's
 
 T = TypeVar("T")
 Index = tuple[slice, ...]
@@ -56,7 +57,7 @@ class Weights(Protocol):
         ...
 
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
-        """What `read` gives, in the order that the source has in memory: for who copies it on."""
+        """What `read` gives, in the order of the source in memory: for who copies it on, once."""
         ...
 
 
@@ -117,6 +118,16 @@ def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[Index]:
     return [(*layer, slice(e, e + n)) for layer in layers for e in range(0, leaf.shape[1], n)]
 
 
+def blocks(name: str, leaf: jax.ShapeDtypeStruct, part: Index = ()) -> list[Index]:
+    """The blocks of a part that are whole chunks of ours: some rows of its next dimension each."""
+    index, axis = [*part, *whole(leaf.shape, None)[len(part) :]], len(part)
+    if len(leaf.shape) == axis:
+        return [tuple(index)]
+    step = storage.chunk_shape(name, leaf)[axis]
+    rows = [slice(at, at + step) for at in range(0, leaf.shape[axis], step)]
+    return [(*index[:axis], some, *index[axis + 1 :]) for some in rows]
+
+
 def pieces(weights: Weights, name: str, part: Index = (), most: int = PIECE_BYTES) -> list[Index]:
     """Where to read a part of a leaf, so that no piece is large.
 
@@ -124,37 +135,45 @@ def pieces(weights: Weights, name: str, part: Index = (), most: int = PIECE_BYTE
       weights: that have it; the pieces lie as they do in the source.
       name: of the leaf.
       part: see `parts`.
-      most: bytes of a piece in PyTorch's layout, where a row is not more; in ours it is a chunk.
+      most: bytes of a piece in PyTorch's layout, where a row is not more; in ours it is a block.
     """
-    leaf, first = weights.leaves[name], len(part)
-    index = [*part, *whole(leaf.shape, None)[first:]]
-    if len(leaf.shape) == first:
-        return [tuple(index)]
-    if weights.torch_layout and not name.endswith("/embed"):  # a table has its rows first in both
-        axis = len(leaf.shape) - 1
-        n_parts = math.prod(one.stop - one.start for one in part)
-        row = n_parts * math.prod(leaf.shape[first:-1]) * leaf.dtype.itemsize
-        step = max(1, most // row)
-    else:
-        axis, step = first, storage.chunk_shape(name, leaf)[first]
-    return [
-        (*index[:axis], slice(at, min(at + step, leaf.shape[axis])), *index[axis + 1 :])
-        for at in range(0, leaf.shape[axis], step)
-    ]
+    leaf = weights.leaves[name]
+    if is_by_rows(weights, name) or len(leaf.shape) == len(part):
+        return blocks(name, leaf, part)
+    row = size(leaf, part) // leaf.shape[-1]
+    step = max(1, most // row)
+    inner = whole(leaf.shape, None)[len(part) : -1]
+    starts = range(0, leaf.shape[-1], step)
+    return [(*part, *inner, slice(at, min(at + step, leaf.shape[-1]))) for at in starts]
 
 
-def ahead(makes: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each call gives, in order; while one result is used, the next ones are made."""
-    with concurrent.futures.ThreadPoolExecutor(AHEAD) as threads:
-        under_way: collections.deque[concurrent.futures.Future[T]] = collections.deque()
-        for make in makes:
-            under_way.append(threads.submit(make))
-            if len(under_way) > AHEAD:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+def is_by_rows(weights: Weights, name: str) -> bool:
+    """Whether rows of ours lie together in the source, as those of a table always do."""
+    return not weights.torch_layout or name.endswith("/embed")
 
 
-def n_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """The size of a leaf."""
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
+def ahead(makes: Iterable[tuple[int, Callable[[], T]]]) -> Iterator[T]:
+    """What each call gives, in order; while one result is used, the next ones are made.
+
+    Args:
+      makes: bytes of a result and the call that makes it. AHEAD_BYTES limits the results that are
+        there or under way, not counting the one whose turn it is, which may be larger.
+    """
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        under_way: collections.deque[tuple[int, concurrent.futures.Future[T]]] = collections.deque()
+        waiting = 0
+        for n_bytes, make in makes:
+            while under_way and waiting + n_bytes > AHEAD_BYTES:
+                yield under_way.popleft()[1].result()
+                waiting -= under_way[0][0] if under_way else 0
+            waiting += n_bytes if under_way else 0
+            under_way.append((n_bytes, threads.submit(make)))
+        for _, future in under_way:
+            yield future.result()
+
+
+def size(leaf: jax.ShapeDtypeStruct, index: Index = ()) -> int:
+    """The bytes of a leaf, or of the part that is a slice of each of its first dimensions."""
+    ends = zip(index, leaf.shape, strict=False)
+    lengths = [len(range(*along.indices(n))) for along, n in ends]
+    return math.prod([*lengths, *leaf.shape[len(lengths) :]]) * leaf.dtype.itemsize

@@ -1,0 +1,84 @@
+"""Work ahead of its use: in order, within a limit, and with its errors; blocks are whole chunks."""
+
+import itertools
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from olmo_jax import storage
+from olmo_jax.convert import weights
+
+
+def test_results_come_in_order_and_few_wait(monkeypatch):
+    monkeypatch.setattr(weights, "AHEAD_BYTES", 10)
+    there, most = 0, 0
+    lock = threading.Lock()
+
+    def make(i: int) -> int:
+        nonlocal there, most
+        with lock:
+            there += 1
+            most = max(most, there)
+        return i
+
+    got = []
+    for i in weights.ahead((4, lambda i=i: make(i)) for i in range(50)):
+        with lock:
+            there -= 1
+        got.append(i)
+    assert got == list(range(50))
+    assert 2 <= most <= 4  # the one whose turn it is, two of four bytes, and one handed over
+
+
+def test_a_result_above_the_limit_does_not_block(monkeypatch):
+    monkeypatch.setattr(weights, "AHEAD_BYTES", 1)
+    assert list(weights.ahead((size, lambda s=size: s) for size in (5, 100, 0, 7))) == [
+        5,
+        100,
+        0,
+        7,
+    ]
+
+
+def test_the_error_of_a_call_is_raised_in_its_turn():
+    def fail() -> int:
+        raise OSError("no space left")
+
+    results = weights.ahead([(1, lambda: 1), (1, fail), (1, lambda: 3)])
+    assert next(results) == 1
+    with pytest.raises(OSError, match="no space left"):
+        next(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "part"),
+    [
+        ("params/embed", (100_352, 4096), ()),
+        ("params/lm_head", (4096, 100_352), ()),
+        ("params/layers/mlp/w_gate", (2, 4096, 11_008), (slice(1, 2),)),
+        ("params/layers/moe/w_up", (2, 64, 2048, 1024), (slice(0, 1), slice(8, 16))),
+        ("params/layers/attn_norm", (2, 4096), (slice(0, 1),)),
+        ("step", (), ()),
+    ],
+)
+def test_blocks_are_whole_chunks_and_all_of_the_part(name, shape, part):
+    leaf = jax.ShapeDtypeStruct(shape, np.dtype("float32"))
+    chunk = storage.chunk_shape(name, leaf)
+    at = 0
+    for index in weights.blocks(name, leaf, part):
+        ends = [along.indices(n)[:2] for along, n in zip(index, shape, strict=True)]
+        assert index[: len(part)] == part
+        assert weights.size(leaf, index) <= max(weights.PIECE_BYTES, 4 * np.prod(chunk))
+        for (start, stop), n, length in zip(ends, chunk, shape, strict=True):
+            assert start % n == 0
+            assert stop % n == 0 or stop == length
+        if len(shape) > len(part):
+            rows, *rest = ends[len(part) :]
+            assert rows[0] == at
+            at = rows[1]
+            assert all(
+                end == (0, n) for end, n in itertools.zip_longest(rest, shape[len(part) + 1 :])
+            )
+    assert at == (shape[len(part)] if len(shape) > len(part) else 0)
