@@ -274,7 +274,8 @@ class Source:
         try:
             return storage.restore(self.folder, wanted, partial=not self.is_resume)
         except ValueError as error:
-            if self.is_resume or "opt_state" not in str(error):
+            others_fit = "opt_state" in str(error) and "leaf params/" not in str(error)
+            if self.is_resume or not others_fit:
                 raise
             hint = "config.checkpoint.load_optimizer=False starts with a new optimizer state"
             raise ValueError(f"{error}; {hint}") from None

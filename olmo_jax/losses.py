@@ -39,26 +39,35 @@ def normalize(weights: jax.Array, mode: str, ranks: int) -> jax.Array:
     if mode == "per_instance":
         used = jnp.maximum((per_row > 0).sum(), 1)
         return weights / (jnp.maximum(per_row, 1.0) * used)[:, None]
-    # A sum over the rows of each rank, with masked rows counted back in.
-    counted = jnp.where(per_row > 0, per_row, seq)
-    per_rank = counted.reshape(rows // ranks, ranks).sum(0)
+    per_rank = counted(weights).reshape(rows // ranks, ranks).sum(0)
     return weights / (ranks * jnp.tile(per_rank, rows // ranks))[:, None]
 
 
+def counted(weights: jax.Array) -> jax.Array:
+    """The tokens of each row that OLMo-core divides losses by, fp32 `[batch]`.
+
+    Those with a loss, of 0/1 `weights [batch, seq]`; all of a row that has none, as it was masked
+    (train_module.py, "we count those tokens for the loss anyways").
+    """
+    per_row = weights.sum(1)
+    return jnp.where(per_row > 0, per_row, weights.shape[1])
+
+
 def router(
-    routed: dict[str, jax.Array], n_tokens: int, config: Config
+    routed: dict[str, jax.Array], n_tokens: int, n_counted: jax.Array | float, config: Config
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the routers of a (micro-)batch add to the loss.
 
     Args:
       routed: `tokens` and `probability` `[n_layers, n_experts]`, `z` `[n_layers]`; see `nn/moe.py`.
       n_tokens: of the (micro-)batch, with those that have no loss.
+      n_counted: of the whole batch, as `counted` says.
       config: of the run; `train.router_loss_form` says whose form:
         olmoe: E / (L T k) Σ_l Σ_e n_le p_le, and mean logsumexp² / k, as OLMoE trained
-        (Muennighoff/megablocks@olmoe, layers/moe.py). megablocks: without that k. olmo_core: the
-        sums of its layers, with the tokens of the batch as divisor (nn/moe/loss.py), as divided by
-        the number of layers. hugging_face: E Σ_e f_e P_e over all layers at once, about k at
-        balance (modeling_olmoe.py).
+        (Muennighoff/megablocks@olmoe, layers/moe.py). megablocks: without that k. olmo_core: as
+        megablocks, but the divisor T is `n_counted`, that of the cross entropy: the fewer tokens
+        have a loss, the more it weighs (nn/moe/loss.py). hugging_face: E Σ_e f_e P_e over all
+        layers at once, about k at balance (modeling_olmoe.py).
 
     Returns:
       The loss, and its parts: `balance` and `router z` (without their coefficients, means over the
@@ -66,7 +75,9 @@ def router(
       of the layers, where it is limited.
     """
     # OLMo: the products n · p there are of one device's tokens, here of the whole micro-batch's.
-    m, t, share = config.model, config.train, 1.0 / config.compute.accumulate
+    m, t = config.model, config.train
+    is_core = t.router_loss_form == "olmo_core"
+    share = n_tokens / n_counted if is_core else 1.0 / config.compute.accumulate
     tokens, probability = routed["tokens"] / n_tokens, routed["probability"]
     if t.router_loss_form == "hugging_face":
         balance = m.n_experts * jnp.sum(tokens.mean(0) * probability.mean(0))

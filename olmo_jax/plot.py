@@ -132,17 +132,17 @@ def _last_load(steps: Steps) -> np.ndarray | None:
 def _map(axes: Any, load: np.ndarray, name: str) -> None:
     """Layers by experts, white where an expert has the mean load."""
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.ticker import MaxNLocator
 
-    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, load.max()))
+    top = max(2.0, float(load.max()))
+    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=top)
     image = axes.imshow(load, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
-    bar = axes.figure.colorbar(image, ax=axes, ticks=sorted({0.0, 1.0, 2.0, round(load.max(), 1)}))
+    bar = axes.figure.colorbar(image, ax=axes, ticks=[0.0, 1.0, top], format="%.1f")
     bar.outline.set_visible(False)
     axes.set_title(": ".join(filter(None, ["load of each expert", name])), loc="left", fontsize=11)
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(8, integer=True))
+    for axis, n in ((axes.yaxis, len(load)), (axes.xaxis, load.shape[1])):
+        axis.set_ticks(range(0, n, -(-n // 8)))
     axes.spines[:].set_visible(False)
 
 

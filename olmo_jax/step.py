@@ -95,7 +95,9 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
     ) -> tuple[TrainState, Metrics]:
         weights = batch["loss_weights"]
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
-        grads, parts = _gradients(config, model, state.params, batch | {"loss_weights": scaled})
+        n_counted = losses.counted(weights).sum()
+        batch = batch | {"loss_weights": scaled}
+        grads, parts = _gradients(config, model, state.params, batch, n_counted)
         is_whole = _is_whole(config, parts)
         with jax.named_scope("optimizer"):
             params, opt_state, metrics = optim.update(
@@ -131,7 +133,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
 
 
 def _gradients(
-    config: Config, model: Transformer, params: Any, batch: Batch
+    config: Config, model: Transformer, params: Any, batch: Batch, n_counted: jax.Array
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Summed gradients and loss parts of the batch, over `compute.accumulate` micro-batches."""
 
@@ -140,7 +142,7 @@ def _gradients(
         loss, parts = losses.next_token(hidden, transformer.head(params), batch, config)
         if not routed:
             return loss, parts
-        router_loss, router_parts = losses.router(routed, batch["tokens"].size, config)
+        router_loss, router_parts = losses.router(routed, batch["tokens"].size, n_counted, config)
         return loss + router_loss, parts | router_parts
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -247,7 +249,8 @@ def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
         weights = batch["loss_weights"]
         ranks = config.train.loss_ranks or data_parallel_ways(mesh)
         scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
-        grads, _ = _gradients(config, model, params, batch | {"loss_weights": scaled})
+        n_counted = losses.counted(weights).sum()
+        grads, _ = _gradients(config, model, params, batch | {"loss_weights": scaled}, n_counted)
         _, stats = _apply(model, params, batch, "stats")
         out = {"norms/activation": stats["activation rms"]}
         for kind, tree in (("param", params), ("grad", grads)):

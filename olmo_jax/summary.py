@@ -82,6 +82,8 @@ def _continuation(config: Config, model: Any, params: Any) -> list[str]:
     text = pathlib.Path(config.eval.paths[0]).with_suffix(".txt") if config.eval.paths else None
     if text is None or not text.exists() or jax.process_count() > 1:
         return []
+    if sampling.looks_ahead(model):
+        return ["no continuation of a prompt: experts that choose their tokens look ahead", ""]
     tokenizer = Tokenizer(str(config.data.tokenizer))
     prompt = _prompt(text.read_text(encoding="utf-8"))
     ids = tokenizer.encode(prompt)

@@ -214,6 +214,13 @@ def _training(c: Config) -> list[str]:
         for name in ("load_balancing_loss", "router_z_loss")
         if getattr(c.train, name) is not None and not c.model.n_experts
     ]
+    m, lengths = c.model, {"data": c.data.seq_len, "eval": c.eval.seq_len}
+    problems += [
+        f"config.{part}.seq_len={n}: model.router=expert_choice leaves the {m.n_experts} experts no"
+        f" token of such a row; use {-(-m.n_experts // m.n_experts_per_token)} or more"
+        for part, n in lengths.items()
+        if n is not None and m.router == "expert_choice" and m.n_experts_per_token * n < m.n_experts
+    ]
     unknown = sorted(set(k.allow_changes) - flatten(to_dict(Config())).keys())
     problems += [f"config.checkpoint.allow_changes: no option {name}" for name in unknown]
     if min(k.fixed_steps, default=0) < 0:

@@ -2,8 +2,8 @@
 
 Run by the tests with that package installed: `route_olmo_core.py FILE CASES`, where FILE holds
 `x [batches, rows, seq, d_model]` and `router [n_experts, d_model]`; CASES is a list in JSON of
-[bias_gamma, normalize_expert_weights], numbers or null. Prints as JSON, for each case and batch,
-what came out, and the bias after it.
+[bias_gamma, normalize_expert_weights, loss_div_factor], numbers or null. Prints as JSON, for each
+case and batch, what came out, and the bias after it.
 """
 
 import json
@@ -17,7 +17,11 @@ TOP_K = 3
 
 
 def route(
-    batches: torch.Tensor, weight: torch.Tensor, gamma: float | None, norm: float | None
+    batches: torch.Tensor,
+    weight: torch.Tensor,
+    gamma: float | None,
+    norm: float | None,
+    n_counted: int | None,
 ) -> list[dict]:
     """What comes out of each batch."""
     router = MoELinearRouter(
@@ -31,7 +35,7 @@ def route(
     for x in batches.clone():
         x.requires_grad_()
         router.zero_grad()
-        weights, chosen, sizes, loss = router(x)
+        weights, chosen, sizes, loss = router(x, loss_div_factor=n_counted)
         loss.backward()
         metrics = {name: value.item() for name, (value, _) in router.compute_metrics().items()}
         router.post_batch()

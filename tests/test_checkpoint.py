@@ -347,6 +347,19 @@ def test_weights_alone_are_refused_with_the_option_that_takes_them(tmp_path):
     assert bits(checkpoint.load_params(path, shapes)) == bits(tree["params"])
 
 
+def test_a_new_optimizer_state_is_not_advised_where_parameters_are_missing(tmp_path):
+    state = train_state(0)
+    tree = {"params": dict(list(state.params.items())[1:])}
+    leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in storage.names(tree).items()}
+    writer = storage.Writer(storage.path(tmp_path / "weights"), leaves)
+    for name, x in storage.names(tree).items():
+        writer.write(name, (0,) * x.ndim, jax.device_get(x))
+    writer.commit({"model": {}})
+    with pytest.raises(ValueError, match="missing leaf params/") as error:
+        source_of(tmp_path / "own", load_path=str(tmp_path / "weights")).load(abstract(state))
+    assert "load_optimizer" not in str(error.value)
+
+
 # --- changes of the config ------------------------------------------------------------------------
 
 

@@ -211,7 +211,7 @@ def routed(n_layers: int = 3, n: int = 40) -> tuple[dict, list, list]:
 
 def parts(form: str) -> dict:
     return losses.router(
-        routed()[0], 40, make_config(model=EXPERTS, router_loss_form=form, **LOSSES)
+        routed()[0], 40, 40, make_config(model=EXPERTS, router_loss_form=form, **LOSSES)
     )[1]
 
 
@@ -235,9 +235,20 @@ def test_the_losses_of_megablocks_and_olmoe_by_their_formulas():
         found = parts(form)
         np.testing.assert_allclose(found["balance"], balance, rtol=1e-5)
         np.testing.assert_allclose(found["router z"], z / divisor, rtol=1e-5)
-    total, found = losses.router(routed()[0], 40, make_config(model=EXPERTS, **LOSSES))
+    total, found = losses.router(routed()[0], 40, 40, make_config(model=EXPERTS, **LOSSES))
     expected = 0.01 * found["balance"] + 0.001 * found["router z"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_losses_of_olmo_core_are_divided_by_the_tokens_with_a_loss():
+    plain, core = (
+        run(make_config(None, 2, model=EXPERTS, router_loss_form=form, **LOSSES), make_batch())
+        for form in ("megablocks", "olmo_core")
+    )
+    for name in ("load balancing loss", "router Z loss"):
+        ratio = core[1][f"train/{name} unscaled"] / plain[1][f"train/{name} unscaled"]
+        np.testing.assert_allclose(ratio, 8 * 64 / (7 * 63 + 64), rtol=1e-5)  # one row is masked
 
 
 @pytest.mark.slow

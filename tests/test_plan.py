@@ -147,6 +147,23 @@ def test_rows_travel_to_experts_and_not_the_room_that_these_have():
     assert found == {Collective("ragged-all-to-all", 32, (0, 1, 2, 3)): 2}
 
 
+@pytest.mark.parametrize(
+    ("ways", "router", "buffer", "room"),
+    [
+        (1, "token_choice", None, 1.0),
+        (4, "token_choice", None, 4.0),
+        (32, "token_choice", None, 8.0),  # two experts of a device, of the eight of a token
+        (4, "token_choice", 1.5, 1.5),
+        (4, "token_choice", 9.0, 4.0),  # more cannot come
+        (4, "expert_choice", None, 1.0),
+    ],
+)
+def test_room_for_rows_of_experts_is_what_can_come(ways, router, buffer, room):
+    model = config.ModelConfig(n_experts=64, n_experts_per_token=8, router=router)
+    run = config.Config(model=model, compute=config.ComputeConfig(expert_buffer=buffer))
+    assert analytic._room(run, {"expert": ways}) == room
+
+
 def test_a_collective_on_another_core_is_found():
     text = "\n".join([
         "%called (q: f32[8]) -> f32[2] {",

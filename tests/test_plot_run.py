@@ -163,6 +163,20 @@ def test_runs_with_experts_get_their_loads_and_the_busiest_one(tmp_path, figure)
     assert image.norm(1.0) == 0.5  # white
 
 
+@pytest.mark.parametrize(("load", "ticks"), [([[1.0]], "2.0"), ([[0.0, 0.0, 3.27]], "3.3")])
+def test_maps_of_few_experts_and_of_large_loads_have_ticks_that_stand_apart(
+    tmp_path, figure, load, ticks
+):
+    layers = {"train/block 00/load imbalance": max(load[0]), "train/expert load": load}
+    plot.draw([write(tmp_path / "moe", [record(1, **layers)])], tmp_path / "x.png")
+    (axes,) = (axes for axes in figure().axes if axes.get_title(loc="left").startswith("load of"))
+    assert axes.get_xticks().tolist() == list(range(len(load[0])))
+    assert axes.get_yticks().tolist() == [0]
+    bar = next(axes for axes in figure().axes if axes.get_label() == "<colorbar>")
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["0.0", "1.0", ticks]
+    assert bar.get_yticks().max() <= bar.get_ylim()[1]
+
+
 def test_a_run_that_went_wrong_is_drawn_as_far_as_it_goes(tmp_path, figure):
     rows = [record(1), record(2) | {"train/CE loss": None, "optim/total grad norm": None}]
     plot.draw([write(tmp_path / "run", rows)], tmp_path / "x.png")

@@ -23,7 +23,7 @@ BIASED = dataclasses.replace(EXPERTS, router_bias_gamma=0.03)
 CHOOSING = dataclasses.replace(EXPERTS, router="expert_choice")
 
 
-def routed(x, w_router, model, bias):
+def routed(x, w_router, model, bias, n_counted):
     """Choice, weights, stats and losses of a layer on tokens `[rows, seq, d_model]`."""
     tokens = x.reshape(-1, x.shape[-1])
     scores, lse = router.score(tokens, w_router)
@@ -31,7 +31,7 @@ def routed(x, w_router, model, bias):
     stats = router.stats(jnp.bincount(chosen.reshape(-1), length=8), scores, lse)
     stats = jax.tree.map(lambda a: a[None], stats)  # one layer
     config = make_config(model=model, router_loss_form="olmo_core", **LOSSES)
-    loss, parts = losses.router(stats, len(tokens), config)
+    loss, parts = losses.router(stats, len(tokens), n_counted, config)
     return loss, (chosen, weights, parts, step._router_metrics(config, parts))
 
 
@@ -39,8 +39,8 @@ def routed(x, w_router, model, bias):
 @pytest.mark.parametrize(
     ("package", "cases"),
     [
-        ("olmo-core-2", [(None, None), (0.03, None)]),
-        ("olmo-core-3", [(None, None), (0.03, None), (0.03, 1.0)]),
+        ("olmo-core-2", [(None, None, None), (0.03, None, 61)]),
+        ("olmo-core-3", [(None, None, 61), (0.03, None, None), (0.03, 1.0, None)]),
     ],
 )
 def test_routing_losses_and_bias_are_olmo_cores(ai2_packages, tmp_path, package, cases):
@@ -51,12 +51,13 @@ def test_routing_losses_and_bias_are_olmo_cores(ai2_packages, tmp_path, package,
     w_router = (0.4 * rng.standard_normal((8, 16))).astype(np.float32)
     np.savez(tmp_path / "case.npz", x=x, router=w_router)
     theirs = ai2.run(SCRIPT, folders, str(tmp_path / "case.npz"), json.dumps(cases))
-    for (gamma, norm), expected in zip(cases, theirs, strict=True):
-        assert_routed_alike(x, w_router, gamma, norm, expected)
+    for case, expected in zip(cases, theirs, strict=True):
+        assert_routed_alike(x, w_router, *case, expected)
 
 
-def assert_routed_alike(x, w_router, gamma, norm, theirs):
+def assert_routed_alike(x, w_router, gamma, norm, n_counted, theirs):
     """Our router gives what theirs gave for each batch of `x [batches, rows, seq, d_model]`."""
+    n_counted = n_counted or x[0, ..., 0].size
     model = dataclasses.replace(
         EXPERTS, router_bias_gamma=gamma, normalize_expert_weights=norm is not None
     )
@@ -64,7 +65,7 @@ def assert_routed_alike(x, w_router, gamma, norm, theirs):
     value = jax.jit(jax.value_and_grad(routed, (0, 1), has_aux=True), static_argnums=2)
     moved = 0
     for tokens, expected in zip(x, theirs, strict=True):
-        (loss, aux), (dx, drouter) = value(tokens, jnp.asarray(w_router.T), model, bias)
+        (loss, aux), (dx, drouter) = value(tokens, jnp.asarray(w_router.T), model, bias, n_counted)
         chosen, weights, parts, metrics = aux
         np.testing.assert_array_equal(chosen.reshape(4, 20, 3), expected["chosen"])
         np.testing.assert_array_equal(parts["routed"][0], expected["sizes"])
@@ -88,6 +89,21 @@ def assert_routed_alike(x, w_router, gamma, norm, theirs):
             )
             moved += int((np.asarray(without[0]) != np.asarray(chosen)).sum())
     assert (moved > 0) == (gamma is not None)
+
+
+def test_a_bias_that_forces_experts_without_any_score_makes_no_nan():
+    model = dataclasses.replace(BIASED, normalize_expert_weights=True)
+    logits = jnp.zeros((4, 8)).at[:, 0].set(200.0)  # the other scores are 0 in fp32
+    bias = jnp.zeros(8).at[0].set(-5.0)
+
+    def total(logits):
+        chosen, weights = router.choose_experts(jax.nn.softmax(logits), model, bias)
+        return weights.sum(), chosen
+
+    (value, chosen), grads = jax.value_and_grad(total, has_aux=True)(logits)
+    assert (chosen > 0).all()
+    assert value == 0
+    assert np.isfinite(grads).all()
 
 
 # --- the bias in training -------------------------------------------------------------------------
@@ -145,6 +161,14 @@ def test_the_bias_is_a_group_of_its_own():
             "config.mesh.context=2: model.router=expert_choice needs whole sequences",
         ),
         (dict(compute=dict(expert_buffer=0.9)), "config.compute.expert_buffer=0.9: below 1"),
+        (
+            dict(
+                model=dict(router="expert_choice", n_experts=100, n_experts_per_token=3),
+                eval=dict(seq_len=33),
+            ),
+            "config.eval.seq_len=33: model.router=expert_choice leaves the 100 experts no token of"
+            " such a row; use 34 or more",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_named(options, line):

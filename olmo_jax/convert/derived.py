@@ -1,6 +1,7 @@
 """`Weights` that are made from others, piece by piece: padded, averaged, upcycled."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -106,13 +107,19 @@ class Upcycled:
           router_std: of the routers' weights.
           seed: of the routers.
         Raises:
-          ValueError: if the source has experts already, or a token is to take more than there are.
+          ValueError: if the source has experts already, or there are no such experts or routers.
         """
         if source.model.n_experts:
             raise ValueError(f"upcycle: it has {source.model.n_experts} experts already")
-        if n_experts_per_token > n_experts:
+        if not 1 <= n_experts_per_token <= n_experts:
             raise ValueError(
-                f"upcycle: a token cannot take {n_experts_per_token} of {n_experts} experts"
+                f"upcycle: a token cannot take n_experts_per_token={n_experts_per_token} of"
+                f" n_experts={n_experts}; need at least one, and no more than there are"
+            )
+        if not 0 <= router_std < math.inf or seed < 0:
+            raise ValueError(
+                f"upcycle: router_std={router_std} and seed={seed} need to be finite and not"
+                " negative"
             )
         self.model = dataclasses.replace(
             source.model,

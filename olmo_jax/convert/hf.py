@@ -95,13 +95,21 @@ class Store:
         Args:
           folder: that they are in.
           is_tied: there is one table for both ends.
+        Raises:
+          ValueError: if a tensor is there twice, or the two tables of a tied model differ.
         """
         self.where = folder.name.rstrip("/")
         found = _tensors(folder)
         self.tensors: dict[str, Tensor] = {}
         for key, tensor in found.items():
-            if not DERIVED.fullmatch(key):
-                self.tensors |= _one_by_one(key, tensor)
+            if DERIVED.fullmatch(key):
+                continue
+            parts = _one_by_one(key, tensor)
+            if twice := self.tensors.keys() & parts.keys():
+                raise ValueError(
+                    f"{self.where}: {min(twice)} is there twice: alone, and among all experts"
+                )
+            self.tensors |= parts
         self.shapes = {key: (t.shape, t.dtype) for key, t in self.tensors.items()}
         if is_tied and HEAD in self.tensors:  # either table may be the one
             if EMBED in self.tensors and not is_same(self, EMBED, HEAD):
@@ -124,7 +132,9 @@ def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
     prefix, name = match.groups()
     n_experts, n_rows, width = tensor.shape
     parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
-    size = n_rows // len(parts)
+    size, rest = divmod(n_rows, len(parts))
+    if rest:  # does not fit, which is said with all that does not
+        return {key: tensor}
 
     def load(expert: int, first: int, rows: slice) -> np.ndarray:
         return tensor.load(slice(expert, expert + 1))[0][first : first + size][rows]

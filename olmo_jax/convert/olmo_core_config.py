@@ -299,7 +299,7 @@ def train(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str
     scale = 1.0 if moe.get("scale_loss_by_num_layers", True) else model.n_layers
     weights = {"load_balancing_loss": moe.get("lb_loss_weight", 0.01)}
     weights["router_z_loss"] = moe.get("z_loss_weight")
-    known = {name: scale * w for name, w in weights.items() if w is not None}
+    known = {name: scale * w for name, w in weights.items() if w}  # 0 and None: none
     return {"router_loss_form": "olmo_core"} | known
 
 

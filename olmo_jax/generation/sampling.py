@@ -33,17 +33,27 @@ def sample(
       The `n_new` new ids.
 
     Raises:
-      ValueError: if the prompt is empty, or `temperature` is negative.
+      ValueError: if the prompt is empty, `temperature` is negative, or the model looks ahead.
     """
     if not len(prompt_ids):
         raise ValueError("the prompt is empty; give at least one id, such as the EOS")
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: need 0 or more")
+    if looks_ahead(model):
+        raise ValueError(
+            "model.router=expert_choice: experts choose among all tokens of a row, those that are"
+            " not there yet too; such a model cannot continue a text"
+        )
     seen = jnp.array(prompt_ids[-context:], jnp.int32)
     window = jnp.zeros(context, jnp.int32).at[: seen.size].set(seen)
     scale, key = jnp.float32(temperature), jax.random.key(seed)
     new = _continue(model, n_new, params, window, jnp.int32(seen.size), scale, key)
     return [int(i) for i in jax.device_get(new)]
+
+
+def looks_ahead(model: Any) -> bool:
+    """Whether what a model says depends on later tokens: where experts choose their tokens."""
+    return getattr(getattr(model, "config", None), "router", None) == "expert_choice"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -60,7 +70,7 @@ def _continue(
 
     def step(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[Any, jax.Array]:
         window, length = carry
-        # What stands behind `length` is never seen: attention is causal.
+        # What stands behind `length` is never seen: the model does not look ahead.
         logits = model.apply({"params": params}, window[None])[0, length - 1]
         # Gumbel-max: a sample of softmax(logits / temperature), and the argmax at 0.
         noise = jax.random.gumbel(key, logits.shape, logits.dtype)

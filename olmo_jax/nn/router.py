@@ -54,7 +54,8 @@ def choose_experts(
         _, chosen = jax.lax.top_k(jax.lax.stop_gradient(scores + bias[None]), k)
         weights = jnp.take_along_axis(scores, chosen, axis=1)
     if config.normalize_expert_weights:
-        weights = weights / weights.sum(-1, keepdims=True)
+        # A bias can choose experts whose scores are all 0 in fp32: they get 0, and no NaN.
+        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-18)
     return chosen, weights
 
 

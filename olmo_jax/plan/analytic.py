@@ -238,10 +238,12 @@ def token_ways(shape: dict[str, int]) -> int:
 
 def _room(config: Config, shape: dict[str, int]) -> float:
     """Rows that the experts of a device can take, in terms of the balanced load."""
-    ways, k = shape["expert"], config.model.n_experts_per_token
-    if ways == 1:
+    m, ways = config.model, shape["expert"]
+    if ways == 1 or m.router == "expert_choice":  # always balanced
         return 1.0
-    return config.compute.expert_buffer or ways * min(k, config.model.n_experts // ways) / k
+    k, limit = m.n_experts_per_token, config.compute.expert_buffer
+    most = ways * min(k, m.n_experts // ways) / k  # a token goes to an expert once
+    return most if limit is None else min(most, limit)
 
 
 def _working_bytes(config: Config, shape: dict[str, int], gradients: float) -> float:

@@ -257,6 +257,27 @@ def test_an_upcycled_model_starts_as_the_dense_one(tmp_path, name):
     assert "it has 6 experts already" in again.err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--n_experts=4"],  # of which a token takes 8
+        ["--n_experts=4", "--n_experts_per_token=0"],
+        ["--n_experts=-2", "--n_experts_per_token=-3"],
+        ["--n_experts=4", "--n_experts_per_token=2", "--router_std=nan"],
+        ["--n_experts=4", "--n_experts_per_token=2", "--router_std=-1"],
+        ["--n_experts=4", "--n_experts_per_token=2", "--seed=-1"],
+    ],
+)
+def test_experts_that_cannot_be_are_refused_in_a_line(tmp_path, options):
+    result = run("upcycle", save(tmp_path / "dense", "olmo2"), tmp_path / "moe", *options)
+    assert result.code == 1
+    (line,) = result.err.splitlines()
+    wrong = options[-1].removeprefix("--") if len(options) > 1 else "n_experts_per_token=8"
+    assert line.startswith("error: upcycle: ")
+    assert (wrong if "std=-1" not in wrong else "router_std=-1.0") in line
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_only_equal_models_are_averaged(tmp_path):
     one, two = save(tmp_path / "a", "olmo2"), save(tmp_path / "b", "olmo2 grouped")
     result = run("average", one, two, tmp_path / "mean")

@@ -106,6 +106,9 @@ def test_bf16_is_bitwise_equal_after_the_way_back(tmp_path, name):
     assert np.array_equal(theirs(back, torch.bfloat16), theirs(folder, torch.bfloat16))
 
 
+FUSED = "model.layers.1.mlp.experts.gate_up_proj"
+
+
 @pytest.mark.parametrize("name", ["olmoe", "flex olmo"])
 def test_experts_in_one_tensor_are_those_in_many(tmp_path, name):
     folder = save(tmp_path, name)
@@ -121,6 +124,29 @@ def test_experts_in_one_tensor_are_those_in_many(tmp_path, name):
     part = np.s_[1:2, 2:4, 3:40, 5:33]
     leaf = "params/layers/moe/w_up"
     assert np.array_equal(one.read(leaf, part), many.read(leaf)[part])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {"model.layers.1.mlp.experts.3.up_proj.weight": state["lm_head.weight"]},
+            r"model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight is there twice",
+        ),
+        (
+            lambda state: {FUSED: np.pad(state[FUSED], ((0, 0), (0, 1), (0, 0)))},
+            r"left over model\.layers\.1\.mlp\.experts\.gate_up_proj",
+        ),
+    ],
+    ids=["twice", "a row too many"],
+)
+def test_experts_in_one_tensor_that_cannot_be_right_are_named(tmp_path, change, message):
+    folder = save(tmp_path, "olmoe")
+    state = {key: value.numpy() for key, value in random_model("olmoe")[0].state_dict().items()}
+    save_file(state | change(state), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        weights.open(str(folder))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "flex olmo"])

@@ -406,6 +406,24 @@ def test_an_option_that_changes_the_function_is_refused_by_name(path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({}, {"load_balancing_loss": 0.01}),
+        (
+            {"lb_loss_weight": 0.1, "z_loss_weight": 0.001, "scale_loss_by_num_layers": False},
+            {"load_balancing_loss": 0.4, "router_z_loss": 0.004},
+        ),
+        ({"lb_loss_weight": 0.0, "z_loss_weight": None}, {}),  # as if it were not there
+    ],
+)
+def test_the_losses_of_routers_are_carried(weights, expected):
+    config = config_with("model.block.feed_forward_moe", {"num_experts": 8} | weights)
+    model = ModelConfig(n_layers=4, n_experts=8)
+    found = olmo_core_config.train(config, model, "c")
+    assert found == {"router_loss_form": "olmo_core"} | expected
+
+
 def test_layers_that_differ_in_more_than_their_window_are_refused():
     config = copy.deepcopy(CONFIG)
     other = copy.deepcopy(config["model"]["block"])

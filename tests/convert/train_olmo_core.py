@@ -126,7 +126,8 @@ def main(out: pathlib.Path, name: str, optimizer: str) -> None:
 
 def train_step(model: torch.nn.Module, optim: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
     """One update on the mean cross entropy of the next tokens, which is returned."""
-    logits = model(tokens)
+    # What the trainer divides by, the losses of routers too: tokens with a label (train_module.py).
+    logits = model(tokens, loss_div_factor=torch.tensor(tokens[:, 1:].numel()))
     flat = logits[:, :-1].reshape(-1, VOCAB)
     loss = torch.nn.functional.cross_entropy(flat, tokens[:, 1:].reshape(-1))
     optim.zero_grad()

@@ -83,6 +83,9 @@ def test_bad_requests_are_refused(model, params):
     with pytest.raises(ValueError, match=r"temperature=-1"):
         sample(model, params, [1], 1, -1)
     assert sample(model, params, [1], 0) == []
+    ahead = dataclasses.replace(MODEL, n_experts=4, router="expert_choice")
+    with pytest.raises(ValueError, match=r"model\.router=expert_choice: .* cannot continue a text"):
+        sample(transformer.Transformer(ahead), params, [1], 1)
 
 
 @pytest.mark.tpu
