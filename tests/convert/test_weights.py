@@ -1,7 +1,9 @@
 """Work ahead of its use: in order, within a limit, and with its errors; blocks are whole chunks."""
 
+import functools
 import itertools
 import threading
+import time
 
 import jax
 import numpy as np
@@ -50,6 +52,25 @@ def test_the_error_of_a_call_is_raised_in_its_turn():
     assert next(results) == 1
     with pytest.raises(OSError, match="no space left"):
         next(results)
+
+
+def test_who_ends_early_waits_for_nothing_and_nothing_more_begins():
+    begun, go_on = [], threading.Event()
+
+    def make(i: int) -> int:
+        begun.append(i)
+        if i:
+            go_on.wait(20)
+        return i
+
+    start = time.monotonic()
+    results = weights.ahead((1, functools.partial(make, i)) for i in range(50))
+    assert next(results) == 0
+    results.close()
+    assert time.monotonic() - start < 10
+    go_on.set()
+    time.sleep(0.2)
+    assert len(begun) <= 1 + weights.THREADS
 
 
 @pytest.mark.parametrize(
