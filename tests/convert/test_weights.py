@@ -111,10 +111,12 @@ def test_blocks_are_whole_chunks_and_all_of_the_part(name, shape, part):
 class Torch:
     """A head as PyTorch has it, on the disk."""
 
-    line, files, meta, torch_layout = "a head", {}, {}, True
-    model = ModelConfig(vocab_size=20_000)
-    leaves = {"params/lm_head": jax.ShapeDtypeStruct((64, 20_000), np.dtype("float32"))}
+    line, torch_layout, model = "a head", True, ModelConfig(vocab_size=20_000)
     values = np.random.default_rng(0).standard_normal((20_000, 64), np.float32)
+
+    def __init__(self):
+        self.leaves = {"params/lm_head": jax.ShapeDtypeStruct((64, 20_000), np.dtype("float32"))}
+        self.files, self.meta = {}, {}
 
     def view(self, name, index=None):
         return self.values.T[index or ()]
