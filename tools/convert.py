@@ -116,7 +116,7 @@ if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
     except SystemExit as end:
-        code = end.code
+        code = int(end.code or 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # now: threads may still wait for a server that is silent
