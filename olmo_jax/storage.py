@@ -282,10 +282,20 @@ class Writer:
         while self._pending:
             self._wait_for_one()
 
+    def abandon(self) -> None:
+        """Wait until nothing is under way, whatever came of it: the folder can be deleted then.
+
+        TensorStore would go on otherwise, and make again what was deleted.
+        """
+        while self._pending:
+            self._pending[0][0].exception()
+            self._pending.popleft()
+
     def _wait_for_one(self) -> None:
-        future, n_bytes, name, index = self._pending.popleft()
-        self._bytes -= n_bytes
+        future, n_bytes, name, index = self._pending[0]
         future.result()
+        self._pending.popleft()
+        self._bytes -= n_bytes
         _release(self.folder, name, chunk_shape(name, self._leaves[name]), index)
 
     def commit(

@@ -16,7 +16,9 @@ class Server(http.server.ThreadingHTTPServer):
     url: str
     n_bytes = 0  # sent in bodies
     n_requests = 0
-    faults: list[str]  # of the next requests: "503", "cut" (half of the body), "" (none)
+    # Of the next requests: "503", "cut" (half of the body), "silent" (no answer), "" (none).
+    faults: list[str]
+    is_over: threading.Event
     knows_ranges = True
 
 
@@ -29,6 +31,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server.n_requests += 1
         fault = server.faults.pop(0) if server.faults else ""
         path = server.folder / self.path.lstrip("/")
+        if fault == "silent":
+            server.is_over.wait()
+            return None
         if fault == "503":
             return self._answer(503, b"")
         if not path.is_file():
@@ -62,12 +67,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def serving(folder: pathlib.Path) -> Iterator[Server]:
     """A server of the files below a folder, while the block runs."""
     with Server(("127.0.0.1", 0), _Handler) as server:
-        server.folder, server.faults = folder, []
+        server.folder, server.faults, server.is_over = folder, [], threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
             yield server
         finally:
+            server.is_over.set()
             server.shutdown()
             thread.join()

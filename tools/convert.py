@@ -113,4 +113,10 @@ if __name__ == "__main__":
         keep = "hugetlb=1 mmap_max=0 trim_threshold=4000000000 arena_max=1".split()
         os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{option}" for option in keep)
         os.execv(sys.executable, sys.orig_argv)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # now: threads may still wait for a server that is silent

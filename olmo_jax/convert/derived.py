@@ -41,19 +41,21 @@ class Padded:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A leaf or a part of it."""
+        return names.contiguous(self.view(name, index))
+
+    def view(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The same, in the order of the source but for the tables."""
         leaf, stored = self.leaves[name], self._source.leaves[name].shape
         if leaf.shape == stored:
-            return self._source.read(name, index)
+            return self._source.view(name, index)
         ends = zip(whole(leaf.shape, index), leaf.shape, strict=True)
         wanted = [part.indices(n)[:2] for part, n in ends]
         there = [(min(a, n), min(b, n)) for (a, b), n in zip(wanted, stored, strict=True)]
         out = np.zeros([b - a for a, b in wanted], leaf.dtype)
         if all(a < b for a, b in there):
-            values = self._source.read(name, tuple(slice(a, b) for a, b in there))
-            out[tuple(slice(n) for n in values.shape)] = values
+            values = self._source.view(name, tuple(slice(a, b) for a, b in there))
+            names.assign(out[tuple(slice(n) for n in values.shape)], values)
         return out
-
-    view = read
 
 
 class Mean:
@@ -65,7 +67,8 @@ class Mean:
         self.line = f"mean of {len(sources)} checkpoints"
         self.model, self.files = first.model, first.files
         self.meta = {"token_ids": first.meta.get("token_ids", {})}  # no dtype: a mean is float32
-        self.torch_layout = first.torch_layout
+        # Ours can be read across; what lies across our rows would come once for each block of them.
+        self.torch_layout = any(source.torch_layout for source in sources)
         self.leaves = {
             name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype("float32"))
             for name, leaf in first.leaves.items()
@@ -73,13 +76,15 @@ class Mean:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """The mean of a leaf or of a part of it."""
-        total = self._sources[0].read(name, index).astype(np.float32)
+        return names.contiguous(self.view(name, index))
+
+    def view(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The same, by who passes once through all of it."""
+        total = self._sources[0].view(name, index).astype(np.float32)
         for source in self._sources[1:]:
-            total += source.read(name, index)
+            total += source.view(name, index)
         total /= len(self._sources)
         return total
-
-    view = read
 
 
 class Upcycled:

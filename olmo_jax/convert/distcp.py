@@ -4,15 +4,14 @@
 hold what `torch.save` makes of each part, one behind the other.
 """
 
-import concurrent.futures
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from olmo_jax.convert.folders import THREADS, Folder
+from olmo_jax.convert.folders import Folder, at_once
 from olmo_jax.convert.stacked import Shapes
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
 
@@ -75,7 +74,9 @@ class Distributed:
         everything = [(c.file, c.stop) for chunks in self._chunks.values() for c in chunks]
         for file, stop in everything + [(file, stop) for file, _, stop in self._objects.values()]:
             needed[file] = max(needed.get(file, 0), stop)
-        for (file, stop), size in zip(needed.items(), _map(self._folder.size, needed), strict=True):
+        for (file, stop), size in zip(
+            needed.items(), at_once(self._folder.size, needed), strict=True
+        ):
             if size < stop:
                 where = f"{self._folder.name.rstrip('/')}/{file}"
                 raise ValueError(f"{where} is truncated: {size:,} bytes of at least {stop:,}")
@@ -83,7 +84,7 @@ class Distributed:
 
     def scalars(self, keys: Sequence[str]) -> dict[str, float]:
         """The values of tensors without dimensions."""
-        return dict(zip(keys, _map(lambda key: float(self.read(key, ())), keys), strict=True))
+        return dict(zip(keys, at_once(lambda key: float(self.read(key, ())), keys), strict=True))
 
     def read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor.
@@ -97,7 +98,7 @@ class Distributed:
         out = np.empty([stop - start for start, stop in ranges], dtype)
         wanted = [(chunk, _overlap(chunk, ranges)) for chunk in self._chunks[key]]
         wanted = [(chunk, common) for chunk, common in wanted if common is not None]
-        parts = _map(lambda pair: self._read_chunk(key, *pair), wanted)
+        parts = at_once(lambda pair: self._read_chunk(key, *pair), wanted)
         if len(parts) == 1 and parts[0].size == out.size:
             return parts[0]
         if sum(part.size for part in parts) != out.size:
@@ -139,11 +140,3 @@ def _place(prefix: str, info: Any) -> tuple[str, int, int]:
     if info.__dict__.get("transform_descriptors"):
         raise ValueError(f"it is compressed: {info.transform_descriptors}")
     return prefix + info.relative_path, info.offset, info.offset + info.length
-
-
-def _map(function: Callable[[Any], Any], values: Collection[Any]) -> list[Any]:
-    """The results in order; several are waited for at the same time."""
-    if len(values) < 2:
-        return [function(value) for value in values]
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(function, values))

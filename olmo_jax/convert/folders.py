@@ -13,7 +13,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from typing import Protocol
+from collections.abc import Callable, Collection
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ THREADS = 8
 ATTEMPTS = 6  # of each request before giving up
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubles
 TIMEOUT = 60  # seconds without an answer
+
+T = TypeVar("T")
 
 
 class Folder(Protocol):
@@ -126,12 +129,7 @@ class Remote:
             end = min(at + PART_BYTES, stop)
             out[at - start : end - start] = np.frombuffer(self._part(file, at, end), np.uint8)
 
-        places = range(start, stop, PART_BYTES)
-        if len(places) == 1:
-            part(start)
-        else:
-            with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-                list(threads.map(part, places))
+        at_once(part, range(start, stop, PART_BYTES))
         return out
 
     def _part(self, file: str, start: int, stop: int) -> bytes:
@@ -179,6 +177,17 @@ class Remote:
                 time.sleep(wait)
                 wait *= 2
         raise OSError(f"{url}: no answer after {ATTEMPTS} attempts: {cause}")
+
+
+def at_once(function: Callable[[Any], T], values: Collection[Any]) -> list[T]:
+    """The results in order; several are waited for at the same time."""
+    if len(values) < 2:
+        return [function(value) for value in values]
+    threads = concurrent.futures.ThreadPoolExecutor(THREADS)
+    try:
+        return list(threads.map(function, values))
+    finally:  # an error or Ctrl-C does not wait for the others
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _UnusableError(OSError):

@@ -142,7 +142,11 @@ def write(
             nonlocal in_memory
             left = memoryview(data)
             while left:
-                n = os.write(file.fileno(), left[:STEP_BYTES])
+                try:
+                    n = os.write(file.fileno(), left[:STEP_BYTES])
+                except OSError as error:
+                    error.filename = os.fspath(path)  # the system says only what is wrong
+                    raise
                 left, in_memory = left[n:], in_memory + n
                 if in_memory >= STEP_BYTES:
                     in_memory = 0

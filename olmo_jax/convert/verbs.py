@@ -179,12 +179,16 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
         for name, leaf in source.leaves.items()
     }
     writer = storage.Writer(folder, leaves)
-    with _bar("writing", sum(map(size, leaves.values()))) as report:
-        for name, index, values, checksum in ahead(_blocks(source, leaves)):
-            writer.write(name, [along.start or 0 for along in index], values)
-            written.append((name, index, checksum))
-            report(values.nbytes)
-        writer.wait()
+    try:
+        with _bar("writing", sum(map(size, leaves.values()))) as report:
+            for name, index, values, checksum in ahead(_blocks(source, leaves)):
+                writer.write(name, [along.start or 0 for along in index], values)
+                written.append((name, index, checksum))
+                report(values.nbytes)
+            writer.wait()
+    except BaseException:
+        writer.abandon()
+        raise
     config = {"model": to_dict(source.model)}
     meta = {
         "model": to_dict(source.model),

@@ -159,9 +159,10 @@ def ahead(makes: Iterable[tuple[int, Callable[[], T]]]) -> Iterator[T]:
       makes: bytes of a result and the call that makes it. AHEAD_BYTES limits the results that are
         there or under way, not counting the one whose turn it is, which may be larger.
     """
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
-        under_way: collections.deque[tuple[int, concurrent.futures.Future[T]]] = collections.deque()
-        waiting = 0
+    threads = concurrent.futures.ThreadPoolExecutor(THREADS)
+    under_way: collections.deque[tuple[int, concurrent.futures.Future[T]]] = collections.deque()
+    waiting = 0
+    try:
         for n_bytes, make in makes:
             while under_way and waiting + n_bytes > AHEAD_BYTES:
                 yield under_way.popleft()[1].result()
@@ -170,6 +171,8 @@ def ahead(makes: Iterable[tuple[int, Callable[[], T]]]) -> Iterator[T]:
             under_way.append((n_bytes, threads.submit(make)))
         for _, future in under_way:
             yield future.result()
+    finally:  # who ends early does not wait for a server that is slow or silent
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def size(leaf: jax.ShapeDtypeStruct, index: Index = ()) -> int:

@@ -1,6 +1,8 @@
 """tools/convert.py as users run it: results, exit codes, ends in the middle, the Hub."""
 
+import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import http.server
 import importlib.util
@@ -12,17 +14,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import runs
 import torch
+import web
 from hf import exported_logits, random_model
 from test_hf import TOKENS, quiet, save, tensors
 
 import olmo_jax
 from olmo_jax import storage
-from olmo_jax.convert import native, verbs, weights
+from olmo_jax.convert import native, safetensors, verbs, weights
 from olmo_jax.convert.logits import logits
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "convert.py"
@@ -201,6 +205,53 @@ def test_an_end_in_the_middle_leaves_no_result(tmp_path, verb, number, left):
     if left:
         result = run(verb, folder, tmp_path / "new")
         assert "new.partial is there, from a conversion that was killed" in result.errors[0]
+
+
+def test_a_silent_server_does_not_hold_who_interrupts(tmp_path):
+    folder = save(tmp_path, "olmo2")
+    with web.serving(folder) as server:
+        server.faults = [""] * 20 + ["silent"] * 1000  # 66 requests would do
+        with runs.processes(start("to_jax", server.url, tmp_path / "new")) as (process,):
+            while len(server.faults) >= 1000:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_a_write_under_way_does_not_bring_back_what_an_error_removed(tmp_path, monkeypatch):
+    folder = save(tmp_path, "olmo2")
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+
+        def late(path: pathlib.Path) -> None:
+            time.sleep(0.3)
+            path.mkdir(parents=True)
+            raise OSError("no space left")
+
+        def write(self, name, start, block):
+            if self._pending:
+                raise OSError("no space left")
+            future = threads.submit(late, pathlib.Path(self.folder) / "late")
+            self._pending.append((future, block.nbytes, name, ()))
+
+        monkeypatch.setattr(storage.Writer, "write", write)
+        assert run("to_jax", folder, tmp_path / "new").errors == ["no space left"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    folder = save(tmp_path, "olmo2")
+
+    def full(number, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.os, "write", full)
+    result = run("to_hf", folder, tmp_path / "new")
+    monkeypatch.undo()
+    file = tmp_path / "new.partial" / "model.safetensors"
+    assert result.errors == [f"[Errno 28] No space left on device: '{file}'"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 def test_nothing_of_jax_is_imported_for_a_wrong_command_line():

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import olmo_jax
 from olmo_jax import sharding, storage
 from olmo_jax.config import MeshConfig
-from olmo_jax.convert import native, verbs, weights
+from olmo_jax.convert import compare, native, verbs, weights
 from olmo_jax.convert.logits import logits
 
 TOKENS = np.random.default_rng(0).integers(2, 97, (2, 29))
@@ -269,6 +269,26 @@ def test_a_folder_behind_https_is_read_as_one_here(tmp_path):
         verbs.to_jax(f"{server.url}/theirs", str(tmp_path / "ours"), say=quiet)
         assert weights.open(f"{server.url}/theirs").files.keys() == {"generation_config.json"}
     assert verbs.check(str(folder), str(tmp_path / "ours"), say=quiet)
+
+
+@pytest.mark.parametrize("verb", ["to_jax", "average", "check"])
+def test_nothing_is_downloaded_twice(tmp_path, monkeypatch, verb):
+    folder = save(tmp_path, "olmo2")
+    ours = str(tmp_path / "ours")
+    verbs.to_jax(str(folder), ours, say=quiet)
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 4000)  # a quarter of a matrix
+    monkeypatch.setattr(compare, "LOGIT_BYTES", 0)
+    monkeypatch.setattr(verbs, "logits", lambda checkpoint, tokens: np.ones((1, 1, 1)))
+    new = str(tmp_path / "new")
+    with web.serving(folder) as server:
+        do = {
+            "to_jax": lambda: verbs.to_jax(server.url, new, say=quiet),
+            "average": lambda: verbs.average([ours, server.url], new, say=quiet),
+            "check": lambda: verbs.check(ours, server.url, say=quiet),
+        }
+        do[verb]()
+        size = (folder / "model.safetensors").stat().st_size
+        assert server.n_bytes < 1.1 * size
 
 
 def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path):

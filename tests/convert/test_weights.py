@@ -1,14 +1,19 @@
 """Work ahead of its use: in order, within a limit, and with its errors; blocks are whole chunks."""
 
+import functools
 import itertools
 import threading
+import time
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 
 from olmo_jax import storage
+from olmo_jax.config import ModelConfig
 from olmo_jax.convert import weights
+from olmo_jax.convert.derived import Mean, Padded
 
 
 def test_results_come_in_order_and_few_wait(monkeypatch):
@@ -52,6 +57,25 @@ def test_the_error_of_a_call_is_raised_in_its_turn():
         next(results)
 
 
+def test_who_ends_early_waits_for_nothing_and_nothing_more_begins():
+    begun, go_on = [], threading.Event()
+
+    def make(i: int) -> int:
+        begun.append(i)
+        if i:
+            go_on.wait(20)
+        return i
+
+    start = time.monotonic()
+    results = weights.ahead((1, functools.partial(make, i)) for i in range(50))
+    assert next(results) == 0
+    results.close()
+    assert time.monotonic() - start < 10
+    go_on.set()
+    time.sleep(0.2)
+    assert len(begun) <= 1 + weights.THREADS
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "part"),
     [
@@ -82,3 +106,34 @@ def test_blocks_are_whole_chunks_and_all_of_the_part(name, shape, part):
                 end == (0, n) for end, n in itertools.zip_longest(rest, shape[len(part) + 1 :])
             )
     assert at == (shape[len(part)] if len(shape) > len(part) else 0)
+
+
+class Torch:
+    """A head as PyTorch has it, on the disk."""
+
+    line, torch_layout, model = "a head", True, ModelConfig(vocab_size=20_000)
+    values = np.random.default_rng(0).standard_normal((20_000, 64), np.float32)
+
+    def __init__(self):
+        self.leaves = {"params/lm_head": jax.ShapeDtypeStruct((64, 20_000), np.dtype("float32"))}
+        self.files, self.meta = {}, {}
+
+    def view(self, name, index=None):
+        return self.values.T[index or ()]
+
+    def read(self, name, index=None):
+        return np.ascontiguousarray(self.view(name, index))
+
+
+@pytest.mark.parametrize(
+    "made", [Padded(Torch(), 20_480), Mean([Torch(), Torch(), Torch()])], ids=["padded", "mean"]
+)
+def test_what_is_made_of_a_head_holds_no_copy_of_it_beside(made):
+    name, whole = "params/lm_head", Torch.values.T
+    tracemalloc.start()
+    values = made.view(name)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1.2 * whole.nbytes
+    assert np.allclose(values[:, :20_000], whole, rtol=1e-6, atol=0)
+    assert not values[:, 20_000:].any()
