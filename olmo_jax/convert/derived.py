@@ -160,7 +160,9 @@ class Upcycled:
             drawn = [self._router(layer) for layer in range(*layers.indices(shape[0]))]
             return np.stack(drawn)[(slice(None), *rest)]
         experts, *inner = rest
-        mlp = self._source.view(name.replace(MOE, MLP), (layers, *inner))[:, None]
+        # Every block of experts asks for the same rows: they stay in memory.
+        read = self._source.view if self.torch_layout else self._source.read
+        mlp = read(name.replace(MOE, MLP), (layers, *inner))[:, None]
         n = len(range(*experts.indices(shape[1])))
         return np.broadcast_to(mlp, (mlp.shape[0], n, *mlp.shape[2:]))
 
