@@ -29,11 +29,8 @@ def watch():
         peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-tool, sys.argv = sys.argv[1], sys.argv[1:]
-try:
-    runpy.run_path(tool, run_name="__main__")
-except SystemExit as end:
-    assert not end.code, end.code
+code = runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+assert code == 0, code
 print("peak", peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
