@@ -262,17 +262,18 @@ class Source:
     is_resume: bool  # the run's own checkpoint: it continues
     line: str  # says which was taken and why
 
-    def load(self, state: Any) -> dict[str, Any]:
+    def load(self, state: Any, new: Sequence[str] = ()) -> dict[str, Any]:
         """The taken parts of the state by name.
 
         Args:
           state: the abstract TrainState, with shardings.
+          new: ends of the names of leaves that the checkpoint has not: they become 0.
         Raises:
           ValueError: if a leaf is missing, left over, damaged, or of another shape or dtype.
         """
         wanted = {part: getattr(state, part) for part in self.parts}
         try:
-            return storage.restore(self.folder, wanted, partial=not self.is_resume)
+            return storage.restore(self.folder, wanted, partial=not self.is_resume, new=new)
         except ValueError as error:
             others_fit = "opt_state" in str(error) and "leaf params/" not in str(error)
             if self.is_resume or not others_fit:

@@ -16,6 +16,7 @@ from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
 from olmo_jax.kernels import attention
 from olmo_jax.kernels.schedule import LANES
+from olmo_jax.optim import ROUTER_BIAS
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 
@@ -137,12 +138,20 @@ def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int)
     """The state after `first` steps: fresh, or with the parts that the source gives."""
     if source is None:
         return step.init_state(config, mesh)
-    loaded = source.load(step.abstract_state(config, mesh))
+    new = ()
+    if config.model.router_bias_gamma is not None and not _has_biases(source):
+        say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
+        new = (ROUTER_BIAS,)
+    loaded = source.load(step.abstract_state(config, mesh), new)
     if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
         loaded["opt_state"] = step.init_opt_state(config, mesh, loaded["params"])
     if "step" not in loaded:
         loaded["step"] = step.replicated(mesh, np.int32(first))
     return TrainState(**loaded)
+
+
+def _has_biases(source: Source) -> bool:
+    return source.meta()["model"].get("router_bias_gamma") is not None
 
 
 def write_config(config: Config) -> None:

@@ -94,7 +94,14 @@ def tree_of(folder: Path) -> Leaves:
     }
 
 
-def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = False) -> Any:
+def restore(
+    folder: Path,
+    abstract: Any,
+    *,
+    partial: bool = False,
+    cast: bool = False,
+    new: Sequence[str] = (),
+) -> Any:
     """Read a checkpoint onto the shardings of `abstract`; each process reads only its own part.
 
     Args:
@@ -102,6 +109,7 @@ def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = 
       abstract: a tree of `jax.ShapeDtypeStruct`; leaves without a sharding become NumPy arrays.
       partial: leave unread the top-level parts (`opt_state`, …) that `abstract` does not have.
       cast: convert to the dtypes of `abstract`; otherwise another dtype is refused.
+      new: ends of the names of leaves that the checkpoint has not: they become 0.
     Returns: the tree of `abstract`, filled.
     Raises:
       FileNotFoundError: if the folder is no complete checkpoint.
@@ -111,10 +119,16 @@ def restore(folder: Path, abstract: Any, *, partial: bool = False, cast: bool = 
     if partial:
         parts = {name.split("/")[0] for name in wanted}
         stored = {name: leaf for name, leaf in stored.items() if name.split("/")[0] in parts}
-    problems = _differences(stored, wanted, cast)
+    known = {name: leaf for name, leaf in wanted.items() if not name.endswith(tuple(new))}
+    problems = _differences(stored, known, cast)
     if problems:
         raise ValueError(f"{folder} does not fit: " + "; ".join(problems))
-    filled = [_read_leaf(folder, name, stored[name], leaf) for name, leaf in wanted.items()]
+    filled = [
+        _read_leaf(folder, name, stored[name], leaf)
+        if name in known
+        else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        for name, leaf in wanted.items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(abstract), filled)
 
 

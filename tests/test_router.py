@@ -13,7 +13,7 @@ import runs
 from test_moe import EXPERTS, LOSSES, layer
 from test_step import make_batch, make_config, run
 
-from olmo_jax import flops, losses, optim, sharding, step, validate
+from olmo_jax import flops, losses, optim, sharding, step, storage, validate
 from olmo_jax.config import ComputeConfig, ConfigError
 from olmo_jax.convert import hf_config
 from olmo_jax.nn import moe, router
@@ -212,6 +212,30 @@ def test_a_resumed_run_has_the_same_bias(tmp_path):
     whole, parts = (runs.arrays(next(tmp_path.rglob(f"{n}/**/step8"))) for n in ("whole", "parts"))
     assert any("router_bias" in name for name in whole)
     assert whole == parts
+
+
+@pytest.mark.slow
+def test_biases_begin_at_0_in_a_run_from_weights_without_them(tmp_path):
+    tokens = runs.write_tokens(tmp_path / "tokens.npy")
+    options = [
+        f"--config={runs.ROOT / 'configs/tiny_olmoe.py'}", f"data.paths={tokens}", "mesh.fsdp=8",
+        f"compute.compilation_cache={tmp_path / 'compiled'}", "log.tensorboard=false",
+    ]  # fmt: skip
+    assert runs.run(*options, f"dir={tmp_path / 'plain'}", "train.duration=2").code == 0
+    more = (
+        f"checkpoint.load_path={tmp_path / 'plain'}", "model.router_bias_gamma=0.25",
+        "train.duration=3",
+    )  # fmt: skip
+    refused = runs.run(*options, *more, f"dir={tmp_path / 'no'}")
+    assert (refused.code, "model.router_bias_gamma" in refused.err) == (1, True)
+    allow = "checkpoint.allow_changes=model.router_bias_gamma"
+    result = runs.run(*options, *more, allow, f"dir={tmp_path / 'biased'}")
+    assert (result.code, result.errors) == (0, [])
+    assert "biases of the routers begin at 0" in result.out
+    step3 = storage.path(tmp_path / "biased" / "checkpoints" / "step3")
+    bias = storage.read_part(step3, "params/layers/moe/router_bias", (slice(None), slice(None)))
+    assert set(np.unique(bias)) <= {-0.25, 0.0, 0.25}  # one step from 0
+    assert bias.any()
 
 
 # --- expert choice --------------------------------------------------------------------------------
