@@ -113,7 +113,7 @@ def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, op
             break
     assert codes == {0}, ended[0][1][-3000:] + ended[1][1][-3000:]
     for words in (
-        "4 cpu (fsdp 4)\nattention: blocked\nnew run", "training steps 1 to 4",
+        "4 cpu (fsdp 4)\nattention: blocked\n", "new run in", "training steps 1 to 4",
         "4 cpu (tensor 4)\nattention: blocked\nresuming after step 4", "training steps 5 to 8",
         "4 cpu (context 4)\nattention: blocked in a ring of 4\nresuming after step 8",
         "training steps 9 to 12",

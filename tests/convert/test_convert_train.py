@@ -29,7 +29,11 @@ def watch():
         peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-code = runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+main = runpy.run_path(sys.argv[1])["main"]
+from olmo_jax import storage
+from olmo_jax.convert import weights
+weights.AHEAD_BYTES = storage.IN_FLIGHT_BYTES = 32 << 20  # little beside the model
+code = main(sys.argv[2:])
 assert code == 0, code
 print("peak", peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
@@ -127,7 +131,7 @@ def peaks(*arguments, n_devices: int) -> tuple[int, int]:
 def test_memory_does_not_grow_with_devices_or_layers(tmp_path):
     """AI-Hypercomputer/maxtext#3192: every weight was restored whole on each simulated device."""
     model = ModelConfig(
-        vocab_size=20_000, d_model=1024, n_layers=16, n_heads=8, n_kv_heads=8, d_ff=3072
+        vocab_size=20_000, d_model=1024, n_layers=10, n_heads=8, n_kv_heads=8, d_ff=3072
     )
     folder, lengths = tmp_path / "hf", names.sizes(model)
     folder.mkdir()
@@ -138,7 +142,7 @@ def test_memory_does_not_grow_with_devices_or_layers(tmp_path):
         for i in range(model.n_layers if row.is_layered else 1)
     }
     n_bytes = 4 * sum(int(np.prod(shape)) for _, shape in shapes.values())
-    assert n_bytes > 4 * 200_000_000
+    assert n_bytes > 600_000_000
     safetensors.write(
         folder / "model.safetensors", shapes, lambda key: [numbers[: np.prod(shapes[key][1])]]
     )
@@ -149,4 +153,4 @@ def test_memory_does_not_grow_with_devices_or_layers(tmp_path):
         many, all_of_many = peaks(verb, src, tmp_path / f"{dst}16", n_devices=16)
         assert many <= 1.2 * one
         assert all_of_many <= 1.2 * all_of_one
-        assert one < 1.2e9  # of it 0.3 GB are the program
+        assert one < n_bytes  # of it 0.3 GB are the program
