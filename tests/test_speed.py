@@ -56,11 +56,11 @@ def test_help_and_config_errors_come_within_two_seconds(arguments, code, says):
     assert seconds < 2.0
 
 
-def step_of(n_layers):
+def step_of(n_layers, d_ff):
     """A training step of a small model, its mesh and shapes of its arguments."""
     model = ModelConfig(
         vocab_size=128, d_model=32, n_layers=n_layers, n_heads=2, n_kv_heads=2, head_dim=16,
-        d_ff=64, max_seq_len=64,
+        d_ff=d_ff, max_seq_len=64,
     )  # fmt: skip
     c = Config(
         model=model,
@@ -76,8 +76,8 @@ def step_of(n_layers):
     return step.make_train_step(c, mesh).jitted, mesh, arguments
 
 
-def seconds_to_compile(n_layers):
-    update, mesh, arguments = step_of(n_layers)
+def seconds_to_compile(n_layers, d_ff):
+    update, mesh, arguments = step_of(n_layers, d_ff)
     start = time.process_time()
     with jax.set_mesh(mesh):
         update.lower(*arguments).compile()
@@ -86,8 +86,9 @@ def seconds_to_compile(n_layers):
 
 @pytest.mark.slow
 def test_64_layers_compile_within_1_5_times_of_4():
-    few, many = ([seconds_to_compile(n) for n in (4, 64)] for _ in range(2))
-    assert min(few[1], many[1]) < 1.5 * min(few[0], many[0])
+    # Widths that differ: another test may have switched the compilation cache on.
+    few, many = ([seconds_to_compile(n, d_ff) for d_ff in (64, 72)] for n in (4, 64))
+    assert min(many) < 1.5 * min(few)
 
 
 @pytest.mark.slow

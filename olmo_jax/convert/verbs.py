@@ -217,9 +217,9 @@ def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[],
     for name, leaf in leaves.items():
         for part in parts(name, leaf):
             rows = blocks(name, leaf, part)
-            together = (*part, *whole(leaf.shape, None)[len(part) :])
             one_by_one = [(name, row, [row]) for row in rows]
-            reads += one_by_one if is_by_rows(source, name) else [(name, together, rows)]
+            together = [(name, whole(leaf.shape, part), rows)]
+            reads += one_by_one if is_by_rows(source, name) else together
 
     def make(name: str, index: Index, values: np.ndarray) -> Block:
         out = np.empty(values.shape, leaves[name].dtype)

@@ -100,8 +100,9 @@ def is_hub_id(src: str) -> bool:
 
 
 def whole(shape: tuple[int, ...], index: Index | None) -> Index:
-    """The index with its None filled in: a slice for each dimension of `shape`."""
-    return index if index is not None else (slice(None),) * len(shape)
+    """The index, or none, with all of the dimensions of `shape` that it does not reach."""
+    index = index or ()
+    return (*index, *(slice(None),) * (len(shape) - len(index)))
 
 
 def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[Index]:
@@ -120,12 +121,12 @@ def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[Index]:
 
 def blocks(name: str, leaf: jax.ShapeDtypeStruct, part: Index = ()) -> list[Index]:
     """The blocks of a part that are whole chunks of ours: some rows of its next dimension each."""
-    index, axis = [*part, *whole(leaf.shape, None)[len(part) :]], len(part)
+    axis = len(part)
     if len(leaf.shape) == axis:
-        return [tuple(index)]
+        return [part]
     step = storage.chunk_shape(name, leaf)[axis]
-    rows = [slice(at, at + step) for at in range(0, leaf.shape[axis], step)]
-    return [(*index[:axis], some, *index[axis + 1 :]) for some in rows]
+    starts = range(0, leaf.shape[axis], step)
+    return [whole(leaf.shape, (*part, slice(at, at + step))) for at in starts]
 
 
 def pieces(weights: Weights, name: str, part: Index = (), most: int = PIECE_BYTES) -> list[Index]:
@@ -142,9 +143,8 @@ def pieces(weights: Weights, name: str, part: Index = (), most: int = PIECE_BYTE
         return blocks(name, leaf, part)
     row = size(leaf, part) // leaf.shape[-1]
     step = max(1, most // row)
-    inner = whole(leaf.shape, None)[len(part) : -1]
-    starts = range(0, leaf.shape[-1], step)
-    return [(*part, *inner, slice(at, min(at + step, leaf.shape[-1]))) for at in starts]
+    before, n = whole(leaf.shape[:-1], part), leaf.shape[-1]
+    return [(*before, slice(at, min(at + step, n))) for at in range(0, n, step)]
 
 
 def is_by_rows(weights: Weights, name: str) -> bool:
