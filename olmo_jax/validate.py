@@ -88,7 +88,7 @@ def mesh_shape(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
     if n_devices % used or (not free and used != n_devices):
         axes = " x ".join(f"{axis} {n}" for axis, n in shape.items() if n > 1) or "one device"
         need = f"a multiple of {used}" if free else f"{used}"
-        fix = "" if free or n_devices % used else "; one axis can be -1 and take the rest"
+        fix = "" if free else "; one axis may be -1 and takes what the others leave"
         raise ConfigError([f"config.mesh: {axes} needs {need} devices, found {n_devices}{fix}"])
     return shape | dict.fromkeys(free, n_devices // used)
 
