@@ -110,7 +110,6 @@ def to_hf(
     source = weights.open(src, revision=revision)
     say(f"{src}: {source.line}")
     with _result(dst) as partial:
-        partial.mkdir()
         with _bar("writing", _n_bytes(source)) as report:
             written = hf.write(source, partial, dtype, max_shard_bytes, report)
         same = hf.read(str(partial))
@@ -326,11 +325,13 @@ def _result(dst: str) -> Iterator[Any]:
         return
     final = pathlib.Path(os.path.abspath(os.path.expanduser(dst)))
     partial = final.with_name(f"{final.name}.partial")
-    if partial.exists():
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()  # whoever makes it has it
+    except FileExistsError:
         raise FileExistsError(
             f"{partial} is there, from a conversion that was killed or still runs; delete it first"
-        )
-    final.parent.mkdir(parents=True, exist_ok=True)
+        ) from None
     try:
         yield partial
         os.rename(partial, final)
