@@ -94,10 +94,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
         state: TrainState, batch: Batch, lr: jax.Array, max_grad_norm: jax.Array
     ) -> tuple[TrainState, Metrics]:
         weights = batch["loss_weights"]
-        scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
-        n_counted = losses.counted(weights).sum()
-        batch = batch | {"loss_weights": scaled}
-        grads, parts = _gradients(config, model, state.params, batch, n_counted)
+        grads, parts = _gradients(config, model, state.params, batch, ranks)
         is_whole = _is_whole(config, parts)
         with jax.named_scope("optimizer"):
             params, opt_state, metrics = optim.update(
@@ -133,9 +130,13 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
 
 
 def _gradients(
-    config: Config, model: Transformer, params: Any, batch: Batch, n_counted: jax.Array
+    config: Config, model: Transformer, params: Any, batch: Batch, ranks: int
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Summed gradients and loss parts of the batch, over `compute.accumulate` micro-batches."""
+    weights = batch["loss_weights"]  # the divisors are those of the whole batch
+    n_counted = losses.counted(weights).sum()
+    scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
+    batch = batch | {"loss_weights": scaled}
 
     def loss_fn(params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden, routed = _apply(model, params, batch, "hidden")
@@ -246,11 +247,8 @@ def make_norms(config: Config, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
     model = build_model(config)
 
     def norms(params: Any, batch: Batch) -> Metrics:
-        weights = batch["loss_weights"]
         ranks = config.train.loss_ranks or data_parallel_ways(mesh)
-        scaled = losses.normalize(weights, config.train.loss_normalization, ranks)
-        n_counted = losses.counted(weights).sum()
-        grads, _ = _gradients(config, model, params, batch | {"loss_weights": scaled}, n_counted)
+        grads, _ = _gradients(config, model, params, batch, ranks)
         _, stats = _apply(model, params, batch, "stats")
         out = {"norms/activation": stats["activation rms"]}
         for kind, tree in (("param", params), ("grad", grads)):

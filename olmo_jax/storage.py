@@ -149,13 +149,11 @@ def read_part(
     if spec["kvstore"]["driver"] == "file":  # half of the copies
         spec["kvstore"]["file_io_mode"] = {"mode": "memmap"}
     try:
-        array = ts.open(spec, open=True, read=True).result()
-        part = array[index]
+        part = ts.open(spec, open=True, read=True).result()[index]
         out = np.empty(part.shape, part.dtype.numpy_dtype)
         ts.array(out).write(part).result()
         if once:
-            chunk: Any = array.chunk_layout.read_chunk.shape or ()  # None: a scalar
-            _release(folder, name, chunk, part.domain.index_exp)
+            _release(part)
         return out
     except ValueError as error:
         raise ValueError(f"{folder}: leaf {name} is damaged: {cause(error)}") from None
@@ -268,9 +266,7 @@ class Writer:
             for name, leaf in leaves.items()
         }
         self._arrays = {name: future.result() for name, future in opening.items()}
-        self._pending: collections.deque[tuple[Any, int, str, Sequence[slice]]] = (
-            collections.deque()
-        )
+        self._pending: collections.deque[tuple[Any, int, Any]] = collections.deque()
         self._bytes = 0
 
     def write(self, name: str, start: Sequence[int], block: np.ndarray) -> None:
@@ -285,8 +281,9 @@ class Writer:
         if block.dtype != need:
             raise ValueError(f"{self.folder}: {name} is {need}, found {block.dtype}")
         index = tuple(slice(i, i + n) for i, n in zip(start, block.shape, strict=True))
-        future = self._arrays[name][index].write(block, can_reference_source_data_indefinitely=True)
-        self._pending.append((future, block.nbytes, name, index))
+        part = self._arrays[name][index]
+        future = part.write(block, can_reference_source_data_indefinitely=True)
+        self._pending.append((future, block.nbytes, part))
         self._bytes += block.nbytes
         while self._bytes > IN_FLIGHT_BYTES:
             self._wait_for_one()
@@ -306,11 +303,11 @@ class Writer:
             self._pending.popleft()
 
     def _wait_for_one(self) -> None:
-        future, n_bytes, name, index = self._pending[0]
+        future, n_bytes, part = self._pending[0]
         future.result()
         self._pending.popleft()
         self._bytes -= n_bytes
-        _release(self.folder, name, chunk_shape(name, self._leaves[name]), index)
+        _release(part)
 
     def commit(
         self,
@@ -346,15 +343,16 @@ def release(number: int, start: int = 0, n_bytes: int = 0) -> None:
         os.posix_fadvise(number, start, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
-def _release(folder: Path, name: str, chunk: Sequence[int], index: Sequence[slice]) -> None:
-    """Release the files of a part of a leaf."""
-    if "://" in os.fspath(folder):
+def _release(part: ts.TensorStore) -> None:
+    """Release the files of a part of a leaf, if they are files."""
+    store: Any = part.kvstore
+    if store.spec().to_json()["driver"] != "file":
         return
-    each = zip(index, chunk, strict=True)
-    numbers = [range(part.start // n, -(-part.stop // n)) for part, n in each]
-    base = os.fspath(folder / name.replace("/", ".") / "c")
+    chunk: Any = part.chunk_layout.read_chunk.shape or ()  # None: a scalar
+    each = zip(part.domain.index_exp, chunk, strict=True)
+    numbers = [range(along.start // n, -(-along.stop // n)) for along, n in each]
     for at in itertools.product(*numbers):
-        with open("/".join([base, *map(str, at)]), "rb") as file:
+        with open("/".join([f"{store.path}c", *map(str, at)]), "rb") as file:
             release(file.fileno())
 
 

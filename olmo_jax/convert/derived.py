@@ -14,7 +14,7 @@ from olmo_jax.convert.weights import Index, Leaves, Weights, whole
 MLP, MOE, ROUTER = "params/layers/mlp/", "params/layers/moe/", "params/layers/moe/router"
 
 
-class Padded:
+class Padded(Weights):
     """`Weights` with rows of zeros behind the vocabulary: they never score, and split evenly."""
 
     def __init__(self, source: Weights, rows: int):
@@ -39,12 +39,8 @@ class Padded:
             elif name.endswith("/lm_head"):
                 self.leaves[name] = jax.ShapeDtypeStruct((leaf.shape[0], rows), leaf.dtype)
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A leaf or a part of it."""
-        return names.contiguous(self.view(name, index))
-
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The same, in the order of the source but for the tables."""
+        """A leaf or a part of it, in the order of the source but for the tables."""
         leaf, stored = self.leaves[name], self._source.leaves[name].shape
         if leaf.shape == stored:
             return self._source.view(name, index)
@@ -58,7 +54,7 @@ class Padded:
         return out
 
 
-class Mean:
+class Mean(Weights):
     """`Weights` that are the mean of others, taken in float32."""
 
     def __init__(self, sources: Sequence[Weights]):
@@ -74,12 +70,8 @@ class Mean:
             for name, leaf in first.leaves.items()
         }
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The mean of a leaf or of a part of it."""
-        return names.contiguous(self.view(name, index))
-
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The same, by who passes once through all of it."""
+        """The mean of a leaf or of a part of it."""
         total = self._sources[0].view(name, index).astype(np.float32)
         for source in self._sources[1:]:
             total += source.view(name, index)
@@ -87,7 +79,7 @@ class Mean:
         return total
 
 
-class Upcycled:
+class Upcycled(Weights):
     """A dense model whose every expert is its MLP (sparse upcycling, arXiv 2212.05055).
 
     The weights of a token's experts are renormalised to a sum of one, so that at the start the
@@ -146,12 +138,8 @@ class Upcycled:
         shape = (source.model.n_layers, source.model.d_model, n_experts)
         self.leaves[ROUTER] = jax.ShapeDtypeStruct(shape, jnp.dtype("float32"))
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A leaf or a part of it."""
-        return names.contiguous(self.view(name, index))
-
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The same; all experts are one array in memory."""
+        """A leaf or a part of it; all experts are one array in memory."""
         if not name.startswith(MOE):
             return self._source.view(name, index)
         shape = self.leaves[name].shape

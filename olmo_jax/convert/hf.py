@@ -304,7 +304,7 @@ def check(
     )
     for (key, need), crc in zip(written.items(), read, strict=True):
         compare.refuse_other_crc(key, need, crc)
-        report(math.prod(entries[key].shape) * entries[key].dtype.itemsize)
+        report(entries[key].n_bytes)
 
 
 def _plan(weights: Weights, dtype: np.dtype) -> dict[str, Planned]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from olmo_jax import checkpoint, storage
 from olmo_jax.config import ModelConfig, from_dict
-from olmo_jax.convert.weights import Index, whole
+from olmo_jax.convert.weights import Index, Weights, whole
 
 
 def recognises(src: str) -> bool:
@@ -29,7 +29,7 @@ def read(src: str, *, optimizer: bool = False) -> "Native":
     return Native(checkpoint.find(src, "SRC"), optimizer)
 
 
-class Native:
+class Native(Weights):
     """`Weights` of a checkpoint of ours."""
 
     torch_layout = False

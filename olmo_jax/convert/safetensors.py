@@ -36,6 +36,11 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
 
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def entries(folder: Folder, file: str) -> dict[str, Entry]:
     """The tensors of a file by name, after a look whether all of them are there.
@@ -94,7 +99,7 @@ def load(folder: Folder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
 
 def checksum(folder: pathlib.Path, entry: Entry) -> int:
     """The CRC-32 of a tensor's bytes on the disk; they do not stay in memory."""
-    left = math.prod(entry.shape) * entry.dtype.itemsize
+    left = entry.n_bytes
     crc, buffer = 0, memoryview(bytearray(min(left, STEP_BYTES)))
     with open(folder / entry.file, "rb", buffering=0) as file:
         file.seek(entry.start)

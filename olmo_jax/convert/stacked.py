@@ -10,7 +10,7 @@ import numpy as np
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
 from olmo_jax.convert.names import Row
-from olmo_jax.convert.weights import Index, Leaves, whole
+from olmo_jax.convert.weights import Index, Leaves, Weights, whole
 
 SHOWN = 3  # problems of one kind in an error
 COMPARED_ROWS = 4096  # at once
@@ -41,7 +41,7 @@ class _Tree(NamedTuple):
     key_of: Callable[[str], str]  # the store's key of a parameter's
 
 
-class Stacked:
+class Stacked(Weights):
     """`Weights` over stores of PyTorch tensors."""
 
     torch_layout = True
@@ -92,12 +92,8 @@ class Stacked:
         self.leaves[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
         self._values[name] = value
 
-    def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A leaf or a part of it, see `Weights`."""
-        return names.contiguous(self.view(name, index))
-
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The same as the source has it in memory, see `Weights`."""
+        """A leaf or a part of it as the source has it in memory, see `Weights`."""
         shape = self.leaves[name].shape
         index = whole(shape, index)
         if name in self._values:

@@ -54,7 +54,7 @@ class Weights(Protocol):
           index: a slice (of step 1) for each dimension of ours; None: everything.
         Returns: the values in the stored dtype, C-contiguous.
         """
-        ...
+        return names.contiguous(self.view(name, index))
 
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
         """What `read` gives, in the order of the source in memory: for who copies it on, once."""

@@ -233,7 +233,7 @@ def test_a_write_under_way_does_not_bring_back_what_an_error_removed(tmp_path, m
             if self._pending:
                 raise OSError("no space left")
             future = threads.submit(late, pathlib.Path(self.folder) / "late")
-            self._pending.append((future, block.nbytes, name, ()))
+            self._pending.append((future, block.nbytes, None))
 
         monkeypatch.setattr(storage.Writer, "write", write)
         assert run("to_jax", folder, tmp_path / "new").errors == ["no space left"]
