@@ -147,7 +147,7 @@ class Checkpointer:
         state: Any,
         meta: Mapping[str, Any],
         kind: str = "permanent",
-        files: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> bool:
         """Save the state after a step, behind the training if the config says so.
 
@@ -156,7 +156,7 @@ class Checkpointer:
           state: the TrainState; its arrays may be donated when this returns.
           meta: what `meta` returned.
           kind: permanent, fixed or ephemeral.
-          files: files to keep beside the arrays, {name there: path}.
+          files: what to keep beside the arrays, by file name.
         Returns: False if the step is saved already; a complete checkpoint is never overwritten.
         Raises:
           OSError: if this save failed, or the one before it did in the background.

@@ -124,7 +124,7 @@ class DataConfig:
     corpus_dir: str = "data"  # where prepared corpora are kept
     dtype: Literal["uint8", "uint16", "uint32"] | None = None  # None: smallest for vocab_size
     tokenizer: str | None = None  # tokenizer.json or sentencepiece .model that made the tokens
-    eos_id: int | None = None
+    eos_id: int | None = None  # where documents end; a checkpoint's own special tokens stay
     seq_len: int = 4096  # tokens per row
     global_batch_size: int = 4_194_304  # tokens per step
     batch_sizes: tuple[int, ...] = ()  # a schedule of global batch sizes, tokens ...

@@ -114,8 +114,9 @@ def train(config: Config) -> int:
         if source is not None:
             log.write(first + 1, {"checkpoint/load_duration_s": loading})
         run = Run(
-            config, mesh, log, checkpointer, evaluator, loader, plan, preemption, watchdog, trace
-        )
+            config, mesh, log, checkpointer, evaluator, loader, plan, preemption, watchdog, trace,
+            start.kept(config, source),
+        )  # fmt: skip
         try:
             if not is_done:
                 say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
@@ -214,6 +215,7 @@ class Run:
     preemption: processes.Preemption
     watchdog: distributed.Watchdog
     trace: profiler.Profiler
+    kept: start.Kept
     nonfinite: int = 0  # steps in a row
 
     def steps(self, state: TrainState, first: int) -> TrainState:
@@ -332,11 +334,9 @@ class Run:
         self.settle(at)
         self.log.sync()
         meta = checkpoint.meta(c, dataclasses.asdict(position), at, self.loader.fingerprint)
-        files = {}
-        if c.data.tokenizer is not None:
-            files[f"tokenizer{storage.path(c.data.tokenizer).suffix}"] = c.data.tokenizer
+        meta |= self.kept.meta | {"step": at}
         with self.log.pause(at, "checkpoint/save_duration_s"):
-            self.checkpointer.save(at, state, meta | {"step": at}, kind, files)
+            self.checkpointer.save(at, state, meta, kind, self.kept.files)
 
     def settle(self, at: int) -> None:
         """Wait for the save under way, and write down at step `at` how long it took."""

@@ -26,7 +26,7 @@ def save(
     meta: Mapping[str, Any],
     *,
     kind: str = "permanent",
-    files: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
     background: bool = False,
     before: Callable[[], None] = lambda: None,
     after: Callable[[], None] = lambda: None,

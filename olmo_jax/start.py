@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from olmo_jax import checkpoint, processes, records, sharding, step, storage, summary
 from olmo_jax.checkpoint import Source
 from olmo_jax.config import Config, ConfigError, to_dict
+from olmo_jax.convert import native
 from olmo_jax.data import corpus
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
@@ -22,6 +23,8 @@ from olmo_jax.step import TrainState
 
 # Options whose change makes no difference to what is trained.
 _SILENT = ("log.", "profile.", "compute.compilation")
+# Files that are a tokenizer; others say how it is used.
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
 
 
 def resolve(config: Config) -> Config:
@@ -152,6 +155,52 @@ def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int)
 
 def _has_biases(source: Source) -> bool:
     return source.meta()["model"].get("router_bias_gamma") is not None
+
+
+class Kept(NamedTuple):
+    """What all checkpoints of a run hold beside its state; in processes but 0, that is nothing."""
+
+    meta: dict[str, Any]  # added to what `checkpoint.meta` gives
+    files: dict[str, bytes]  # by name
+
+
+def kept(config: Config, source: Source | None) -> Kept:
+    """Special tokens and files of the checkpoint that a run starts from, and `data.tokenizer`.
+
+    Where these are two tokenizers, nothing that belongs to the first is kept. `data.eos_id` is
+    where documents end, and replaces no special token.
+
+    Raises:
+      ValueError, OSError: if a file is damaged, or cannot be read.
+    """
+    meta: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+
+    def read() -> None:
+        if source is not None:
+            said = source.meta()
+            ids = native.token_ids(said)
+            # Where nothing is said, a run that goes on may know better by now.
+            follows = source.is_resume or ids["eos_token_id"] is None
+            if "token_ids" in said or not follows:
+                meta["token_ids"] = ids
+            names = storage.files(source.folder)
+            files.update({name: storage.read(source.folder, name) for name in names})
+        if config.data.tokenizer is None:
+            return
+        path = storage.path(config.data.tokenizer)
+        name = f"tokenizer{'.model' if path.suffix == '.model' else '.json'}"
+        own = path.read_bytes()
+        if source is not None and files.keys() & VOCABULARIES and files.get(name) != own:
+            gone = ", ".join(sorted(files))
+            say(f"data.tokenizer: not the one of {source.folder}, so its special tokens and files"
+                f" are not kept: {gone}")  # fmt: skip
+            files.clear()
+            meta.clear()
+        files[name] = own
+
+    processes.from_process_0(read)
+    return Kept(meta, files)
 
 
 def write_config(config: Config) -> None:

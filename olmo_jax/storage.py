@@ -314,17 +314,17 @@ class Writer:
         meta: Mapping[str, Any],
         *,
         kind: str = "permanent",
-        files: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Make the folder a checkpoint, after everything was written.
 
         Args:
           meta: what JSON can hold.
           kind: kept for the one who decides what to delete.
-          files: paths of files to copy into the checkpoint, by their names there.
+          files: what to keep beside the arrays, by file name.
         """
         self.wait()
-        texts = {name: path(source).read_bytes() for name, source in (files or {}).items()}
+        texts = dict(files or {})
         texts["meta.json"] = json.dumps(meta, indent=1).encode()
         texts["_METADATA"] = json.dumps(_orbax_metadata(self._leaves)).encode()
         for name, data in texts.items():

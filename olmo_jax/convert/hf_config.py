@@ -71,6 +71,11 @@ FIXED: Fields = {
     "chunk_size_feed_forward": 0,
 }
 TOKEN_IDS: Fields = {"bos_token_id": None, "eos_token_id": 50_279, "pad_token_id": 1}
+# Other names of tokens, written where they were.
+OTHER_IDS = frozenset(
+    "sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id bad_words_ids"
+    " suppress_tokens begin_suppress_tokens tokenizer_class".split()
+)
 # What the weights and the function do not depend on: book-keeping, and options of generation that
 # older versions of transformers kept here.
 FREE = frozenset(
@@ -279,7 +284,8 @@ def _read_yarn(rope: Mapping[str, Any], max_seq_len: int, problems: list[str]) -
 
 def token_ids(config: Mapping[str, Any]) -> Fields:
     """The special tokens of a config.json; what it leaves out is what transformers fills in."""
-    return {key: config.get(key, default) for key, default in TOKEN_IDS.items()}
+    others = {key: config[key] for key in config if key in OTHER_IDS and config[key] is not None}
+    return {key: config.get(key, default) for key, default in TOKEN_IDS.items()} | others
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -344,7 +350,7 @@ def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
         else None,
         "rope_parameters": rope,
         **TOKEN_IDS,
-        **{key: value for key, value in ids.items() if key in TOKEN_IDS},
+        **{key: value for key, value in ids.items() if key in TOKEN_IDS.keys() | OTHER_IDS},
         "dtype": dtype,
     }
     if model.n_experts:

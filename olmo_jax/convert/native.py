@@ -1,6 +1,8 @@
 """olmo_jax's own checkpoints, as `train` and `tools/convert.py` write them."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,17 @@ def read(src: str, *, optimizer: bool = False) -> "Native":
     return Native(checkpoint.find(src, "SRC"), optimizer)
 
 
+def token_ids(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens that a checkpoint says it has, or those of the data it was trained on.
+
+    Args:
+      meta: what it says beside its arrays.
+    """
+    eos = meta.get("config", {}).get("data", {}).get("eos_id")
+    known = {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
+    return meta.get("token_ids", known)
+
+
 class Native(Weights):
     """`Weights` of a checkpoint of ours."""
 
@@ -50,9 +63,7 @@ class Native(Weights):
             name: leaf for name, leaf in stored.items() if optimizer or name.startswith("params/")
         }
         self.files = {name: storage.read(folder, name) for name in storage.files(folder)}
-        eos = meta.get("config", {}).get("data", {}).get("eos_id")
-        ids = {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
-        self.meta = {"token_ids": meta.get("token_ids", ids)}
+        self.meta = {"token_ids": token_ids(meta)}
         self.meta |= {"dtype": meta["dtype"]} if "dtype" in meta else {}
         if optimizer:
             keep = ("step", "position", "config", "fingerprint")

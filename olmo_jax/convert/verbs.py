@@ -9,7 +9,6 @@ import functools
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -199,11 +198,7 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
         "versions": {"olmo_jax": olmo_jax.__version__, "jax": jax.__version__},
     }
     meta |= source.meta | {"config": source.meta.get("config", {}) | config}
-    with tempfile.TemporaryDirectory() as name:
-        for file, data in source.files.items():
-            (pathlib.Path(name) / file).write_bytes(data)
-        paths = {file: f"{name}/{file}" for file in source.files}
-        writer.commit(meta, files=paths)
+    writer.commit(meta, files=source.files)
     return written
 
 

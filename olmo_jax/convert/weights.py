@@ -38,9 +38,9 @@ class Weights(Protocol):
     leaves: Leaves
     # To carry along byte for byte: tokenizer.json, generation_config.json, …
     files: dict[str, bytes]
-    # What a checkpoint of ours says beside its arrays: "token_ids" (bos_token_id, eos_token_id and
-    # pad_token_id as the source has them), "dtype" (that of the source, for the way back), and with
-    # the optimizer "step", "position" and "config".
+    # What a checkpoint of ours says beside its arrays: "token_ids" (bos_token_id, eos_token_id,
+    # pad_token_id, … as the source has them), "dtype" (that of the source, for the way back), and
+    # with the optimizer "step", "position" and "config".
     meta: dict[str, Any]
     # Whether big matrices lie there as [outputs, inputs]: parts are then cheap to read along our
     # last dimension, otherwise along our first.

@@ -15,10 +15,13 @@ from test_hf import TOKENS, quiet, theirs
 
 import olmo_jax
 from olmo_jax.config import ModelConfig
-from olmo_jax.convert import hf_config, names, native, safetensors, verbs
+from olmo_jax.convert import hf, hf_config, names, native, safetensors, verbs
 
 pytestmark = pytest.mark.slow  # several short runs, and a model of 200 million parameters
 
+IDS = {"bos_token_id": None, "eos_token_id": 7, "pad_token_id": 3, "suppress_tokens": [2]}
+FILES = {name: name.encode() for name in hf.CARRIED}
+FILES["generation_config.json"] = b'{"eos_token_id": [7, 9], "pad_token_id": 11}'
 PEAK = """
 import resource, runpy, sys, threading, time, pathlib
 peak = 0
@@ -55,21 +58,34 @@ def trained(tmp_path_factory, compiled) -> dict[str, pathlib.Path]:
         result = runs.run(*common, *options)
         assert result.code == 0, result.err
 
-    one, two, tuned = base / "one", base / "two", base / "tuned"
+    one, two, tuned, again = base / "one", base / "two", base / "tuned", base / "again"
     train(f"dir={one}", "train.duration=3", "mesh.fsdp=8")
     train(f"dir={one}", "train.duration=4", "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2")
     verbs.to_hf(str(one), str(base / "hf"), say=quiet)
+    config = json.loads((base / "hf" / "config.json").read_text())
+    (base / "hf" / "config.json").write_text(json.dumps(config | IDS))
+    for name, data in FILES.items():
+        (base / "hf" / name).write_bytes(data)
     verbs.to_jax(str(base / "hf"), str(base / "from_hf"), say=quiet)
-    load = [f"checkpoint.load_path={base / 'from_hf'}", "checkpoint.load_optimizer=false"]
-    train(f"dir={tuned}", "train.duration=1", "optim.lr=1e-4", *load)
+    options = ["optim.lr=1e-4", "data.eos_id=5", "checkpoint.load_optimizer=false"]
+    load = f"checkpoint.load_path={base / 'from_hf'}"
+    train(f"dir={tuned}", "train.duration=1", *options, load)
+    train(f"dir={tuned}", "train.duration=2", *options, load)
+    train(f"dir={again}", "train.duration=1", *options, f"checkpoint.load_path={tuned}")
     train(f"dir={two}", "train.duration=1", "train.seed=5", "model.padded_vocab_size=640")
     steps = one / "checkpoints"
     verbs.average([str(steps / "step2"), str(steps / "step4")], str(base / "mean"), say=quiet)
+    verbs.average([str(again), str(tuned)], str(base / "mean of tuned"), say=quiet)
+    verbs.upcycle(str(tuned), str(base / "moe"), n_experts=2, n_experts_per_token=1, say=quiet)
     return {
         "step 0": steps / "step0",
         "mid-run": steps / "step2",
         "resumed on another mesh": one,
-        "fine-tuned from Hugging Face": tuned,
+        "fine-tuned from Hugging Face": tuned / "checkpoints" / "step1",
+        "fine-tuned and resumed": tuned / "checkpoints" / "step2",
+        "fine-tuned twice": again,
+        "averaged from fine-tuned": base / "mean of tuned",
+        "upcycled from fine-tuned": base / "moe",
         "averaged": base / "mean",
         "weights only": base / "from_hf",
         "with padded rows": two,
@@ -96,8 +112,29 @@ def test_whatever_train_writes_is_exported_without_flags(tmp_path, trained, name
     assert np.abs(theirs(tmp_path / "hf") - ours).max() < 2e-5
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["vocab_size"] == 512
-    if name != "averaged":
-        assert config["eos_token_id"] == runs.EOS
+    of_source = name in ("weights only", "fine-tuned from Hugging Face")
+    assert config["eos_token_id"] == (IDS["eos_token_id"] if of_source else runs.EOS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weights only",
+        "fine-tuned from Hugging Face",
+        "fine-tuned and resumed",
+        "fine-tuned twice",
+        "averaged from fine-tuned",
+        "upcycled from fine-tuned",
+    ],
+)
+def test_special_tokens_and_tokenizer_are_those_of_the_source_after_training(
+    tmp_path, trained, name
+):
+    """`data.eos_id` was 5: where documents end in the data, and nothing else."""
+    verbs.to_hf(str(trained[name]), str(tmp_path / "hf"), say=quiet)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {key: config[key] for key in IDS} == IDS
+    assert {name: (tmp_path / "hf" / name).read_bytes() for name in FILES} == FILES
 
 
 def test_a_run_is_copied_with_its_optimizer_and_forked(tmp_path, trained):
