@@ -4,7 +4,7 @@
       params.embed/zarr.json, c/0/0 …  one zarr3 array per leaf, a checksum behind every chunk
       _METADATA                        Orbax's list of the leaves, with shapes and dtypes
       meta.json                        what the caller adds: config, position in the data, …
-      tokenizer.json                   and other files that were asked for
+      tokenizer.json                   and other files that were asked for, in folders too
       commit_success.txt               written last: a folder without it is no checkpoint
 
 Each chunk belongs to one device's shard and lies within one layer, so every file has one writer,
@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,8 +160,20 @@ def read_part(
 
 
 def files(folder: Path) -> list[str]:
-    """Names of the files that were kept beside the arrays."""
-    return [name for name in _marker(folder)["sha256"] if name not in ("meta.json", "_METADATA")]
+    """Names of the files that were kept beside the arrays, such as `folder/file`.
+
+    Raises:
+      ValueError: if one would lie outside of the checkpoint, or of where it is copied to.
+    """
+    found = [name for name in _marker(folder)["sha256"] if name not in ("meta.json", "_METADATA")]
+    _refuse_outside(folder, found)
+    return found
+
+
+def _refuse_outside(folder: Path, files: Iterable[str]) -> None:
+    for name in files:
+        if not name or {"", ".", ".."} & set(name.replace("\\", "/").split("/")):
+            raise ValueError(f"{folder}: {name!r} is no name of a file in a checkpoint")
 
 
 def _marker(folder: Path) -> dict[str, Any]:
@@ -321,8 +333,11 @@ class Writer:
         Args:
           meta: what JSON can hold.
           kind: kept for the one who decides what to delete.
-          files: what to keep beside the arrays, by file name.
+          files: what to keep beside the arrays, by file name, which may be `folder/file`.
+        Raises:
+          ValueError: if a file would lie outside of the checkpoint.
         """
+        _refuse_outside(self.folder, files or ())
         self.wait()
         texts = dict(files or {})
         texts["meta.json"] = json.dumps(meta, indent=1).encode()

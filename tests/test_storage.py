@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import resource
 import signal
 import subprocess
@@ -133,6 +134,23 @@ def test_a_checkpoint_written_slice_by_slice_is_the_same(saved, tmp_path):
 
 
 # --- refused by name ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/b", "a\\..\\b", "a//b", "..", ""])
+def test_a_file_that_would_lie_outside_of_the_checkpoint_is_refused(tmp_path, name):
+    folder = storage.path(tmp_path / "step1")
+    writer = storage.Writer(folder, {})
+    refused = re.escape(f"{folder}: {name!r} is no name of a file in a checkpoint")
+    with pytest.raises(ValueError, match=refused):
+        writer.commit({}, files={name: b""})
+    assert not storage.is_complete(folder)
+    writer.commit({}, files={"additional/a.jinja": b"a"})
+    assert storage.files(folder) == ["additional/a.jinja"]
+    assert storage.read(folder, "additional/a.jinja") == b"a"
+    marker = json.loads((folder / storage.MARKER).read_text())  # by hand, of an unknown origin
+    (folder / storage.MARKER).write_text(json.dumps(marker | {"sha256": {name: "0" * 64}}))
+    with pytest.raises(ValueError, match=refused):
+        storage.files(folder)
 
 
 def chunks_in(folder) -> list[pathlib.Path]:

@@ -55,6 +55,10 @@ class Folder(Protocol):
         """
         ...
 
+    def inside(self, folder: str) -> list[str]:
+        """The files of a folder in it, as `folder/file`; web servers have no list of theirs."""
+        ...
+
 
 def open(src: str) -> Folder:
     """The folder at a path or an address."""
@@ -91,6 +95,11 @@ class Local:
         if stop > size:
             raise ValueError(_short(self.name, file, size, stop))
         return self._mapped(file)[start:stop] if size else np.zeros(0, np.uint8)
+
+    def inside(self, folder: str) -> list[str]:
+        """The files of a folder in it, by name; none where it is not there."""
+        files = (self.path / folder).iterdir() if (self.path / folder).is_dir() else ()
+        return sorted(f"{folder}/{file.name}" for file in files if file.is_file())
 
     def _map(self, file: str) -> np.ndarray:
         # A plain array over the map: slices of np.memmap take microseconds each.
@@ -131,6 +140,10 @@ class Remote:
 
         at_once(part, range(start, stop, PART_BYTES))
         return out
+
+    def inside(self, folder: str) -> list[str]:
+        """Nothing: a web server has no list of its files that all would have in common."""
+        return []
 
     def _part(self, file: str, start: int, stop: int) -> bytes:
         """A stretch of a file; what a broken connection left is kept."""

@@ -24,6 +24,7 @@ CARRIED = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json"
     " merges.txt tokenizer.model chat_template.jinja chat_template.json generation_config.json"
 ).split()
+TEMPLATES = "additional_chat_templates"  # a folder of *.jinja, which are carried as well
 # Index and single file, the better format first.
 FORMATS = (
     ("model.safetensors.index.json", "model.safetensors"),
@@ -78,7 +79,9 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     weights.line = (
         f"Hugging Face {architecture}, {len(store.tensors)} tensors in {n_files} file{many}"
     )
-    weights.files = {name: folder.read(name).tobytes() for name in CARRIED if folder.has(name)}
+    carried = [name for name in CARRIED if folder.has(name)]
+    carried += [name for name in folder.inside(TEMPLATES) if name.endswith(".jinja")]
+    weights.files = {name: folder.read(name).tobytes() for name in carried}
     weights.meta = {
         "token_ids": hf_config.token_ids(config),
         "dtype": resume.dtype(weights.leaves),
@@ -272,6 +275,7 @@ def write(
         _write_json(folder / FORMATS[0][0], {"metadata": total, "weight_map": weight_map})
     _write_json(folder / CONFIG, config)
     for name, data in weights.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     if GENERATION not in weights.files:
         ids = {key: config[key] for key in hf_config.TOKEN_IDS if config[key] is not None}

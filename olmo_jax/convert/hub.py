@@ -3,9 +3,9 @@
 import pathlib
 from typing import Any
 
-from olmo_jax.convert.hf import CARRIED
+from olmo_jax.convert.hf import CARRIED, TEMPLATES
 
-SMALL = ["config.json", *CARRIED]
+SMALL = ["config.json", *CARRIED, f"{TEMPLATES}/*.jinja"]
 # Weights in one format are enough, the better one first.
 SAFETENSORS = [*SMALL, "model*.safetensors", "model.safetensors.index.json"]
 PICKLES = [*SMALL, "pytorch_model*.bin", "pytorch_model.bin.index.json"]

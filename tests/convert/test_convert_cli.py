@@ -359,7 +359,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         folder = self.server.folders.get(revision)
         if folder is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        files = sorted(child.name for child in folder.iterdir())
+        found = (child for child in folder.rglob("*") if child.is_file())
+        files = sorted(child.relative_to(folder).as_posix() for child in found)
         commit = hashlib.sha1(str(folder).encode()).hexdigest()
         self.server.folders[commit] = folder
         if len(parts) < 3 or parts[2] == "revision":
@@ -373,7 +374,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 for name, size in zip(files, sizes, strict=True)
             ]
             return self._answer(200, json.dumps(tree).encode())
-        data = (folder / parts[4]).read_bytes()
+        data = (folder / "/".join(parts[4:])).read_bytes()
         tag = f'"{hashlib.sha1(data).hexdigest()}"'
         return self._answer(200, data, {"X-Repo-Commit": commit, "ETag": tag})
 
@@ -409,6 +410,8 @@ def test_a_revision_is_fetched_from_the_hub_once_and_without_the_other_format(tm
     main, other = save(tmp_path / "a", "olmo2"), save(tmp_path / "b", "olmo2 grouped")
     (other / "pytorch_model.bin").write_bytes(b"the same in another format")
     (other / "tokenizer.json").write_bytes(b"{}")
+    (other / "additional_chat_templates").mkdir()
+    (other / "additional_chat_templates" / "tool_use.jinja").write_bytes(b"{{ tools }}")
     (other / "README.md").write_text("a model")
     home = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with hub(main=main, **{"stage1-step1000": other}) as (server, url):
@@ -418,7 +421,8 @@ def test_a_revision_is_fetched_from_the_hub_once_and_without_the_other_format(tm
         assert process.returncode == 0, err
         fetched = {path.split("/")[-1] for path in server.asked if "/resolve/" in path}
     assert fetched == {"config.json", "generation_config.json", "model.safetensors"} | {
-        "tokenizer.json"
+        "tokenizer.json",
+        "tool_use.jinja",
     }
     assert "org/model: Hugging Face Olmo2ForCausalLM" in out
     assert verbs.check(str(other), str(tmp_path / "ours"), say=quiet)
@@ -428,6 +432,8 @@ def test_a_revision_is_fetched_from_the_hub_once_and_without_the_other_format(tm
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert tensors(tmp_path / "hf") == tensors(other)
+    template = tmp_path / "hf" / "additional_chat_templates" / "tool_use.jinja"
+    assert template.read_bytes() == b"{{ tools }}"
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow  # several short runs, and a model of 200 million 
 
 IDS = {"bos_token_id": None, "eos_token_id": 7, "pad_token_id": 3, "suppress_tokens": [2]}
 FILES = {name: name.encode() for name in hf.CARRIED}
+FILES["additional_chat_templates/tool_use.jinja"] = b"{{ tools }}"
 FILES["generation_config.json"] = b'{"eos_token_id": [7, 9], "pad_token_id": 11}'
 PEAK = """
 import resource, runpy, sys, threading, time, pathlib
@@ -64,6 +65,7 @@ def trained(tmp_path_factory, compiled) -> dict[str, pathlib.Path]:
     verbs.to_hf(str(one), str(base / "hf"), say=quiet)
     config = json.loads((base / "hf" / "config.json").read_text())
     (base / "hf" / "config.json").write_text(json.dumps(config | IDS))
+    (base / "hf" / hf.TEMPLATES).mkdir()
     for name, data in FILES.items():
         (base / "hf" / name).write_bytes(data)
     verbs.to_jax(str(base / "hf"), str(base / "from_hf"), say=quiet)

@@ -45,6 +45,12 @@ def test_sizes_and_presence(opened):
     assert opened.size("empty") == len(opened.read("empty")) == 0
 
 
+def test_files_inside_are_listed_where_there_is_a_list(folder, server):
+    assert folders.open(str(folder)).inside("sub") == ["sub/a.bin"]
+    assert folders.open(str(folder)).inside("none") == []
+    assert folders.open(server.url).inside("sub") == []
+
+
 def test_a_missing_file_is_named(opened):
     with pytest.raises(FileNotFoundError, match=r"b\.bin is missing"):
         opened.read("b.bin")

@@ -26,6 +26,8 @@ TOKENIZER = {
     "tokenizer.json": b'{"version": "1.0"}\n\n',
     "tokenizer_config.json": b'{ "bos_token" : null }',
     "chat_template.jinja": "{{ 'ü' }}".encode(),
+    "additional_chat_templates/tool_use.jinja": "{{ 'ß' }}\r\n".encode(),
+    "additional_chat_templates/rag.jinja": b"",
     "generation_config.json": b'{"eos_token_id": [2, 3], "temperature": 0.6}',
 }
 
@@ -208,10 +210,15 @@ def test_bin_files_are_read_as_safetensors_are(tmp_path, shards):
 
 def test_files_beside_the_weights_are_carried_byte_for_byte(tmp_path):
     folder = save(tmp_path, "olmo2")
+    (folder / "additional_chat_templates" / "more").mkdir(parents=True)
+    (folder / "additional_chat_templates" / "notes.txt").write_text("no template")
     for name, data in TOKENIZER.items():
         (folder / name).write_bytes(data)
     back = convert(folder, tmp_path)
     assert {name: (back / name).read_bytes() for name in TOKENIZER} == TOKENIZER
+    in_folder = {name for name in TOKENIZER if name.startswith("additional_chat_templates/")}
+    assert {f"additional_chat_templates/{file.name}" for file in
+            (back / "additional_chat_templates").iterdir()} == in_folder  # fmt: skip
 
 
 @pytest.mark.parametrize("ids", [dict(eos_token_id=[5, 2], bos_token_id=7, pad_token_id=None), {}])
