@@ -23,6 +23,9 @@ PACKAGES = {
     "olmo-core-2": ("ai2-olmo-core==2.6.0",),
     "olmo": ("ai2-olmo==0.6.0", "ai2-olmo-core==0.1.0"),
 }
+# What transformers needs of other versions than the test environment has.
+HUB = ("huggingface_hub<2", "httpx", "httpcore", "h11", "anyio", "sniffio", "certifi", "idna")
+OLD_HUB = ("huggingface_hub<1", "requests", "urllib3", "charset_normalizer", "certifi", "idna")
 PTXAS = "nvidia-cuda-nvcc==13.*"
 UNUSED = ("olmo_data/hf_datasets", "olmo_data/oe_eval_tasks")  # 180 MB
 TIMEOUT = 180  # seconds for pip
@@ -51,6 +54,13 @@ def cuda(cache: pathlib.Path) -> pathlib.Path:
     version = importlib.metadata.version("jax")
     packages = (f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}", PTXAS)
     return _folder(f"cuda-{version}", packages, cache)
+
+
+def transformers(version: str, cache: pathlib.Path) -> pathlib.Path:
+    """The folder of an older transformers, 4.57 or later."""
+    hub = OLD_HUB if version.startswith("4.") else HUB
+    packages = (f"transformers=={version}", "tokenizers==0.22.2", "typer-slim", *hub)
+    return _folder(f"transformers-{version}", packages, cache)
 
 
 def _folder(name: str, what: tuple[str, ...], cache: pathlib.Path) -> pathlib.Path:

@@ -18,7 +18,7 @@ import numpy as np
 import olmo_jax
 from olmo_jax import storage
 from olmo_jax.config import to_dict
-from olmo_jax.convert import compare, hf, names, native, weights
+from olmo_jax.convert import compare, hf, names, native, tokenizer_config, weights
 from olmo_jax.convert.derived import Mean, Padded, Upcycled
 from olmo_jax.convert.logits import logits
 from olmo_jax.convert.weights import (
@@ -111,6 +111,7 @@ def to_hf(
     with _result(dst) as partial:
         with _bar("writing", _n_bytes(source)) as report:
             written = hf.write(source, partial, dtype, max_shard_bytes, report)
+        tokenizer_config.complete(partial, say)
         same = hf.read(str(partial))
         with _bar("checking", _n_bytes(same)) as report:
             hf.check(partial, written, report)

@@ -91,6 +91,10 @@ class Tokenizer:
         """The id that ends a document; None where the file names none."""
         return self._backend.eos_id
 
+    def special(self) -> dict[int, str]:
+        """Ids and names of the EOS and of all tokens that no text is merged to."""
+        return self._backend.special()
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, and nothing but them."""
         return self._backend.encode_batch([text])[0]
@@ -131,6 +135,9 @@ class _HuggingFace:
             self._tokenizer.add_special_tokens(known[:1])
         self._tokenizer.encode_special_tokens = True  # as text: documents may contain their names
 
+    def special(self) -> dict[int, str]:
+        return {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in batch]
@@ -161,6 +168,10 @@ class _SentencePiece:
             self.eos_id = self._model.piece_to_id(eos)
             if self._model.id_to_piece(self.eos_id) != eos:  # it answers <unk> for any other
                 raise ValueError(f"it has no token {eos!r}")
+
+    def special(self) -> dict[int, str]:
+        m = self._model
+        return {i: m.id_to_piece(i) for i in range(len(m)) if m.is_control(i) or i == self.eos_id}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self._model.encode(texts, add_bos=False, add_eos=False)

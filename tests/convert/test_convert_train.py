@@ -12,10 +12,12 @@ import pytest
 import runs
 from test_convert_cli import TOOL, run
 from test_hf import TOKENS, quiet, theirs
+from transformers import AutoTokenizer
 
 import olmo_jax
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import hf, hf_config, names, native, safetensors, verbs
+from olmo_jax.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow  # several short runs, and a model of 200 million parameters
 
@@ -74,7 +76,9 @@ def trained(tmp_path_factory, compiled) -> dict[str, pathlib.Path]:
     train(f"dir={tuned}", "train.duration=1", *options, load)
     train(f"dir={tuned}", "train.duration=2", *options, load)
     train(f"dir={again}", "train.duration=1", *options, f"checkpoint.load_path={tuned}")
-    train(f"dir={two}", "train.duration=1", "train.seed=5", "model.padded_vocab_size=640")
+    Tokenizer.train_bpe(["return 2023"] * 9, 270).save(base / "mine.json")
+    own = ["model.padded_vocab_size=640", f"data.tokenizer={base / 'mine.json'}"]
+    train(f"dir={two}", "train.duration=1", "train.seed=5", *own)
     steps = one / "checkpoints"
     verbs.average([str(steps / "step2"), str(steps / "step4")], str(base / "mean"), say=quiet)
     verbs.average([str(again), str(tuned)], str(base / "mean of tuned"), say=quiet)
@@ -137,6 +141,16 @@ def test_special_tokens_and_tokenizer_are_those_of_the_source_after_training(
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert {key: config[key] for key in IDS} == IDS
     assert {name: (tmp_path / "hf" / name).read_bytes() for name in FILES} == FILES
+
+
+def test_the_tokenizer_of_a_run_gives_its_ids_in_transformers(tmp_path, trained):
+    verbs.to_hf(str(trained["with padded rows"]), str(tmp_path / "hf"), say=quiet)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), tmp_path / "hf/tokenizer.json"
+    texts = ["def f():\n    return 2023  \n", "naïve 🙂"]
+    assert theirs(texts)["input_ids"] == Tokenizer(ours).encode_batch(texts)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (runs.EOS, runs.EOS)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert theirs.model_max_length == config["max_position_embeddings"]
 
 
 def test_a_run_is_copied_with_its_optimizer_and_forked(tmp_path, trained):

@@ -132,6 +132,7 @@ def test_truncation_and_padding_left_in_the_file_are_ignored(bpe, bpe_file, tmp_
 
 def test_special_ids_decode_to_nothing(bpe):
     assert bpe.decode([bpe.eos_id, *bpe.encode("a b"), bpe.eos_id]) == "a b"
+    assert bpe.special() == {bpe.eos_id: "<|endoftext|>"}
 
 
 def test_sentencepiece_with_byte_fallback_is_exact(tmp_path):
@@ -160,6 +161,7 @@ def test_sentencepiece_with_its_defaults_adds_no_bos_and_counts_the_dummy_space(
     tokenizer = Tokenizer(sentencepiece_file(tmp_path / "default.model"))
     ids = tokenizer.encode("the cat sat")
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == "the cat sat"
+    assert tokenizer.special() == {1: "<s>", tokenizer.eos_id: "</s>"}
     assert tokenizer.byte_lengths()[ids].sum() == len(" the cat sat")
 
 
