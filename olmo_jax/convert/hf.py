@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,11 +25,10 @@ CARRIED = (
     " merges.txt tokenizer.model chat_template.jinja chat_template.json generation_config.json"
 ).split()
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja, which are carried as well
-# Index and single file, the better format first.
-FORMATS = (
-    ("model.safetensors.index.json", "model.safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-)
+# Single files and indices, in the order in which transformers takes the first that is there.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLACES = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
 # Tables that old versions of transformers saved; they follow from the config.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
@@ -79,6 +78,9 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     weights.line = (
         f"Hugging Face {architecture}, {len(store.tensors)} tensors in {n_files} file{many}"
     )
+    if len(store.places) > 1:
+        used, *unused = store.places
+        weights.line += f" ({used}, as transformers; {', '.join(unused)} not used)"
     carried = [name for name in CARRIED if folder.has(name)]
     carried += [name for name in folder.inside(TEMPLATES) if name.endswith(".jinja")]
     weights.files = {name: folder.read(name).tobytes() for name in carried}
@@ -102,7 +104,8 @@ class Store:
           ValueError: if a tensor is there twice, or the two tables of a tied model differ.
         """
         self.where = folder.name.rstrip("/")
-        found = _tensors(folder)
+        self.places = [place for place in PLACES if folder.has(place)]  # the first is used
+        found = _tensors(folder, self.places)
         self.tensors: dict[str, Tensor] = {}
         for key, tensor in found.items():
             if DERIVED.fullmatch(key):
@@ -162,19 +165,26 @@ def _json(folder: Folder, file: str) -> dict[str, Any]:
     return value
 
 
-def _tensors(folder: Folder) -> dict[str, Tensor]:
+def _tensors(folder: Folder, places: Sequence[str]) -> dict[str, Tensor]:
     """All tensors by key, from the one file or the shards that the index names."""
     where = folder.name.rstrip("/")
-    for index, single in FORMATS:
-        if folder.has(index):
-            return _of_shards(folder, where, index)
-        if folder.has(single):
-            return _of_file(folder, single)
-    need = " or ".join(single for _, single in FORMATS)
-    raise FileNotFoundError(f"{where}: no weights beside {CONFIG}; need {need}, or their shards")
+    if folder.has(ADAPTER):
+        beside = places[0] if places else CONFIG
+        raise ValueError(
+            f"{where}: {ADAPTER} beside {beside}: transformers adds the adapter to the weights"
+            " where PEFT is installed; merge it into them (merge_and_unload), or take it away"
+        )
+    if not places:
+        raise FileNotFoundError(
+            f"{where}: no weights beside {CONFIG}; need {SINGLE} or pytorch_model.bin, or their"
+            " shards"
+        )
+    read = _of_shards if places[0].endswith(".json") else _of_file
+    return read(folder, places[0])
 
 
-def _of_shards(folder: Folder, where: str, index: str) -> dict[str, Tensor]:
+def _of_shards(folder: Folder, index: str) -> dict[str, Tensor]:
+    where = folder.name.rstrip("/")
     weight_map = _json(folder, index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{where}/{index} has no weight_map")
@@ -272,7 +282,7 @@ def write(
             "total_parameters": sum(math.prod(planned.shape) for planned in plan.values()),
         }
         weight_map = {key: file for file, keys in shards.items() for key in keys}
-        _write_json(folder / FORMATS[0][0], {"metadata": total, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
     _write_json(folder / CONFIG, config)
     for name, data in weights.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +352,7 @@ def _shards(plan: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
         groups[-1].append(key)
         size += planned.n_bytes
     if len(groups) == 1:
-        return {FORMATS[0][1]: groups[0]}
+        return {SINGLE: groups[0]}
     return {
         f"model-{i:05}-of-{len(groups):05}.safetensors": keys for i, keys in enumerate(groups, 1)
     }

@@ -51,7 +51,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is damaged: {' '.join(str(error).split())}") from None
     model = read_config(config, where)
-    kinds = ("model.pt", "model.safetensors")
+    kinds = ("model.safetensors", "model.pt")  # in OLMo's own order
     file = next((file for file in kinds if folder.has(file)), None)
     if file is None:
         raise FileNotFoundError(f"{folder.name}: need {' or '.join(kinds)}, found neither")

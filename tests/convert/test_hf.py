@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import olmo_jax
 from olmo_jax import sharding, storage
 from olmo_jax.config import MeshConfig
-from olmo_jax.convert import compare, native, verbs, weights
+from olmo_jax.convert import compare, hf, native, verbs, weights
 from olmo_jax.convert.logits import logits
 
 TOKENS = np.random.default_rng(0).integers(2, 97, (2, 29))
@@ -206,6 +206,61 @@ def test_bin_files_are_read_as_safetensors_are(tmp_path, shards):
         index = {"metadata": {}, "weight_map": weight_map}
         (old / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert verbs.check(str(folder), str(old), say=quiet)
+
+
+def test_of_several_weights_those_are_read_that_transformers_takes(tmp_path):
+    folder = save(tmp_path, "olmo2", max_shard_size="40KB")
+    shards = {file.name: file.read_bytes() for file in folder.glob("model-*.safetensors")}
+    old = theirs(folder)
+    model = random_model("olmo2")[0]
+    with torch.no_grad():
+        model.lm_head.weight += 0.1
+    model.save_pretrained(folder)  # a second save: its one file, and the index of the first
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", hf.INDEX}  # fmt: skip
+
+    def ours(note: str) -> np.ndarray:
+        found = weights.open(str(folder))
+        assert found.line.endswith(note)
+        return logits(found, TOKENS)
+
+    new = theirs(folder)
+    assert np.abs(new - old).max() > 0.1
+    alone = f"in 1 file (model.safetensors, as transformers; {hf.INDEX} not used)"
+    assert np.abs(ours(alone) - new).max() < 2e-5
+    for name, data in shards.items():  # both whole
+        (folder / name).write_bytes(data)
+    assert np.abs(theirs(folder) - new).max() == 0
+    assert np.abs(ours(alone) - new).max() < 2e-5
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert np.abs(theirs(folder) - old).max() == 0
+    note = f"files ({hf.INDEX}, as transformers; pytorch_model.bin not used)"
+    assert np.abs(ours(note) - old).max() < 2e-5
+    (folder / min(shards)).unlink()  # nothing falls back to what is left
+    with pytest.raises(FileNotFoundError, match=f"{min(shards)}, which {hf.INDEX} names, is miss"):
+        weights.open(str(folder))
+    (folder / hf.INDEX).unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "gone.bin"}}')
+    assert np.abs(theirs(folder) - new).max() == 0
+    note = "file (pytorch_model.bin, as transformers; pytorch_model.bin.index.json not used)"
+    assert np.abs(ours(note) - new).max() < 2e-5
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_weights_with_an_adapter_beside_them_are_refused_naming_both(tmp_path, stale):
+    folder = save(tmp_path, "olmo2")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if stale:
+        (folder / hf.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    message = r"theirs: adapter_config\.json beside model\.safetensors: .* merge it into them"
+    with pytest.raises(ValueError, match=message):
+        weights.open(str(folder))
+    (folder / "model.safetensors").unlink()
+    beside = "model.safetensors.index.json" if stale else "config.json"
+    with pytest.raises(ValueError, match=f"adapter_config.json beside {beside}: "):
+        weights.open(str(folder))
 
 
 def test_files_beside_the_weights_are_carried_byte_for_byte(tmp_path):

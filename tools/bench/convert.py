@@ -54,7 +54,7 @@ def make(folder: pathlib.Path, n_layers: int) -> None:
         weight_map |= dict.fromkeys(shapes, file)
     config = hf_config.write(model, {"pad_token_id": 100277, "eos_token_id": 100257}, "bfloat16")
     (folder / hf.CONFIG).write_text(json.dumps(config))
-    (folder / hf.FORMATS[0][0]).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def size_of(folder: pathlib.Path) -> int:
