@@ -43,6 +43,8 @@ DATA_ORDER = frozenset(
 def steps(folder: storage.Path) -> dict[int, str]:
     """The complete checkpoints `step{N}` in a folder: the kind of each, by rising step.
 
+    One elsewhere, which a link leads to, is of kind "linked"; it is never changed or deleted.
+
     Raises:
       ValueError: if the newest one is damaged. An older one is of kind "damaged", never deleted.
     """
@@ -50,12 +52,22 @@ def steps(folder: storage.Path) -> dict[int, str]:
     kinds = {}
     for step, child in sorted(found.items()):
         try:
-            kinds[step] = storage.kind(child)
+            kind = storage.kind(child)
+            kinds[step] = "linked" if storage.is_link(child) else kind
         except ValueError:
             if step == max(found):
                 raise
             kinds[step] = "damaged"
     return kinds
+
+
+def _foreign(folder: storage.Path) -> dict[int, str]:
+    """What has the name of a step's checkpoint in a folder and is none, nor the rest of one."""
+    return {
+        step: str(child)
+        for step, child in _children(folder)
+        if not storage.is_complete(child) and not storage.is_torn(child)
+    }
 
 
 def find(name: str, option: str = "config.checkpoint.load_path") -> storage.Path:
@@ -74,14 +86,21 @@ def find(name: str, option: str = "config.checkpoint.load_path") -> storage.Path
         raise ValueError(f"{option}: {name} does not exist")
     if storage.is_complete(folder):
         return folder
-    torn: list[str] = []
+    others: dict[str, list[str]] = {"incomplete": [], "not written by olmo_jax": []}
     for parent in (folder / "checkpoints", folder):
-        torn += [child.name for _, child in _children(parent)]
-        complete = [step for step, child in _children(parent) if storage.is_complete(child)]
+        children = sorted(_children(parent))
+        complete = [step for step, child in children if storage.is_complete(child)]
         if complete:
             return parent / f"step{max(complete)}"
-    rest = f"; {', '.join(torn)} {'is' if len(torn) == 1 else 'are'} incomplete" if torn else ""
-    raise ValueError(f"{option}: no complete checkpoint in {name}{rest}")
+        for _, child in children:
+            is_ours = storage.is_torn(child)
+            others["incomplete" if is_ours else "not written by olmo_jax"].append(child.name)
+    rest = [
+        f"; {', '.join(names)} {'is' if len(names) == 1 else 'are'} {words}"
+        for words, names in others.items()
+        if names
+    ]
+    raise ValueError(f"{option}: no complete checkpoint in {name}{''.join(rest)}")
 
 
 def load_params(name: str, abstract: Any, *, cast: bool = False) -> Any:
@@ -129,6 +148,26 @@ class Checkpointer:
     def folder_of(self, step: int) -> storage.Path:
         """Where the checkpoint of a step is."""
         return self.folder / f"step{step}"
+
+    def refuse_foreign(self, last: int) -> None:
+        """Refuse to train where what others put there has the name of a checkpoint to come.
+
+        Args:
+          last: the step whose checkpoint is there already; -1 if there is none.
+        Raises:
+          ValueError: with its path (OSError in processes but 0).
+        """
+
+        def look() -> None:
+            found = {step: name for step, name in _foreign(self.folder).items() if step > last}
+            if found:
+                rest = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+                raise ValueError(
+                    f"config.dir: {found[min(found)]}{rest} is not written by olmo_jax and has the"
+                    " name of a checkpoint of this run; move it away, or set another config.dir"
+                )
+
+        processes.from_process_0(look)
 
     def due(self, step: int) -> str | None:
         """The kind of checkpoint to save after a step; None: nothing to save."""
@@ -199,9 +238,9 @@ class Checkpointer:
         return pending.seconds
 
     def _remove_torn(self) -> None:
-        """Make room: what an interrupted save or deletion left is of no use."""
+        """Make room: what an interrupted save or deletion of ours left is of no use."""
         for _, child in _children(self.folder):
-            if not storage.is_complete(child):
+            if storage.is_torn(child):
                 print(f"removing {child}: its save, or its deletion, was interrupted", flush=True)
                 storage.remove(child)
 

@@ -63,6 +63,8 @@ def train(config: Config) -> int:
         stack.callback(_wait_for_save, checkpointer)
         source = checkpoint.source(config, checkpointer)
         first, position = start.starting_point(config, source)
+        is_resume = source is not None and source.is_resume
+        checkpointer.refuse_foreign(first if first or is_resume else -1)
         loader = Loader(
             config.data, config.model.vocab_size, lambda n: sharding.local_rows(mesh, n), position
         )
@@ -70,7 +72,6 @@ def train(config: Config) -> int:
         plan = Plan(config, loader, first)
         evaluator = Evaluator(config, mesh) if config.eval.paths else None
         say(optim.describe_groups(config.optim, step.abstract_state(config, mesh).params))
-        is_resume = source is not None and source.is_resume
         is_done = first >= plan.last
         if is_done and not is_resume:
             end = f"config.train.duration={config.train.duration} ends at step {plan.last}"

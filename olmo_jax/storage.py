@@ -1,6 +1,7 @@
 """Arrays on disk: one checkpoint is one folder, which plain Orbax restores too.
 
     step10/
+      commit_begun.txt                 written first, gone at the end: whose half a folder is
       params.embed/zarr.json, c/0/0 …  one zarr3 array per leaf, a checksum behind every chunk
       _METADATA                        Orbax's list of the leaves, with shapes and dtypes
       meta.json                        what the caller adds: config, position in the data, …
@@ -14,11 +15,13 @@ whole leaves in memory; its layout is kept, its code is needed only by the tests
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +34,15 @@ from etils import epath
 CHUNK_BYTES = 64 << 20  # largest chunk
 IN_FLIGHT_BYTES = 128 << 20  # given to TensorStore and not yet on disk
 MARKER = "commit_success.txt"
+BEGUN = "commit_begun.txt"  # without MARKER: half of a checkpoint, being written or deleted
+BEGUN_TEXT = "olmo_jax began to write this checkpoint, or to delete it, and will clear it away.\n"
 FORMAT = 1
+
+# What checkpoints of runs hold; TensorStore writes each file under another name first.
+_NEW = r"(_\w+\.__lock)?"
+LEAF = re.compile(r"step|(params|opt_state)\..+")
+SMALL_FILE = re.compile(rf"(meta\.json|_METADATA|tokenizer(\.\w+)?|commit_success\.txt){_NEW}")
+IN_LEAF = re.compile(rf"(c|zarr\.json){_NEW}")
 
 Path = epath.Path
 Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
@@ -55,6 +66,40 @@ def names(tree: Any) -> dict[str, Any]:
 def is_complete(folder: Path) -> bool:
     """Whether the folder is a checkpoint whose save came to its end."""
     return (folder / MARKER).exists()
+
+
+def is_link(folder: Path) -> bool:
+    """Whether it is a link to somewhere else, whatever is there."""
+    return os.path.islink(os.fspath(folder))
+
+
+def is_torn(folder: Path) -> bool:
+    """Whether the folder is what an interrupted save or deletion of ours left, and nothing else.
+
+    Either it is marked so, or (older versions did not) it holds nothing but names of our layout.
+    """
+    if is_complete(folder) or is_link(folder) or not folder.is_dir():
+        return False
+    try:
+        names = _listing(folder)
+        if not names or any(name.startswith(BEGUN) for name in names):
+            return True
+        leaves = [name for name in names if LEAF.fullmatch(name) and (folder / name).is_dir()]
+        inside = [name for leaf in leaves for name in _listing(folder / leaf)]
+    except PermissionError:
+        return False
+    rest = set(names) - set(leaves)
+    return (
+        bool(leaves)
+        and all(map(SMALL_FILE.fullmatch, rest))
+        and all(map(IN_LEAF.fullmatch, inside))
+    )
+
+
+def _listing(folder: Path) -> list[str]:
+    """The names in a folder: all, where `iterdir` leaves out those that end with `~`."""
+    name = os.fspath(folder)
+    return [child.name for child in folder.iterdir()] if "://" in name else os.listdir(name)
 
 
 def kind(folder: Path) -> str:
@@ -265,14 +310,16 @@ class Writer:
           leaves: shape and dtype of each leaf by name; chunks follow a sharding if it has one.
           create: False opens what another process has laid out.
         Raises:
-          FileExistsError: if there is something in the folder.
+          FileExistsError: if there is something in the folder, or it is none.
         """
         self.folder = folder
         self._leaves = leaves
         if create:
-            if folder.exists() and any(folder.iterdir()):
+            is_empty = not folder.exists() or (folder.is_dir() and not _listing(folder))
+            if is_link(folder) or not is_empty:
                 raise FileExistsError(f"{folder} is there already and is not overwritten")
             folder.mkdir(parents=True, exist_ok=True)
+            _write(folder, BEGUN, BEGUN_TEXT.encode())
         opening = {
             name: ts.open(_spec(folder, name, leaf), create=create, open=not create)
             for name, leaf in leaves.items()
@@ -346,6 +393,8 @@ class Writer:
             _write(self.folder, name, data)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()}
         _write_marker(self.folder, {"format": FORMAT, "kind": kind, "sha256": digests})
+        with contextlib.suppress(OSError):  # beside MARKER it says nothing
+            (self.folder / BEGUN).unlink()
 
 
 def release(number: int, start: int = 0, n_bytes: int = 0) -> None:
@@ -377,9 +426,16 @@ def set_kind(folder: Path, kind: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, complete or not: first the marker, so that no half of it counts."""
-    (folder / MARKER).unlink(missing_ok=True)
-    folder.rmtree(missing_ok=True)
+    """Delete a checkpoint, complete or not; no half of it counts as one, and each `is_torn`."""
+    if not folder.exists():
+        return
+    if is_complete(folder):
+        (folder / MARKER).replace(folder / BEGUN)  # takes no space, where a disk is full
+    children = [folder / name for name in _listing(folder) if name != BEGUN]
+    is_folder = {child: child.is_dir() and not is_link(child) for child in children}
+    for child in sorted(children, key=is_folder.__getitem__):  # arrays alone are known as ours
+        child.rmtree() if is_folder[child] else child.unlink()
+    folder.rmtree()
 
 
 # --- Orbax's layout -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+import runs
 from small_state import abstract, bits, state
 
 from olmo_jax import checkpoint, storage
@@ -151,6 +153,46 @@ def test_what_an_interrupted_save_left_is_removed_and_said(tmp_path, capsys):
     torn = tmp_path / "checkpoints/step3"
     assert f"removing {torn}: its save, or its deletion, was interrupted" in capsys.readouterr().out
     assert not torn.exists()
+
+
+def test_what_others_put_there_is_left_alone_or_refuses_the_run(tmp_path):
+    run_to(tmp_path, 8, interval=4)
+    checkpoints, mine = tmp_path / "checkpoints", tmp_path / "mine"
+    mine.mkdir()
+    for step in (3, 8):
+        (checkpoints / f"step{step + 2}" / "model_and_optim").mkdir(parents=True)
+    (checkpoints / "step6").write_text("a file")
+    (checkpoints / "step7").symlink_to(mine)
+    run = Checkpointer(config(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        run.refuse_foreign(run.latest())
+    assert str(caught.value) == (
+        f"config.dir: {checkpoints}/step10 is not written by olmo_jax and has the name of a"
+        " checkpoint of this run; move it away, or set another config.dir"
+    )
+    with pytest.raises(ValueError, match=r"checkpoints/step5 \(and 3 more\) is not written by"):
+        run.refuse_foreign(4)
+    run.save(10, train_state(10), {})
+    with pytest.raises(OSError, match="step10 is there already and is not overwritten"):
+        run.finish()
+    shutil.rmtree(checkpoints / "step10")
+    run.refuse_foreign(8)
+    run_to(tmp_path, 12, interval=4, keep=1)
+    assert list(on_disk(tmp_path)) == [12]
+    assert (checkpoints / "step5" / "model_and_optim").is_dir()
+    assert (checkpoints / "step6").read_text() == "a file"
+    assert os.readlink(checkpoints / "step7") == str(mine)
+
+
+def test_a_checkpoint_behind_a_link_is_used_and_never_deleted(tmp_path):
+    run_to(tmp_path / "old", 4, interval=4, step0=False)
+    before = runs.contents(tmp_path / "old")
+    (tmp_path / "new/checkpoints").mkdir(parents=True)
+    (tmp_path / "new/checkpoints/step4").symlink_to(tmp_path / "old/checkpoints/step4")
+    assert source_of(tmp_path / "new").folder.name == "step4"
+    assert run_to(tmp_path / "new", 12, interval=4, keep=1).kinds == {4: "linked", 12: "permanent"}
+    assert list(on_disk(tmp_path / "new")) == [4, 12]
+    assert runs.contents(tmp_path / "old") == before
 
 
 # --- failing saves --------------------------------------------------------------------------------
@@ -321,10 +363,15 @@ def test_the_newest_complete_one_is_taken_and_parts_are_chosen(tmp_path):
 def test_an_empty_mistyped_or_torn_load_path_is_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn" / "checkpoints" / "step3").mkdir(parents=True)
+    for name in ("both/checkpoints/step3", "both/checkpoints/step4/model_and_optim",
+                 "core/step5/model_and_optim", "core/step6/model_and_optim"):  # fmt: skip
+        (tmp_path / name).mkdir(parents=True)
     for path, message in (
         (tmp_path / "empty", "no complete checkpoint in .*empty$"),
         (tmp_path / "mistyped", "mistyped does not exist"),
         (tmp_path / "torn", "no complete checkpoint in .*torn; step3 is incomplete"),
+        (tmp_path / "both", "; step3 is incomplete; step4 is not written by olmo_jax$"),
+        (tmp_path / "core", "in .*core; step5, step6 are not written by olmo_jax$"),
         ("", "is empty"),
     ):
         with pytest.raises(ValueError, match=rf"^config.checkpoint.load_path.*{message}"):

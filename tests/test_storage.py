@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import runs
 from small_state import abstract, bits, state
 
 from olmo_jax import snapshot, storage
@@ -109,6 +110,16 @@ def test_plain_orbax_restores_it(saved):
         back = checkpointer.restore(saved, abstract(state(1, 8)))
     assert bits(back) == bits(state())
     assert back["params"]["embed"].sharding == state(1, 8)["params"]["embed"].sharding
+
+
+def test_a_mark_of_the_beginning_that_outlived_the_save_changes_nothing(saved):
+    assert not (saved / storage.BEGUN).exists()
+    (saved / storage.BEGUN).write_text("killed between the two")
+    assert storage.is_complete(saved)
+    assert not storage.is_torn(saved)
+    assert bits(storage.restore(saved, abstract(state()))) == bits(state())
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert bits(checkpointer.restore(saved)) == bits(state())
 
 
 def test_a_checkpoint_written_slice_by_slice_is_the_same(saved, tmp_path):
@@ -281,6 +292,9 @@ def test_kill_in_the_middle_of_a_save_leaves_no_checkpoint_and_the_previous_one(
         assert process.wait() == -signal.SIGKILL
     assert 0 < len(chunks_in(torn)) < len(chunks_in(saved))
     assert not storage.is_complete(torn)
+    assert storage.is_torn(torn)
+    (torn / storage.BEGUN).unlink()  # as older versions left it
+    assert storage.is_torn(torn)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint here"):
         storage.restore(torn, abstract(state()))
     with (
@@ -362,11 +376,73 @@ def test_a_read_only_folder_is_named(saved):
     assert bits(storage.restore(saved, abstract(state()))) == bits(state())
 
 
-def test_removing_takes_the_marker_first(saved, monkeypatch):
-    monkeypatch.setattr(type(saved), "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError("x")))
-    with pytest.raises(OSError, match="x"):
-        storage.remove(saved)
-    assert not storage.is_complete(saved)
+def interrupt(monkeypatch, after: int) -> None:
+    """Let the calls that delete fail from the given one on."""
+    calls, kind = iter(range(1000)), type(storage.path("/"))
+
+    def failing(call):
+        def deletes(*args, **keywords):
+            if next(calls) >= after:
+                raise OSError("killed")
+            call(*args, **keywords)
+
+        return deletes
+
+    for name in ("unlink", "rmtree"):
+        monkeypatch.setattr(kind, name, failing(getattr(kind, name)))
+
+
+@pytest.mark.parametrize("left", ["complete", "torn", "torn by an older version"])
+def test_a_deletion_takes_the_marker_first_and_its_half_is_known_as_ours(saved, monkeypatch, left):
+    if left != "complete":
+        (saved / storage.MARKER).unlink()
+    if left == "torn":
+        (saved / storage.BEGUN).touch()
+    for after in range(100):
+        with monkeypatch.context() as patch:
+            interrupt(patch, after)
+            with contextlib.suppress(OSError):
+                storage.remove(saved)
+                break
+        assert not storage.is_complete(saved)
+        assert storage.is_torn(saved)
+        assert saved.exists()
+    assert after > 3
+    assert not saved.exists()
+    storage.remove(saved)  # nothing to do
+
+
+FOREIGN = {
+    "OLMo-core": "model_and_optim/.metadata config.json",
+    "Hugging Face": "config.json model.safetensors tokenizer.json",
+    "Orbax": "_METADATA _CHECKPOINT_METADATA params.embed/zarr.json",
+    "notes beside arrays": "params.embed/zarr.json notes.txt",
+    "a backup beside arrays": "params.embed/zarr.json notes~",
+    "notes inside of an array": "params.embed/zarr.json params.embed/notes.txt",
+    "small files alone": "meta.json tokenizer.json",
+}
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, "a file", "a link", "a link to nothing"])
+def test_what_is_not_provably_a_half_of_ours_is_not_ours_and_not_written_into(tmp_path, kind):
+    target, other = storage.path(tmp_path / "step10"), tmp_path / "other"
+    for name in FOREIGN.get(kind, "params.embed/zarr.json").split():
+        place = (other if kind.startswith("a link") else target) / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    if kind == "a file":
+        target.rmtree()
+        target.write_text("mine")
+    elif kind.startswith("a link"):
+        os.symlink(other, target)
+    if kind == "a link to nothing":
+        other.rename(tmp_path / "moved")
+    assert not storage.is_torn(target)
+    before = runs.contents(tmp_path)
+    with pytest.raises(OSError, match=f"{target} is there already and is not overwritten"):
+        snapshot.save(target, state(), {})
+    assert runs.contents(tmp_path) == before
+    assert os.path.lexists(target)
 
 
 def test_paths_are_local_or_in_a_bucket():

@@ -496,6 +496,20 @@ def test_a_disk_that_is_full_at_the_second_save_loses_nothing(
     assert [p.name for p in checkpoints.iterdir()] == ["step8"]
 
 
+def test_a_foreign_folder_with_the_name_of_a_checkpoint_refuses_the_run_and_stays(bare, tmp_path):
+    foreign = tmp_path / "run/checkpoints/step100"
+    (foreign / "model_and_optim").mkdir(parents=True)
+    result = runs.run(*bare, "train.duration=3")
+    assert result.code == 1
+    assert result.errors == [
+        f"config.dir: {foreign} is not written by olmo_jax and has the name of a checkpoint of this"
+        " run; move it away, or set another config.dir"
+    ]
+    assert [p.name for p in tmp_path.glob("run/**/*")] == [
+        "checkpoints", "step100", "model_and_optim"
+    ]  # fmt: skip
+
+
 def test_records_that_cannot_be_written_end_the_run_with_one_line(place, tmp_path, monkeypatch):
     log = records.Jsonl.log
 

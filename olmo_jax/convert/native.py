@@ -18,8 +18,10 @@ def recognises(src: str) -> bool:
     folder = storage.path(src)
     if storage.is_complete(folder) or (folder / "checkpoints").exists():
         return True
-    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    return any(re.fullmatch(r"step\d+|params\..+", name) for name in names)
+    children = list(folder.iterdir()) if folder.is_dir() else []
+    steps = [child for child in children if re.fullmatch(r"step\d+", child.name)]
+    is_rest = bool(children) and storage.is_torn(folder)
+    return is_rest or any(storage.is_complete(c) or storage.is_torn(c) for c in steps)
 
 
 def read(src: str, *, optimizer: bool = False) -> "Native":

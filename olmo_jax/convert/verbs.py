@@ -315,6 +315,8 @@ def _result(dst: str) -> Iterator[Any]:
         folder = storage.path(dst)
         try:
             yield folder
+        except FileExistsError:  # somebody else's
+            raise
         except BaseException:
             storage.remove(folder)
             raise
