@@ -1,10 +1,16 @@
 """Which checkpoints a run keeps, where it starts from, and which changes of its config it refuses.
 
 Kinds: `permanent` (every `interval` steps, step 0, the last step), `fixed` (named steps, never
-deleted), `ephemeral` (every `ephemeral_interval` steps, or on preemption: deleted as soon as a
-newer checkpoint is complete). Nothing is deleted before the new one is complete.
+deleted), `ephemeral` (every `ephemeral_interval` steps, or on preemption: deleted when a newer
+checkpoint is complete).
+
+The last update before a checkpoint may have wrecked the parameters, and only a loss after it tells.
+So a checkpoint is *confirmed* by the first later step with a finite loss; its marker says so from
+the next save on. The newest confirmed one is never deleted, and a start deletes nothing before it
+has had a finite loss. A start that has none falls back to the newest confirmed one.
 """
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,8 +131,14 @@ def _children(folder: storage.Path) -> list[tuple[int, storage.Path]]:
 # --- saving ---------------------------------------------------------------------------------------
 
 
+KINDS = ("fixed", "permanent", "ephemeral")  # that `due` gives, the one kept longest first
+
+
 class Checkpointer:
-    """Saves a run's state and keeps what the config asks for; all processes make the same calls."""
+    """Saves a run's state and keeps what the config asks for; all processes make the same calls.
+
+    `finite_step` is the last step since the start that had a finite loss: who trains sets it.
+    """
 
     def __init__(self, config: Config):
         """Look for the checkpoints that the run has already; writes nothing.
@@ -136,10 +148,25 @@ class Checkpointer:
         """
         self.config = config.checkpoint
         self.folder = storage.path(config.run_dir) / "checkpoints"
-        found = processes.from_process_0(lambda: list(steps(self.folder).items()))
+        found, known = processes.from_process_0(self._look)
         self.kinds: dict[int, str] = dict(found)  # of each complete checkpoint
+        self.finite_step: int | None = None
+        self._known: int | None = known  # the newest that says that it is confirmed
+        self._postponed: str | None = None
         self._pending: snapshot.Save | None = None
         self._kinds_then: dict[int, str] = {}  # when that is complete
+
+    def _look(self) -> tuple[list[tuple[int, str]], int | None]:
+        kinds = steps(self.folder)
+        newest_first = [step for step in reversed(kinds) if kinds[step] != "damaged"]
+        known = (step for step in newest_first if storage.is_confirmed(self.folder_of(step)))
+        return list(kinds.items()), next(known, None)
+
+    def confirmed(self) -> int | None:
+        """The newest checkpoint after which there was a finite loss; None if none is known."""
+        if self.finite_step is None:
+            return self._known
+        return max((step for step in self.kinds if step < self.finite_step), default=None)
 
     def latest(self) -> int | None:
         """The newest step that is saved."""
@@ -170,7 +197,16 @@ class Checkpointer:
         processes.from_process_0(look)
 
     def due(self, step: int) -> str | None:
-        """The kind of checkpoint to save after a step; None: nothing to save."""
+        """The kind of checkpoint to save after a step, or since an earlier one; None: none."""
+        kinds = {self._due(step), self._postponed}
+        return next((kind for kind in KINDS if kind in kinds), None)
+
+    def postpone(self, kind: str) -> bool:
+        """Leave a checkpoint that is due for a later step; returns whether none was left before."""
+        is_first, self._postponed = self._postponed is None, kind
+        return is_first
+
+    def _due(self, step: int) -> str | None:
         every = self.config.ephemeral_interval
         if step in self.config.fixed_steps:
             return "fixed"
@@ -201,14 +237,27 @@ class Checkpointer:
           OSError: if this save failed, or the one before it did in the background.
         """
         self.finish()
+        self._postponed = None
         if step in self.kinds:
             if self.kinds[step] == "ephemeral" != kind:
-                processes.from_process_0(lambda: storage.set_kind(self.folder_of(step), kind))
+                processes.from_process_0(lambda: storage.mark(self.folder_of(step), kind=kind))
                 self.kinds[step] = kind
             return False
+        confirmed = self.confirmed()
+        spared = confirmed if self.finite_step is not None else None
+        superseded = to_remove(self.kinds, self.config.keep, spared)
+        self.kinds = _without(self.kinds, superseded)
         kinds = self.kinds | {step: kind}
-        old = to_remove(kinds, self.config.keep)
-        self._kinds_then = {step: kind for step, kind in kinds.items() if step not in old}
+        old = to_remove(kinds, self.config.keep, spared)
+        self._kinds_then = _without(kinds, old)
+        is_new, self._known = confirmed != self._known, confirmed
+
+        def make_room() -> None:
+            if confirmed is not None and is_new and kinds[confirmed] != "linked":
+                self._confirm(confirmed)
+            self._remove(superseded)
+            self._remove_torn()
+
         self._pending = snapshot.save(
             self.folder_of(step),
             state,
@@ -216,7 +265,7 @@ class Checkpointer:
             kind=kind,
             files=files,
             background=self.config.async_save,
-            before=self._remove_torn,
+            before=make_room,
             after=lambda: self._remove(old),
         )
         if not self.config.async_save:
@@ -237,12 +286,33 @@ class Checkpointer:
         self.kinds = self._kinds_then
         return pending.seconds
 
+    def fall_back(self) -> list[str]:
+        """Rename what is newer than the newest confirmed checkpoint, which then is the newest.
+
+        Returns: the new names; none if no checkpoint is confirmed, or the newest one is.
+        Raises:
+          OSError: if that cannot be done.
+        """
+        self.finish()
+        confirmed = self.confirmed()
+        newer = [step for step in self.kinds if confirmed is not None and step > confirmed]
+        self.kinds = _without(self.kinds, newer)
+        return processes.from_process_0(
+            lambda: [_set_aside(self.folder_of(step)) for step in sorted(newer, reverse=True)]
+        )
+
     def _remove_torn(self) -> None:
         """Make room: what an interrupted save or deletion of ours left is of no use."""
         for _, child in _children(self.folder):
             if storage.is_torn(child):
                 print(f"removing {child}: its save, or its deletion, was interrupted", flush=True)
                 storage.remove(child)
+
+    def _confirm(self, step: int) -> None:
+        try:
+            storage.mark(self.folder_of(step), confirmed=True)
+        except OSError as error:  # the next start just knows less
+            log.warning("could not mark %s as confirmed: %s", self.folder_of(step), error)
 
     def _remove(self, old: Iterable[int]) -> None:
         for step in old:
@@ -252,17 +322,32 @@ class Checkpointer:
                 log.warning("could not delete %s: %s", self.folder_of(step), error)
 
 
-def to_remove(kinds: Mapping[int, str], keep: int | None) -> list[int]:
+def _set_aside(folder: storage.Path) -> str:
+    names = (f"{folder.name}.nonfinite{n}" for n in itertools.chain([""], itertools.count(2)))
+    new = next(new for name in names if not (new := folder.with_name(name)).exists())
+    folder.rename(new)
+    return new.name
+
+
+def to_remove(kinds: Mapping[int, str], keep: int | None, confirmed: int | None) -> list[int]:
     """The steps to delete once the newest of them is complete.
 
     Args:
       kinds: the kind of each checkpoint by step, the newest included.
       keep: permanent ones to keep; None: all.
+      confirmed: the newest with a finite loss after it, which stays; None: all stay.
     """
+    if confirmed is None:
+        return []
     newest = max(kinds)
     permanent = sorted(step for step, kind in kinds.items() if kind == "permanent")
     old = permanent[:-keep] if keep else []
-    return sorted(old + [s for s, kind in kinds.items() if kind == "ephemeral" and s != newest])
+    old += [step for step, kind in kinds.items() if kind == "ephemeral" and step != newest]
+    return sorted(step for step in old if step != confirmed)
+
+
+def _without(kinds: Mapping[int, str], old: Sequence[int]) -> dict[int, str]:
+    return {step: kind for step, kind in kinds.items() if step not in old}
 
 
 def meta(

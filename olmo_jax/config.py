@@ -258,7 +258,7 @@ class CheckpointConfig:
     ephemeral_interval: int | None = None  # steps; only the newest of these is kept
     fixed_steps: tuple[int, ...] = ()  # saved too, and never deleted
     step0: bool = True  # save before the first step
-    keep: int | None = None  # permanent checkpoints kept besides fixed_steps; None: all
+    keep: int | None = None  # permanent ones kept besides fixed and newest confirmed; None: all
     async_save: bool = True  # write behind the training, from a copy in the host's memory
     load_path: str | None = None  # a checkpoint, or a run's folder, to start from
     load_optimizer: bool = True  # of load_path

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +43,26 @@ from olmo_jax.validate import batch_stages, validate
 def train(config: Config) -> int:
     """Run a config to its end, from wherever it was left; returns the exit code.
 
+    A run that falls back to an older checkpoint starts once more.
+
     Raises:
       ConfigError, ValueError, OSError: with one line for the user; nothing is overwritten.
     """
     began = time.perf_counter()
-    validate(config, jax.device_count())
     with contextlib.ExitStack() as stack:
         # From the start: inside JAX's own callbacks Python drops a KeyboardInterrupt.
         preemption = stack.enter_context(processes.Preemption())
+        while True:
+            try:
+                return _train(config, preemption, began)
+            except FellBack as error:
+                line = str(error)
+            say(line)  # not in there: the error holds the old state
+
+
+def _train(config: Config, preemption: processes.Preemption, began: float) -> int:
+    validate(config, jax.device_count())
+    with contextlib.ExitStack() as stack:
         config = start.resolve(config)
         mesh = sharding.make_mesh(config.mesh)
         shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
@@ -118,6 +130,8 @@ def train(config: Config) -> int:
             config, mesh, log, checkpointer, evaluator, loader, plan, preemption, watchdog, trace,
             start.kept(config, source),
         )  # fmt: skip
+        if source is not None and source.is_resume:
+            run.last_finite = source.meta().get("last_finite_step")
         try:
             if not is_done:
                 say(f"training steps {first + 1:,} to {plan.last:,} on {loader.n_instances:,} rows")
@@ -138,6 +152,10 @@ class Stopped(Exception):  # noqa: N818 - it is none
 
     def __init__(self, step: int):
         self.step = step
+
+
+class FellBack(Exception):  # noqa: N818 - likewise
+    """No loss was finite since the start, and an older, confirmed checkpoint is now the newest."""
 
 
 def _wait_for_save(checkpointer: Checkpointer) -> None:
@@ -218,6 +236,7 @@ class Run:
     trace: profiler.Profiler
     kept: start.Kept
     nonfinite: int = 0  # steps in a row
+    last_finite: int | None = None  # the last step with a finite loss, of an earlier start too
 
     def steps(self, state: TrainState, first: int) -> TrainState:
         """Train from step `first` + 1 on; returns the state at the end.
@@ -272,21 +291,41 @@ class Run:
                     self.trace.stop(state)
             is_last = at == self.plan.last
             if kind or stop or is_last:
-                usual = "permanent" if is_last else "ephemeral"
-                kind = usual if is_last and kind != "fixed" else kind or usual
-                self.save(state, at, position, kind)
-            if stop and not is_last:
-                raise Stopped(at)
+                self.keep(state, at, position, kind, stop)
             if due_eval and not (is_last and (c.eval.at_finish or c.train.summary)):
                 self.evaluate_between(state, at, position)
         return state
+
+    def keep(
+        self, state: TrainState, at: int, position: Position, kind: str | None, stop: bool
+    ) -> None:
+        """Save the state after a step that is the last, after a signal, or because it is due.
+
+        Raises:
+          Stopped: after a signal.
+          ValueError, FellBack: if the run ends and the loss is not finite.
+        """
+        if at == self.plan.last:
+            if self.nonfinite:
+                self.give_up(f"step {at}: the run ends here; its loss is {self._without()}")
+            self.save(state, at, position, "fixed" if kind == "fixed" else "permanent")
+            return
+        if not self.nonfinite:
+            self.save(state, at, position, kind or "ephemeral")
+        elif stop:
+            say(f"step {at}: the loss is not finite, so its checkpoint takes no other's place")
+            self.save(state, at, position, "ephemeral")
+        elif kind and self.checkpointer.postpone(kind):
+            say(f"step {at}: its checkpoint is postponed to the next step with a finite loss")
+        if stop:
+            raise Stopped(at)
 
     def record(self, pending: Any) -> None:
         """Read a finished step's metrics and write them down.
 
         Raises:
-          ValueError: after `train.max_nonfinite_steps` steps in a row without a finite loss, or
-            after a step whose tokens did not find room on their experts' devices.
+          ValueError, FellBack: after `train.max_nonfinite_steps` steps in a row without a finite
+            loss, or after a step whose tokens did not find room on their experts' devices.
         """
         if pending is None:
             return
@@ -303,15 +342,7 @@ class Run:
         self.log.step(
             at, values, lr=lr, tokens=tokens, batch_tokens=batch_tokens, data_wait_s=float(wait)
         )
-        loss = values.get("train/CE loss", 0.0)
-        norm = values.get("optim/total grad norm", 0.0)
-        self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
-        if self.nonfinite >= self.config.train.max_nonfinite_steps:
-            raise ValueError(
-                f"step {at}: loss {loss}, grad norm {norm}; not finite for {self.nonfinite} steps"
-                " in a row (config.train.max_nonfinite_steps). None of them changed the"
-                f" parameters; {self.saved()}"
-            )
+        self.judge(at, values.get("train/CE loss"), values.get("optim/total grad norm", 0.0))
         needed, limit = values.get("train/expert buffer", 0.0), self.config.compute.expert_buffer
         if limit is not None and needed > np.float32(limit):
             raise ValueError(
@@ -321,12 +352,54 @@ class Run:
                 f" {self.saved()}"
             )
 
+    def judge(self, at: int, loss: float | None, norm: float) -> None:
+        """Count a step's loss as finite or not; None, if it had no tokens, is neither.
+
+        Raises:
+          ValueError, FellBack: after `train.max_nonfinite_steps` in a row.
+        """
+        if loss is None:
+            return
+        if math.isfinite(loss + norm):
+            self.nonfinite = 0
+            self.last_finite = self.checkpointer.finite_step = at
+            return
+        self.nonfinite += 1
+        if self.nonfinite >= self.config.train.max_nonfinite_steps:
+            self.give_up(f"step {at}: loss {loss}, grad norm {norm}; {self._without()}"
+                         " (config.train.max_nonfinite_steps)")  # fmt: skip
+
+    def _without(self) -> str:
+        return f"not finite for {self.nonfinite} step{'s' * (self.nonfinite > 1)} in a row"
+
+    def give_up(self, why: str) -> NoReturn:
+        """End the run, or this try to go on from a checkpoint that was never confirmed.
+
+        Raises:
+          FellBack: if no step since the start had a finite loss, and a confirmed one is older.
+          ValueError: otherwise.
+        """
+        started = self.checkpointer.latest()
+        if self.checkpointer.finite_step is None and (aside := self.checkpointer.fall_back()):
+            raise FellBack(
+                f"{why}, and never since the start from step {started}: falling back to step"
+                f" {self.checkpointer.latest()}, the newest that a finite loss has confirmed;"
+                f" {', '.join(aside)} in {self.checkpointer.folder} is what was set aside"
+            )
+        known = "no step had a finite loss"
+        if self.last_finite is not None:
+            known = f"the last finite loss is that of step {self.last_finite}"
+        raise ValueError(f"{why}; {known}. None of them changed the parameters; {self.saved()}")
+
     def saved(self) -> str:
         """Which step the next run starts from, in words for an error."""
         with contextlib.suppress(OSError):
             self.checkpointer.finish()
-        newest = self.checkpointer.latest()
-        return f"{'no checkpoint' if newest is None else f'step {newest}'} is saved"
+        newest, confirmed = self.checkpointer.latest(), self.checkpointer.confirmed()
+        words = f"{'no checkpoint' if newest is None else f'step {newest}'} is saved"
+        if newest == confirmed or confirmed is None:
+            return words
+        return f"{words}, and step {confirmed}, the newest that a finite loss has confirmed"
 
     def save(self, state: TrainState, at: int, position: Position, kind: str) -> None:
         """Save the state after step `at`."""
@@ -335,7 +408,7 @@ class Run:
         self.settle(at)
         self.log.sync()
         meta = checkpoint.meta(c, dataclasses.asdict(position), at, self.loader.fingerprint)
-        meta |= self.kept.meta | {"step": at}
+        meta |= self.kept.meta | {"step": at, "last_finite_step": self.last_finite}
         with self.log.pause(at, "checkpoint/save_duration_s"):
             self.checkpointer.save(at, state, meta, kind, self.kept.files)
 

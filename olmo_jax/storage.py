@@ -107,6 +107,11 @@ def kind(folder: Path) -> str:
     return _marker(folder)["kind"]
 
 
+def is_confirmed(folder: Path) -> bool:
+    """Whether the checkpoint has been found good by who trained on from it."""
+    return _marker(folder).get("confirmed", False)
+
+
 def read(folder: Path, name: str) -> bytes:
     """A small file of a checkpoint, after a look at its digest.
 
@@ -420,9 +425,9 @@ def _release(part: ts.TensorStore) -> None:
             release(file.fileno())
 
 
-def set_kind(folder: Path, kind: str) -> None:
-    """Change the kind of a complete checkpoint."""
-    _write_marker(folder, {**_marker(folder), "kind": kind})
+def mark(folder: Path, **changes: str | bool) -> None:
+    """Change what a complete checkpoint says of itself: its `kind`, or that it is `confirmed`."""
+    _write_marker(folder, {**_marker(folder), **changes})
 
 
 def remove(folder: Path) -> None:

@@ -41,10 +41,11 @@ def config(folder, **options) -> Config:
 
 
 def run_to(folder, n_steps: int, **options) -> Checkpointer:
-    """Save as a run of `n_steps` would."""
+    """Save as a run of `n_steps`, whose losses are all finite, would."""
     cfg = config(folder, **options)
     checkpointer = Checkpointer(cfg)
     for step in range(n_steps + 1):
+        checkpointer.finite_step = step or None
         kind = checkpointer.due(step)
         if kind:
             checkpointer.save(
@@ -73,9 +74,9 @@ def test_permanent_ephemeral_and_fixed_steps(tmp_path, async_save):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted(f"step{n}" for n in kept)
 
 
-def test_keep_counts_permanent_ones_and_spares_fixed_ones(tmp_path):
+def test_keep_counts_permanent_ones_and_spares_fixed_and_confirmed_ones(tmp_path):
     run_to(tmp_path, 12, interval=4, keep=1, fixed_steps=(6,))
-    assert on_disk(tmp_path) == {6: "fixed", 12: "permanent"}
+    assert on_disk(tmp_path) == {6: "fixed", 8: "permanent", 12: "permanent"}
     assert run_to(tmp_path / "b", 9, interval=4, step0=False).kinds == {
         4: "permanent",
         8: "permanent",
@@ -93,15 +94,72 @@ def test_a_complete_step_is_never_saved_again_but_may_become_permanent(tmp_path)
     assert bits(back) == bits(train_state(2))
 
 
-def test_the_old_one_is_deleted_only_when_the_new_one_is_complete(tmp_path, monkeypatch):
+def test_the_old_one_is_deleted_only_when_the_new_one_is_complete_and_confirmed(
+    tmp_path, monkeypatch
+):
     events = []
-    write, remove = storage._write_marker, storage.remove
-    monkeypatch.setattr(
-        storage, "_write_marker", lambda f, m: (write(f, m), events.append(f"commit {f.name}"))
-    )
-    monkeypatch.setattr(storage, "remove", lambda f: (events.append(f"remove {f.name}"), remove(f)))
-    run_to(tmp_path, 8, interval=4, keep=1, step0=False)
-    assert events == ["commit step4", "commit step8", "remove step4"]
+    write, mark, remove = storage.Writer.commit, storage.mark, storage.remove
+
+    def told(word, call):
+        def tell(at, *args, **keywords):
+            call(at, *args, **keywords)
+            events.append(f"{word} {getattr(at, 'folder', at).name}")
+
+        return tell
+
+    monkeypatch.setattr(storage.Writer, "commit", told("commit", write))
+    monkeypatch.setattr(storage, "mark", told("confirm", mark))
+    monkeypatch.setattr(storage, "remove", told("remove", remove))
+    run_to(tmp_path, 12, interval=4, keep=1, step0=False)
+    assert events == [
+        "commit step4", "confirm step4", "commit step8", "confirm step8", "remove step4",
+        "commit step12",
+    ]  # fmt: skip
+
+
+def test_a_step_without_a_finite_loss_confirms_nothing_and_what_came_before_is_known(tmp_path):
+    run_to(tmp_path, 8, interval=4, keep=1)
+    run = Checkpointer(config(tmp_path, keep=1))
+    assert (run.kinds, run.confirmed()) == ({4: "permanent", 8: "permanent"}, 4)
+    for step in (9, 10):  # signals
+        run.save(step, train_state(step), {}, "ephemeral")
+        run.finish()
+        assert run.confirmed() == 4
+        run = Checkpointer(config(tmp_path, keep=1))
+    assert on_disk(tmp_path) == {4: "permanent", 8: "permanent", 9: "ephemeral", 10: "ephemeral"}
+    run.finite_step = 11
+    assert run.confirmed() == 10
+    run.save(11, train_state(11), {}, "permanent")
+    run.finish()
+    assert on_disk(tmp_path) == run.kinds == {10: "ephemeral", 11: "permanent"}
+    assert Checkpointer(config(tmp_path)).confirmed() == 10
+
+
+def test_a_fall_back_renames_what_no_finite_loss_has_confirmed_once(tmp_path):
+    run_to(tmp_path, 8, interval=4)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(checkpoints / "step8", checkpoints / "step8.nonfinite")  # of a time before
+    shutil.copytree(checkpoints / "step8", checkpoints / "step9")
+    run = Checkpointer(config(tmp_path))
+    assert run.fall_back() == ["step9.nonfinite", "step8.nonfinite2"]
+    assert (run.latest(), run.confirmed()) == (4, 4)
+    assert on_disk(tmp_path) == run.kinds == {0: "permanent", 4: "permanent"}
+    assert storage.read_meta(storage.path(checkpoints / "step8.nonfinite2"))["position"]
+    assert run.fall_back() == Checkpointer(config(tmp_path)).fall_back() == []
+    storage.mark(run.folder_of(0), confirmed=False)  # as older versions left all of them
+    storage.mark(run.folder_of(4), confirmed=False)
+    assert Checkpointer(config(tmp_path)).fall_back() == []
+
+
+def test_what_is_postponed_is_due_until_it_is_saved(tmp_path):
+    run = Checkpointer(config(tmp_path, interval=4, ephemeral_interval=1, fixed_steps=(5,)))
+    assert [run.due(step) for step in (3, 4)] == ["ephemeral", "permanent"]
+    assert run.postpone("permanent")
+    assert [run.due(step) for step in (5, 6)] == ["fixed", "permanent"]
+    assert not run.postpone("permanent")
+    run.save(6, train_state(6), {}, "permanent")
+    run.finish()
+    assert run.due(7) == "ephemeral"
 
 
 def test_the_files_of_a_checkpoint_say_all_that_a_run_needs(tmp_path):
@@ -125,9 +183,11 @@ def test_a_damaged_marker_of_an_old_checkpoint_does_not_stop_a_run(tmp_path):
     (tmp_path / "checkpoints/step4" / storage.MARKER).write_text("{")
     run = Checkpointer(config(tmp_path, interval=4, keep=1))
     assert run.kinds == {0: "permanent", 4: "damaged", 8: "permanent", 12: "permanent"}
+    run.finite_step = 16
     run.save(16, train_state(16), {}, "permanent")
     run.finish()
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step16", "step4"]  # kept, to look at
+    left = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert left == ["step12", "step16", "step4"]  # kept, to look at
     (tmp_path / "checkpoints/step16" / storage.MARKER).write_text("{")
     with pytest.raises(ValueError, match=r"step16/commit_success.txt is damaged"):
         Checkpointer(config(tmp_path))
@@ -178,7 +238,7 @@ def test_what_others_put_there_is_left_alone_or_refuses_the_run(tmp_path):
     shutil.rmtree(checkpoints / "step10")
     run.refuse_foreign(8)
     run_to(tmp_path, 12, interval=4, keep=1)
-    assert list(on_disk(tmp_path)) == [12]
+    assert list(on_disk(tmp_path)) == [8, 12]
     assert (checkpoints / "step5" / "model_and_optim").is_dir()
     assert (checkpoints / "step6").read_text() == "a file"
     assert os.readlink(checkpoints / "step7") == str(mine)
@@ -190,8 +250,8 @@ def test_a_checkpoint_behind_a_link_is_used_and_never_deleted(tmp_path):
     (tmp_path / "new/checkpoints").mkdir(parents=True)
     (tmp_path / "new/checkpoints/step4").symlink_to(tmp_path / "old/checkpoints/step4")
     assert source_of(tmp_path / "new").folder.name == "step4"
-    assert run_to(tmp_path / "new", 12, interval=4, keep=1).kinds == {4: "linked", 12: "permanent"}
-    assert list(on_disk(tmp_path / "new")) == [4, 12]
+    run = run_to(tmp_path / "new", 16, interval=4, keep=1)
+    assert run.kinds == {4: "linked", 12: "permanent", 16: "permanent"} == on_disk(tmp_path / "new")
     assert runs.contents(tmp_path / "old") == before
 
 
@@ -241,7 +301,7 @@ def test_a_failed_save_deletes_nothing_and_can_be_repeated(tmp_path, monkeypatch
     assert bits(back) == bits(train_state(4))
     assert run.save(8, train_state(8), {})
     run.finish()
-    assert on_disk(tmp_path) == {8: "permanent"}
+    assert on_disk(tmp_path) == {4: "permanent", 8: "permanent"}
 
 
 def test_finish_waits_for_the_last_save(tmp_path, monkeypatch):
@@ -289,8 +349,8 @@ def test_kill_during_a_save_resumes_from_the_one_before_and_its_rest_is_cleared(
     assert bits(source.load(abstract(train_state(4)))) == bits(train_state(4))
     run.save(8, train_state(8), {})
     run.finish()
-    assert os.listdir(tmp_path / "checkpoints") == ["step8"]
-    assert on_disk(tmp_path) == {8: "permanent"}
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step4", "step8"]
+    assert on_disk(tmp_path) == {4: "permanent", 8: "permanent"}
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch, caplog):
@@ -298,8 +358,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypa
         raise PermissionError("not yours")
 
     monkeypatch.setattr(storage, "remove", failing)
-    run_to(tmp_path, 8, interval=4, keep=1, step0=False)
-    assert on_disk(tmp_path) == {4: "permanent", 8: "permanent"}
+    run_to(tmp_path, 12, interval=4, keep=1, step0=False)
+    assert on_disk(tmp_path) == {4: "permanent", 8: "permanent", 12: "permanent"}
     assert "could not delete" in caplog.text
     assert "step4: not yours" in caplog.text
 

@@ -153,6 +153,32 @@ def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
     assert f"resuming after step {saved}" in result.out
 
 
+WRECKING = """
+from olmo_jax import loop
+rates = loop.Plan.rates
+loop.Plan.rates = lambda self, at, *args: (1e30, 1.0) if at == 6 else rates(self, at, *args)
+"""
+
+
+@pytest.mark.by_hand
+def test_all_processes_fall_back_to_the_same_checkpoint(tmp_path, options):
+    place = [*options, f"dir={tmp_path}/run", "checkpoint.interval=6", "checkpoint.step0=true",
+             "train.duration=12", "train.max_nonfinite_steps=3"]  # fmt: skip
+    with pair(*place, code=WRECKING) as processes:
+        errors = [process.communicate(timeout=180)[1] for process in processes]
+        assert all(process.returncode not in (0, 75) for process in processes)
+    assert "the last finite loss is that of step 6." in errors[0]
+    checkpoints = tmp_path / "run/checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step0", "step6"}
+    with pair(*place) as processes:
+        outputs = [process.communicate(timeout=180) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "never since the start from step 6: falling back to step 0," in outputs[0][0]
+    names = {"step0", "step6.nonfinite", "step6", "step12"}
+    assert {path.name for path in checkpoints.iterdir()} == names
+    assert list(records.read(tmp_path / "run")) == [*range(13)]
+
+
 # The first steps compile, which takes its time on a machine that others use too.
 PATIENT_AT_FIRST = """
 from olmo_jax import distributed

@@ -107,6 +107,12 @@ def values(folder: pathlib.Path, *, last: int = 20) -> dict[int, dict[str, float
             for step, found in records.read(folder).items() if step <= last}  # fmt: skip
 
 
+def kept(folder: pathlib.Path) -> dict[str, bool]:
+    """The checkpoints of a run, and whether each says that it is confirmed."""
+    paths = (storage.path(p) for p in (folder / "checkpoints").iterdir())
+    return {path.name: storage.is_confirmed(path) for path in paths}
+
+
 def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a complete checkpoint by name."""
     tree: dict = {}
@@ -186,7 +192,7 @@ def test_a_run_killed_within_a_save_goes_on_from_the_one_before(tmp_path, whole,
     result = runs.run(*options, *keep, f"dir={folder}")
     assert result.code == 0
     assert "resuming after step 5" in result.out
-    assert [p.name for p in checkpoints.iterdir()] == ["step20"]
+    assert kept(folder) == {"step15": True, "step20": False}
     assert runs.arrays(checkpoints / "step20") == runs.arrays(whole / "checkpoints/step20")
     assert values(folder) == values(whole)
 
@@ -243,7 +249,8 @@ def test_a_signal_saves_within_one_step_and_the_run_goes_on(
     if number == signal.SIGINT:
         return
     assert runs.run(*options, f"dir={folder}").code == 0
-    assert {p.name for p in checkpoints.iterdir()} == {"step0", "step10", "step20"}
+    # No loss after step 20 tells whether its parameters are good.
+    assert {p.name for p in checkpoints.iterdir()} == {"step0", "step10", "step13", "step20"}
     assert runs.arrays(checkpoints / "step20") == runs.arrays(whole / "checkpoints/step20")
     assert values(folder) == values(whole)
 
@@ -553,6 +560,107 @@ def test_the_options_of_the_run_are_those_of_its_newest_start(half, options):
     flags, config = train.configure([f"--config={runs.CONFIG}", *runs.flags(*options)])
     assert flags["config"] == str(runs.CONFIG)
     assert config.optim.lr == 1e-3
+
+
+# --- losses that are not finite any more ----------------------------------------------------------
+
+BRIEF = ["eval.paths=()", "log.tensorboard=false"]
+
+
+@pytest.fixture
+def wrecked(whole, tmp_path, options, monkeypatch):
+    """Goes on from step 20 with a rate that wrecks the parameters in step 25; gives the result."""
+    folder = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
+
+    def go_on(*more: str, stop_after: int | None = None) -> runs.Result:
+        record, rates = loop.Run.record, loop.Plan.rates
+
+        def signalling(self, pending):
+            record(self, pending)
+            if pending is not None and pending[0] == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+        def wrecking(self, at, *args):
+            return (1e30, 1.0) if at == 25 else rates(self, at, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Run, "record", signalling)
+            patch.setattr(loop.Plan, "rates", wrecking)
+            return runs.run(*options, *BRIEF, f"dir={folder}", "train.duration=36", *more)
+
+    return go_on
+
+
+def finite_steps(folder: pathlib.Path) -> list[int]:
+    """Steps after the 20th whose loss is finite; each has one record of it."""
+    found = [(line["step"], line["train/CE loss"]) for line in lines(folder)
+             if "train/CE loss" in line]  # fmt: skip
+    assert len(dict(found)) == len(found)
+    return [step for step, loss in found if step > 20 and loss is not None]
+
+
+def test_a_run_that_ends_without_a_finite_loss_fails_and_keeps_what_is_healthy(wrecked, tmp_path):
+    result = wrecked("checkpoint.interval=4", "checkpoint.keep=2", "train.duration=29")
+    assert result.code == 1
+    assert result.errors == [
+        "step 29: the run ends here; its loss is not finite for 4 steps in a row; the last finite"
+        " loss is that of step 25. None of them changed the parameters; step 24 is saved"
+    ]
+    postponed = "step 28: its checkpoint is postponed to the next step with a finite loss"
+    assert result.out.count("postponed") == result.out.count(postponed) == 1
+    assert kept(tmp_path / "run").keys() == {"step20", "step24"}
+
+
+NEVER = "not finite for 3 steps in a row (config.train.max_nonfinite_steps)"
+
+
+def test_a_resume_from_wrecked_parameters_falls_back_to_the_confirmed_ones(
+    wrecked, tmp_path, options
+):
+    keep = ["checkpoint.interval=5", "checkpoint.keep=1", "train.max_nonfinite_steps=3"]
+    result = wrecked(*keep, stop_after=26)
+    assert (result.code, result.err) == (75, "")
+    assert "step 27: the loss is not finite, so its checkpoint takes no other's place" in result.out
+    assert "stopped: saved step 27" in result.out
+    assert kept(tmp_path / "run") == {"step20": True, "step25": False, "step27": False}
+    assert storage.kind(storage.path(tmp_path / "run/checkpoints/step27")) == "ephemeral"
+    result = runs.run(*options, *BRIEF, f"dir={tmp_path}/run", "train.duration=30", *keep)
+    assert (result.code, result.err) == (0, "")
+    assert (
+        f"step 30: loss nan, grad norm nan; {NEVER}, and never since the start from step 27:"
+        " falling back to step 20, the newest that a finite loss has confirmed; step27.nonfinite,"
+        f" step25.nonfinite in {tmp_path}/run/checkpoints is what was set aside\n"
+    ) in result.out
+    assert [line.split(":")[0] for line in result.out.splitlines() if "resuming" in line] == [
+        "resuming after step 27", "resuming after step 20"
+    ]  # fmt: skip
+    assert finite_steps(tmp_path / "run") == [*range(21, 31)]
+    aside = {"step25.nonfinite": False, "step27.nonfinite": False}
+    assert kept(tmp_path / "run") == aside | {"step25": True, "step30": False}
+
+
+@pytest.mark.by_hand  # the same in other orders
+@pytest.mark.parametrize("interval", [4, 5])
+@pytest.mark.parametrize("stop_after", [None, 26])
+def test_a_wrecked_run_goes_on_with_the_old_rate_and_ends(
+    wrecked, tmp_path, options, interval, stop_after
+):
+    keep = [f"checkpoint.interval={interval}", "checkpoint.keep=2"]
+    result = wrecked(*keep, stop_after=stop_after)
+    assert result.code == (75 if stop_after else 1)
+    newest = 27 if stop_after else 25 if interval == 5 else 24
+    healthy = 24 if interval == 4 else 20
+    assert {f"step{n}" for n in {20, healthy, newest}} <= kept(tmp_path / "run").keys()
+    again = [*options, *BRIEF, f"dir={tmp_path}/run", *keep]
+    if newest != healthy:
+        result = wrecked(*keep)  # the wrong rate again: back once, and then no more
+        assert result.code == 1
+        assert f"falling back to step {healthy}," in result.out
+        assert "the last finite loss is that of step 25." in result.errors[0]
+    result = runs.run(*again, "train.duration=36")
+    assert result.code == 0
+    assert finite_steps(tmp_path / "run") == [*range(21, 37)]
+    assert runs.run(*again, "train.duration=36").out.count("done already") == 1
 
 
 # --- stopped elsewhere than between two steps -----------------------------------------------------
