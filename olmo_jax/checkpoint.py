@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, where it starts from, and which changes of its config it refuses.
+"""Which checkpoints a run keeps, and where it starts from.
 
 Kinds: `permanent` (every `interval` steps, step 0, the last step), `fixed` (named steps, never
 deleted), `ephemeral` (every `ephemeral_interval` steps, or on preemption: deleted when a newer
@@ -15,32 +15,16 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 import olmo_jax
 from olmo_jax import processes, snapshot, storage
-from olmo_jax.config import Config, DataConfig, flatten, to_dict
+from olmo_jax.config import Config, DataConfig, to_dict
 from olmo_jax.data.order import FIRST_EPOCH, Position
 
 log = logging.getLogger(__name__)
-
-# What the function of a trained model does not depend on.
-NOT_THE_FUNCTION = frozenset(
-    f"model.{name}"
-    for name in "max_seq_len init init_std embed_init_std head_init_std post_norm_init".split()
-)
-# What the optimizer's state holds depends on these.
-OPTIMIZER_STATE = frozenset({"optim.name", "optim.skip_window"})
-# What the order of the data depends on.
-DATA_ORDER = frozenset(
-    f"data.{name}"
-    for name in (
-        "paths root corpus corpus_vocab_size dtype seq_len order seed source_permutation_seed"
-        " max_target_seq_len"
-    ).split()
-)
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -451,72 +435,3 @@ def moved(position: Position, old: Mapping[str, Any], new: DataConfig) -> Positi
     shift = FIRST_EPOCH[new.order] - FIRST_EPOCH[old["order"]]
     there = position.rescaled(old["seq_len"], new.seq_len)
     return replace(there, epoch=there.epoch + shift)
-
-
-# --- changes of the config ------------------------------------------------------------------------
-
-
-class Change(NamedTuple):
-    """An option that differs from the checkpoint's."""
-
-    key: str  # such as model.rope_theta
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        note = "; the data comes in another order from here on" if self.key in DATA_ORDER else ""
-        return f"config.{self.key}: {self.old!r} -> {self.new!r}{note}"
-
-
-def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """The options that differ between two configs, as `config.to_dict` gives them.
-
-    An option that one of them does not know has its default there: it was added or removed since.
-    """
-    before, after, default = _flat(old), _flat(new), _flat(to_dict(Config()))
-    pairs = {
-        key: (before.get(key, default.get(key)), after.get(key, default.get(key)))
-        for key in [*after, *(key for key in before if key not in after)]
-        if key.split(".")[0] in old and key.split(".")[0] in new
-    }
-    return [Change(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
-
-
-def refuse_changes(
-    changes: Sequence[Change], allow: Iterable[str], parts: Iterable[str] = ()
-) -> None:
-    """Refuse a resume or start that would silently compute another function.
-
-    Args:
-      changes: from `config_changes`.
-      allow: `checkpoint.allow_changes`.
-      parts: of the state that are loaded; the optimizer's must be of the same kind.
-    Raises:
-      ValueError: with every option that changed and is not allowed to.
-    """
-    free = NOT_THE_FUNCTION | set(allow)
-    _refuse(
-        [c for c in changes if c.key.startswith("model.") and c.key not in free],
-        "set them as they were, or name them in config.checkpoint.allow_changes",
-    )
-    if "opt_state" in parts:
-        _refuse(
-            [c for c in changes if c.key in OPTIMIZER_STATE],
-            "set them as they were; checkpoint.load_path with checkpoint.load_optimizer=False, in a"
-            " new config.dir, starts with a new optimizer state",
-        )
-
-
-def _refuse(changes: list[Change], need: str) -> None:
-    lines = [f"config.{c.key}={c.new!r}, but the checkpoint was trained with {c.old!r}"
-             for c in changes]  # fmt: skip
-    if lines:
-        raise ValueError("; ".join([*lines, need]))
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    flat = flatten(values)
-    kinds, n_layers = flat.get("model.layer_types"), flat.get("model.n_layers")
-    if kinds and n_layers:  # a short list repeats
-        flat["model.layer_types"] = kinds * (n_layers // len(kinds))
-    return flat

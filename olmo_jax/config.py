@@ -91,6 +91,11 @@ class ModelConfig:
         return self.padded_vocab_size or self.vocab_size
 
 
+def yarn_attention(factor: float) -> float:
+    """What YaRN multiplies cos and sin with where `yarn_attention_factor` says nothing."""
+    return 0.1 * math.log(factor) + 1.0
+
+
 @dataclass(frozen=True)
 class ComputeConfig:
     """How the function is computed: speed and memory, never what the model is."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax import checkpoint, processes, records, sharding, step, storage, summary
+from olmo_jax import changes, checkpoint, processes, records, sharding, step, storage, summary
 from olmo_jax.checkpoint import Source
 from olmo_jax.config import Config, ConfigError, to_dict
 from olmo_jax.convert import native
@@ -105,11 +105,11 @@ def starting_point(config: Config, source: Source | None) -> tuple[int, Position
         return 0, None
     say(source.line)
     meta = source.meta()
-    changes = checkpoint.config_changes(meta["config"], to_dict(config))
-    checkpoint.refuse_changes(changes, config.checkpoint.allow_changes, source.parts)
+    found = changes.between(meta["config"], to_dict(config))
+    changes.refuse(found, config.checkpoint.allow_changes, source.parts)
     if "step" not in source.parts:
         return 0, None
-    shown = [c for c in changes if not c.key.startswith(_SILENT)]
+    shown = [c for c in found if not c.key.startswith(_SILENT)]
     for change in shown if source.is_resume else ():
         say(f"changed since the checkpoint: {change}")
     position = Position(**meta["position"])

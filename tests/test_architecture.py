@@ -15,7 +15,7 @@ FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.r
 # A module imports only what stands in a line above its own, and its own folder.
 LEVELS = """
 config presets records processes distributed storage xla_flags
-schedules flops optim
+changes schedules flops optim
 validate
 sharding progress data
 kernels metrics plot snapshot profiler

@@ -18,7 +18,7 @@ import runs
 from small_state import abstract, bits, state
 
 from olmo_jax import checkpoint, storage
-from olmo_jax.checkpoint import Checkpointer, config_changes, refuse_changes
+from olmo_jax.checkpoint import Checkpointer
 from olmo_jax.config import Config, from_dict, to_dict
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -465,58 +465,3 @@ def test_a_new_optimizer_state_is_not_advised_where_parameters_are_missing(tmp_p
     with pytest.raises(ValueError, match="missing leaf params/") as error:
         source_of(tmp_path / "own", load_path=str(tmp_path / "weights")).load(abstract(state))
     assert "load_optimizer" not in str(error.value)
-
-
-# --- changes of the config ------------------------------------------------------------------------
-
-
-def changes(**new):
-    return config_changes(to_dict(Config()), to_dict(from_dict(new)))
-
-
-def test_changes_are_listed_with_old_and_new_values():
-    found = changes(optim={"lr": 5e-4}, data={"seed": 1}, train={"duration": 20})
-    assert [tuple(change) for change in found] == [
-        ("data.seed", 34521, 1),
-        ("optim.lr", 3e-4, 5e-4),
-        ("train.duration", 1000, 20),
-    ]
-    assert [str(change) for change in found] == [
-        "config.data.seed: 34521 -> 1; the data comes in another order from here on",
-        "config.optim.lr: 0.0003 -> 0.0005",
-        "config.train.duration: 1000 -> 20",
-    ]
-    refuse_changes(found, ())  # LR, durations and data follow the new config
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("rope_theta", 1e4), ("norm_eps", 1e-5), ("window", 128), ("clip_qkv", 8.0), ("n_layers", 8)],
-)
-def test_a_changed_function_is_refused_unless_allowed_by_name(key, value):
-    found = changes(model={key: value})
-    with pytest.raises(ValueError, match=rf"config\.model\.{key}={value}.*allow_changes"):
-        refuse_changes(found, ())
-    refuse_changes(found, {change.key for change in found})
-
-
-def test_all_refused_changes_are_named_at_once_and_initialization_is_free():
-    found = changes(model={"rope_theta": 1e4, "yarn_factor": 8.0, "init_std": 0.01})
-    with pytest.raises(ValueError) as caught:
-        refuse_changes(found, ("model.yarn_factor",))
-    assert "config.model.rope_theta=10000.0, but the checkpoint was trained with 500000.0" in str(
-        caught.value
-    )
-    assert "yarn_factor" not in str(caught.value)
-    assert "init_std" not in str(caught.value)
-
-
-def test_a_repeated_list_of_layer_types_and_an_option_added_later_are_no_changes():
-    model = {"n_layers": 4, "layer_types": ("sliding", "full"), "window": 8}
-    old, new = to_dict(from_dict({"model": model})), dict(model)
-    new["layer_types"] = ("sliding", "full") * 2
-    assert config_changes(old, to_dict(from_dict({"model": new}))) == []
-    del old["model"]["clip_qkv"]
-    assert config_changes(old, to_dict(from_dict({"model": new}))) == []
-    only_model = {"model": old["model"]}
-    assert config_changes(only_model, to_dict(from_dict({"model": new, "name": "b"}))) == []

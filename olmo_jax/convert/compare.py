@@ -1,14 +1,14 @@
 """How two checkpoints differ: as models, as trees, number by number, and in their logits."""
 
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.checkpoint import NOT_THE_FUNCTION
+from olmo_jax import changes
 from olmo_jax.config import ModelConfig, to_dict
 from olmo_jax.convert.logits import logits
 from olmo_jax.convert.weights import Index, Weights, parts, pieces, size
@@ -32,24 +32,10 @@ class Difference(NamedTuple):
 
 
 def model_changes(one: ModelConfig, two: ModelConfig) -> list[str]:
-    """Options of the function that differ."""
-    a, b = _function(one), _function(two)
-    return [f"model.{key}: {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key]]
-
-
-def _function(model: ModelConfig) -> Mapping[str, Any]:
-    """The options that a model's function depends on, equal where the function is."""
-    values = to_dict(model) | {"layer_types": list(model.layer_kinds)}
-    yarn = [key for key in values if key.startswith("yarn_")]
-    if model.yarn_factor is None:
-        values |= dict.fromkeys(yarn)
-    else:
-        default = 0.1 * np.log(model.yarn_factor) + 1.0
-        values["yarn_attention_factor"] = float(model.yarn_attention_factor or default)
-    if "sliding" not in model.layer_types:
-        values["window"] = None
-    drop = {name.removeprefix("model.") for name in NOT_THE_FUNCTION} | {"padded_vocab_size"}
-    return {key: value for key, value in values.items() if key not in drop}
+    """Options of the function that differ; rows of padding do not belong to it."""
+    free = changes.NOT_THE_FUNCTION | {"model.padded_vocab_size"}
+    found = changes.between({"model": to_dict(one)}, {"model": to_dict(two)})
+    return [f"{c.key}: {c.old!r} and {c.new!r}" for c in found if c.key not in free]
 
 
 def shape_changes(one: Weights, two: Weights) -> list[str]:

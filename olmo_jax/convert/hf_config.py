@@ -5,11 +5,10 @@ converted model becomes gibberish. Whatever is written is explicit, since defaul
 models and between versions of transformers.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from olmo_jax.config import ModelConfig
+from olmo_jax.config import ModelConfig, yarn_attention
 from olmo_jax.convert.stacked import shortest
 
 Fields = dict[str, Any]
@@ -375,5 +374,5 @@ def _write_rope(model: ModelConfig) -> Fields:
         "original_max_position_embeddings": model.yarn_original_len,
         "beta_fast": model.yarn_beta_fast,
         "beta_slow": model.yarn_beta_slow,
-        "attention_factor": model.yarn_attention_factor or 0.1 * math.log(model.yarn_factor) + 1.0,
+        "attention_factor": model.yarn_attention_factor or yarn_attention(model.yarn_factor),
     }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config import ModelConfig
+from olmo_jax.config import ModelConfig, yarn_attention
 
 Table = tuple[jax.Array, jax.Array]
 
@@ -32,7 +32,7 @@ def frequencies(config: ModelConfig, kind: str) -> tuple[np.ndarray, float]:
     low = max(math.floor(correction_dim(config.yarn_beta_fast)), 0)
     high = min(math.ceil(correction_dim(config.yarn_beta_slow)), dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    factor = config.yarn_attention_factor or 0.1 * math.log(config.yarn_factor) + 1.0
+    factor = config.yarn_attention_factor or yarn_attention(config.yarn_factor)
     return inverse * (1.0 - ramp + ramp / config.yarn_factor), factor
 
 

@@ -1,5 +1,6 @@
 """config.json: every field is read, fixed, harmless or refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 import transformers
 from hf import COMMON, ROPE
 
-from olmo_jax import presets
-from olmo_jax.config import ModelConfig
+from olmo_jax import changes, checkpoint, presets, start, storage
+from olmo_jax.config import CheckpointConfig, Config, ModelConfig, to_dict
 from olmo_jax.convert import hf_config
 from olmo_jax.nn import rope
 
@@ -100,6 +101,8 @@ def test_every_preset_is_the_same_after_the_way_out_and_in(name):
         yarn_attention_factor=1.2079441541679836 if model.yarn_factor else None,
     )
     assert vars(back) == vars(model) | same
+    found = changes.between({"model": to_dict(back)}, {"model": to_dict(model)})
+    changes.refuse(found, ["model.padded_vocab_size"])  # rows that training may add
 
 
 def test_eps_and_theta_are_read_and_never_taken_from_defaults():
@@ -251,3 +254,19 @@ def test_head_dim_is_written_where_it_does_not_follow():
         transformers.AutoConfig.for_model(**config | {"vocab_size": 97})
     )
     assert theirs.model.layers[0].self_attn.q_proj.weight.shape == torch.Size([128, 64])
+
+
+def test_yarn_that_came_back_from_hugging_face_starts_a_run_with_the_config_that_left(tmp_path):
+    """Hugging Face writes the factor on cos and sin out, the config leaves it to follow."""
+    model = ModelConfig(**presets.MODELS["olmo3_7B_long"] | {"padded_vocab_size": None})
+    back = to_dict(hf_config.read(hf_config.write(model, {}, "float32"), "config.json"))
+    assert back["yarn_attention_factor"] == 1.2079441541679836
+    meta = {"model": back, "config": {"model": back}}
+    storage.Writer(storage.path(tmp_path / "ours"), {}).commit(meta)  # as to_jax writes it
+    options = CheckpointConfig(load_path=str(tmp_path / "ours"), load_optimizer=False)
+    config = Config(dir=str(tmp_path / "run"), model=model, checkpoint=options)
+    source = checkpoint.source(config, checkpoint.Checkpointer(config))
+    assert start.starting_point(config, source) == (0, None)
+    other = dataclasses.replace(config, model=dataclasses.replace(model, yarn_factor=4.0))
+    with pytest.raises(ValueError, match=r"^config\.model\.yarn_factor=4\.0, but"):
+        start.starting_point(other, source)
