@@ -31,6 +31,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from olmo_jax import parsing
+
 CHUNK_BYTES = 64 << 20  # largest chunk
 IN_FLIGHT_BYTES = 128 << 20  # given to TensorStore and not yet on disk
 MARKER = "commit_success.txt"
@@ -132,16 +134,24 @@ def read(folder: Path, name: str) -> bytes:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The `meta` that was saved with the arrays."""
-    return json.loads(read(folder, "meta.json"))
+    return parsing.json_object(read(folder, "meta.json"), f"{folder / 'meta.json'}")
 
 
 def tree_of(folder: Path) -> Leaves:
     """Shapes and dtypes of all leaves by name, without reading them."""
-    stored = json.loads(read(folder, "_METADATA"))["custom_metadata"]["leaves"]
-    return {
-        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-        for name, (shape, dtype) in stored.items()
-    }
+    where = folder / "_METADATA"
+    metadata = parsing.json_object(read(folder, "_METADATA"), str(where))
+    try:
+        stored = metadata["custom_metadata"]["leaves"]
+        return {name: _leaf(name, *entry) for name, entry in stored.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _leaf(name: str, shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    if not parsing.is_inside(name) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{name!r} has shape {shape!r}")
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
 
 
 def restore(
@@ -222,7 +232,7 @@ def files(folder: Path) -> list[str]:
 
 def _refuse_outside(folder: Path, files: Iterable[str]) -> None:
     for name in files:
-        if not name or {"", ".", ".."} & set(name.replace("\\", "/").split("/")):
+        if not parsing.is_inside(name):
             raise ValueError(f"{folder}: {name!r} is no name of a file in a checkpoint")
 
 
@@ -230,12 +240,17 @@ def _marker(folder: Path) -> dict[str, Any]:
     if not is_complete(folder):
         raise FileNotFoundError(f"{folder}: no complete checkpoint here ({MARKER} is missing)")
     try:
-        marker = json.loads((folder / MARKER).read_text())
-        known = marker["format"] <= FORMAT
-        _ = marker["kind"], marker["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / MARKER} is damaged, or not written by olmo_jax") from None
-    if not known:
+        marker = parsing.json_object((folder / MARKER).read_bytes(), MARKER)
+    except ValueError:
+        marker = {}
+    match marker:
+        case {"format": int(), "kind": str(), "sha256": dict(digests)} if all(
+            isinstance(digest, str) for digest in digests.values()
+        ):
+            pass
+        case _:
+            raise ValueError(f"{folder / MARKER} is damaged, or not written by olmo_jax")
+    if marker["format"] > FORMAT:
         raise ValueError(f"{folder}: format {marker['format']}; this version reads up to {FORMAT}")
     return marker
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -213,6 +214,65 @@ def test_lost_or_cut_chunks_and_damaged_small_files_are_refused_by_name(saved):
     (saved / storage.MARKER).write_text("{")
     with pytest.raises(ValueError, match=r"commit_success.txt is damaged"):
         storage.read_meta(saved)
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        b"null",
+        b"[]",
+        b"\xff",
+        b'{"format": 1, "kind": "permanent"}',
+        b'{"format": 1, "kind": "permanent", "sha256": null}',
+        b'{"format": "1", "kind": "permanent", "sha256": {}}',
+        b'{"format": 1, "kind": null, "sha256": {}}',
+        b'{"format": 1, "kind": "permanent", "sha256": {"meta.json": 5}}',
+        b'{"format": 1, "format": 1, "kind": "permanent", "sha256": {}}',
+        b'{"format": 1, "kind": "permanent", "sha256": ' + b"[" * 100_000,
+    ],
+    ids=range(10),
+)
+def test_a_marker_that_is_not_ours_is_refused(saved, marker):
+    (saved / storage.MARKER).write_bytes(marker)
+    line = f"^{saved / storage.MARKER} is damaged, or not written by olmo_jax$"
+    for way in (storage.kind, storage.files, storage.read_meta, storage.tree_of):
+        with pytest.raises(ValueError, match=line):
+            way(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("meta.json", b'{"position": NaN}', "meta.json is no JSON: NaN is no number"),
+        ("meta.json", b"\xef\xbb\xbf{}", "meta.json is no JSON: Unexpected UTF-8 BOM"),
+        ("meta.json", b"[" * 100_000, "meta.json is damaged: more than 100 groups within"),
+        ("meta.json", b'{"a":' + b"9" * 5000 + b"}", "meta.json is no JSON: Exceeds the limit"),
+        ("meta.json", b"[1]", "meta.json is no JSON object"),
+        ("_METADATA", b"{}", "_METADATA is damaged: KeyError: 'custom_metadata'"),
+        ("_METADATA", b'{"custom_metadata": []}', "_METADATA is damaged: TypeError"),
+        ("_METADATA", b'{"custom_metadata": {"leaves": []}}', "_METADATA is damaged: Attribute"),
+        *(
+            ("_METADATA", json.dumps({"custom_metadata": {"leaves": leaves}}).encode(), message)
+            for leaves, message in (
+                ({"a": [[2.0], "float32"]}, r"_METADATA is damaged: .*'a' has shape \[2.0\]"),
+                ({"a": [[-2], "float32"]}, r"_METADATA is damaged: .*'a' has shape \[-2\]"),
+                ({"a": [2, "float32"]}, "_METADATA is damaged: TypeError"),
+                ({"a": [[2], "float31"]}, "_METADATA is damaged: TypeError"),
+                ({"a": None}, "_METADATA is damaged: TypeError"),
+                ({"../a": [[2], "float32"]}, "_METADATA is damaged: .*'../a' has shape"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_small_file_that_says_nothing_sound_is_refused_by_name(saved, name, data, message):
+    (saved / name).write_bytes(data)
+    marker = json.loads((saved / storage.MARKER).read_bytes())
+    marker["sha256"][name] = hashlib.sha256(data).hexdigest()  # as somebody wrote it
+    (saved / storage.MARKER).write_text(json.dumps(marker))
+    read = storage.read_meta if name == "meta.json" else storage.tree_of
+    with pytest.raises(ValueError, match=f"^{saved}/{message}") as caught:
+        read(saved)
+    assert "\n" not in str(caught.value)
 
 
 def test_another_tree_shape_or_dtype_is_refused_with_every_leaf_named(saved):

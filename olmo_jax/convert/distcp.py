@@ -5,6 +5,7 @@ hold what `torch.save` makes of each part, one behind the other.
 """
 
 import functools
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from olmo_jax.convert.folders import Folder, at_once
 from olmo_jax.convert.stacked import Shapes
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
+from olmo_jax.parsing import is_inside
 
 Ranges = list[tuple[int, int]]  # start and stop in each dimension
 
@@ -139,4 +141,6 @@ def _overlap(chunk: _Chunk, ranges: Ranges) -> Ranges | None:
 def _place(prefix: str, info: Any) -> tuple[str, int, int]:
     if info.__dict__.get("transform_descriptors"):
         raise ValueError(f"it is compressed: {info.transform_descriptors}")
+    if not is_inside(info.relative_path):
+        raise ValueError(f"{reprlib.repr(info.relative_path)} is no file of this folder")
     return prefix + info.relative_path, info.offset, info.offset + info.length

@@ -6,12 +6,14 @@ import json
 import math
 import pathlib
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from olmo_jax import parsing
 from olmo_jax.convert import compare, folders, hf_config, names, resume, safetensors, torch_files
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.names import Row
@@ -155,14 +157,7 @@ def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _json(folder: Folder, file: str) -> dict[str, Any]:
-    where = f"{folder.name.rstrip('/')}/{file}"
-    try:
-        value = json.loads(folders.text(folder, file))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is no JSON object")
-    return value
+    return parsing.json_object(folder.read(file).tobytes(), f"{folder.name.rstrip('/')}/{file}")
 
 
 def _tensors(folder: Folder, places: Sequence[str]) -> dict[str, Tensor]:
@@ -188,11 +183,21 @@ def _of_shards(folder: Folder, index: str) -> dict[str, Tensor]:
     weight_map = _json(folder, index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{where}/{index} has no weight_map")
+    for key, file in weight_map.items():
+        if not parsing.is_inside(file):
+            name = reprlib.repr(file)
+            raise ValueError(
+                f"{where}/{index}: {key} is in {name}, which is no file of this folder"
+            )
     found: dict[str, Tensor] = {}
     for file in sorted(set(weight_map.values())):
         if not folder.has(file):
             raise FileNotFoundError(f"{where}: {file}, which {index} names, is missing")
-        found |= _of_file(folder, file)
+        tensors = _of_file(folder, file)
+        if twice := found.keys() & tensors.keys():
+            key = min(twice)
+            raise ValueError(f"{where}: {key} is there twice: in {found[key].file} and in {file}")
+        found |= tensors
     for key, file in weight_map.items():
         if key not in found or found[key].file != file:
             raise ValueError(f"{where}/{index} lists {key} in {file}, which is not there")

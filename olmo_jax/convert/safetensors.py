@@ -8,14 +8,15 @@ import json
 import math
 import os
 import pathlib
+import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax import storage
+from olmo_jax import parsing, storage
 from olmo_jax.convert.folders import Folder
 
 DTYPES = {
@@ -56,32 +57,47 @@ def entries(folder: Folder, file: str) -> dict[str, Entry]:
         raise ValueError(f"{where} is no safetensors file: a header of {length:,} bytes")
     if 8 + length > size:
         raise ValueError(f"{where} is truncated: {size:,} bytes of at least {8 + length:,}")
+    header = parsing.json_object(folder.read(file, 8, 8 + length).tobytes(), f"{where}: its header")
+    header.pop("__metadata__", None)
     try:
-        header = json.loads(folder.read(file, 8, 8 + length).tobytes())
-        header.pop("__metadata__", None)
         found = {key: _entry(file, 8 + length, key, value) for key, value in header.items()}
-        ends = [8 + length + value["data_offsets"][1] for value in header.values()]
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{where} is damaged: its header cannot be read: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    end = max(ends, default=8 + length)
-    if end > size:
-        raise ValueError(f"{where} is truncated: {size:,} bytes of {end:,}")
-    if end < size:
-        raise ValueError(f"{where} is damaged: {size - end:,} bytes behind the last tensor")
+    _refuse_gaps(where, found, 8 + length, size)
     return found
 
 
-def _entry(file: str, base: int, key: str, value: Mapping) -> Entry:
-    if value["dtype"] not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"{key} is {value['dtype']}; weights are one of {known}")
-    dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
-    start, stop = value["data_offsets"]
-    if stop - start != math.prod(shape) * dtype.itemsize or start < 0:
-        raise ValueError(f"the header is damaged: {key} {list(shape)} in {stop - start:,} bytes")
-    return Entry(file, dtype, shape, base + start)
+def _entry(file: str, base: int, key: str, value: Any) -> Entry:
+    match value:
+        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [start, stop]} if all(
+            type(n) is int and n >= 0 for n in (*shape, start, stop)
+        ):
+            pass
+        case _:
+            raise ValueError(
+                f"the header is damaged: {key} is {reprlib.repr(value)}; need its dtype, shape and"
+                " data_offsets"
+            )
+    if kind not in DTYPES:
+        raise ValueError(f"{key} is {kind}; weights are one of {', '.join(DTYPES)}")
+    entry = Entry(file, DTYPES[kind], tuple(shape), base + start)
+    if stop - start != entry.n_bytes:
+        raise ValueError(f"the header is damaged: {key} {shape} in {stop - start:,} bytes")
+    return entry
+
+
+def _refuse_gaps(where: str, found: Mapping[str, Entry], begin: int, size: int) -> None:
+    """Raise a ValueError unless the tensors fill the file, one behind the other."""
+    at, before = begin, "the header"
+    for key, entry in sorted(found.items(), key=lambda pair: (pair[1].start, pair[1].n_bytes)):
+        if entry.start != at:
+            what = "overlaps with" if entry.start < at else "does not begin at the end of"
+            raise ValueError(f"{where} is damaged: {key} {what} {before}")
+        at, before = at + entry.n_bytes, key
+    if at > size:
+        raise ValueError(f"{where} is truncated: {size:,} bytes of {at:,}")
+    if at < size:
+        raise ValueError(f"{where} is damaged: {size - at:,} bytes behind the last tensor")
 
 
 def load(folder: Folder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:

@@ -62,6 +62,28 @@ def test_a_tensor_that_no_shard_has_is_named(tmp_path):
     refused(folder, tmp_path, r"lists model\.extra\.weight in .*which is not there")
 
 
+@pytest.mark.parametrize(
+    "file",
+    ["../x.safetensors", "/tmp/x.safetensors", "C:\\x.safetensors", "a/../../x", "..", "", None, 5],
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, file):
+    folder, name = save(tmp_path, "olmo2", max_shard_size="40KB"), "model.safetensors.index.json"
+    index = json.loads((folder / name).read_text())
+    (tmp_path / "x.safetensors").write_bytes((folder / "config.json").read_bytes())
+    index["weight_map"]["model.norm.weight"] = file
+    (folder / name).write_text(json.dumps(index))
+    message = f"{name}: model.norm.weight is in {file!r}, which is no file of this folder"
+    refused(folder, tmp_path, re.escape(message))
+
+
+def test_a_tensor_in_two_shards_is_named_with_both(tmp_path):
+    folder = save(tmp_path, "olmo2", max_shard_size="40KB")
+    first, *_, last = sorted(folder.glob("*.safetensors"))
+    key = "model.embed_tokens.weight"
+    save_file(load_file(last) | {key: load_file(first)[key]}, last, metadata={"format": "pt"})
+    refused(folder, tmp_path, f"{key} is there twice: in {first.name} and in {last.name}")
+
+
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     folder = save(tmp_path, "olmo2")
 

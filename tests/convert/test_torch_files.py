@@ -206,6 +206,18 @@ def test_a_missing_shard_is_named(tmp_path):
         Distributed(folders.open(str(tmp_path)))
 
 
+def test_metadata_that_lead_out_of_the_folder_are_refused(tmp_path):
+    shards_of(np.zeros((8, 9), np.float32), tmp_path)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = f"../{place.relative_path}"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        ValueError, match=r"\.metadata .*'../__0_0.distcp' is no file of this folder"
+    ):
+        Distributed(folders.open(str(tmp_path)))
+
+
 def test_a_truncated_shard_is_named(tmp_path):
     shards_of(np.zeros((8, 9), np.float32), tmp_path)
     whole = (tmp_path / "__1_0.distcp").read_bytes()
