@@ -1,8 +1,10 @@
 """Reading other people's configs: every option is understood, known to be harmless, or refused."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+LARGEST = 2**53  # of numbers; JSON's may have any size, or be infinite
 HARMLESS = "_CLASS_"  # OLMo-core writes the name of each group's class
 
 
@@ -65,3 +67,25 @@ class Fields:
                 f"{self.where}.{name} is {value!r}; olmo_jax does not know this option, which may"
                 " change the function"
             )
+
+
+def number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
+    """A number, or a switch, of somebody's config, after a look at it.
+
+    Args:
+      key: its name there.
+      value: what is there.
+      kind: bool, float (positive) or int (positive).
+      problems: takes a line if it is something else.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = {
+        bool: isinstance(value, bool),
+        float: is_number and 0 < value < LARGEST,
+        int: is_number and 0 < value < LARGEST and value == int(value),
+    }
+    words = {bool: "true or false", float: "a positive number", int: "a positive whole number"}
+    if not right[kind]:
+        problems.append(f"{key}={reprlib.repr(value)}: need {words[kind]}")
+        return value
+    return kind(value)

@@ -8,7 +8,10 @@ models and between versions of transformers.
 from collections.abc import Mapping
 from typing import Any
 
-from olmo_jax.config import ModelConfig, yarn_attention
+from olmo_jax.config import ModelConfig
+from olmo_jax.convert import hf_rope
+from olmo_jax.convert.fields import number
+from olmo_jax.convert.hf_rope import KINDS
 from olmo_jax.convert.stacked import shortest
 
 Fields = dict[str, Any]
@@ -55,7 +58,6 @@ OWN = {
     "Olmo2": {"rms_norm_eps": "norm_eps"},
     "Olmo3": {"rms_norm_eps": "norm_eps", "sliding_window": "window"},
 }
-KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 # The only values that OLMo models have.
 FIXED: Fields = {
     "hidden_act": "silu",
@@ -93,11 +95,6 @@ FREE = frozenset(
     begin_suppress_tokens
     """.split()
 )
-ROPE_KEYS = frozenset(
-    "rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast"
-    " beta_slow mscale mscale_all_dim truncate partial_rotary_factor".split()
-)
-THETA_OF_OLD_OLMO3 = 500_000.0  # sliding layers have it in transformers 5, whatever rope_theta says
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -140,7 +137,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     for key, ours in (RENAMED | OWN[name]).items():
         value = rest.pop(key, None)
         if value is not None:
-            fields[ours] = _number(key, value, NUMBERS.get(ours, int), problems)
+            fields[ours] = number(key, value, NUMBERS.get(ours, int), problems)
         elif key not in OPTIONAL:
             problems.append(f"{key} is missing")
     if not problems and fields.get("n_experts_per_token", 0) > fields.get("n_experts", 0):
@@ -155,7 +152,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     else:
         _add_layers(fields, rest.pop("layer_types", None), name, problems)
         fields["head_dim"] = head_dim or fields["d_model"] // fields["n_heads"]
-        fields |= _read_rope(rest, fields, name, problems)
+        fields |= hf_rope.read(rest, fields, name, problems)
     for key, need in FIXED.items():
         if (value := rest.pop(key, need)) not in (need, None):
             problems.append(f"{key}={value!r}, but OLMo models have {need!r}")
@@ -167,21 +164,6 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
     return ModelConfig(**fields)
-
-
-def _number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
-    """A number, or a switch, of a config.json, after a look at it."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    right = {
-        bool: isinstance(value, bool),
-        float: is_number and value > 0,
-        int: is_number and value > 0 and float(value).is_integer(),
-    }
-    words = {bool: "true or false", float: "a positive number", int: "a positive whole number"}
-    if not right[kind]:
-        problems.append(f"{key}={value!r}: need {words[kind]}")
-        return value
-    return kind(value)
 
 
 def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> None:
@@ -201,84 +183,6 @@ def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> N
         problems.append(f"layer_types has {len(types)} entries for {n_layers} layers")
     elif name == "Olmo3":
         fields["layer_types"] = shortest([KINDS[kind] for kind in types])
-
-
-def _read_rope(rest: Fields, fields: Fields, name: str, problems: list[str]) -> Fields:
-    """The rotary embedding, in the form of transformers 5 (`rope_parameters`) or the older one."""
-    new, old = rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
-    theta = rest.pop("rope_theta", None)
-    nested = bool(new) and any(isinstance(value, Mapping) for value in new.values())
-    if nested and name != "Olmo3":
-        problems.append(f"rope_parameters={new}: {name}ForCausalLM has one set for all layers")
-        return {}
-    full, sliding = dict(new or {}), dict(new or {})
-    if nested:
-        full, sliding = (dict(new.get(kind) or {}) for kind in KINDS)
-        if unknown := new.keys() - KINDS.keys():
-            problems.append(f"rope_parameters has {', '.join(sorted(unknown))}")
-    elif new and name == "Olmo3" and not _harmless(new):
-        # transformers reads a flat one as no YaRN and its own theta, and says nothing.
-        problems.append(
-            f"rope_parameters={new}: Olmo3ForCausalLM needs one set under full_attention and one"
-            " under sliding_attention"
-        )
-        return {}
-    for key, value in (old or {}).items():
-        if full.get(key, value) != value:
-            problems.append(f"rope_scaling has {key}={value}, rope_parameters {full[key]}")
-        full[key] = value
-    thetas = {t for t in (theta, full.get("rope_theta"), sliding.get("rope_theta")) if t}
-    has_sliding = "sliding" in fields.get("layer_types", ())
-    if not thetas:
-        problems.append("rope_theta is missing")
-    elif len(thetas) > 1:
-        found = ", ".join(str(t) for t in sorted(thetas))
-        problems.append(f"rope_theta is at once {found}; one for all layers is known here")
-    elif has_sliding and not nested and thetas != {THETA_OF_OLD_OLMO3}:
-        problems.append(
-            f"rope_theta={thetas.pop()} goes to full layers only in transformers 5, to all in older"
-            " ones: write rope_parameters with full_attention and sliding_attention"
-        )
-    if has_sliding and nested and _type(sliding) != "default":
-        problems.append(f"rope_parameters: sliding_attention is {sliding}, need rope_type default")
-    yarn = _read_yarn(full, fields["max_seq_len"], problems)
-    return yarn | {"rope_theta": float(max(thetas, default=0.0))}
-
-
-def _harmless(flat: Mapping[str, Any]) -> bool:
-    theta = flat.get("rope_theta", THETA_OF_OLD_OLMO3)
-    return _type(flat) == "default" and theta == THETA_OF_OLD_OLMO3
-
-
-def _type(rope: Mapping[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _read_yarn(rope: Mapping[str, Any], max_seq_len: int, problems: list[str]) -> Fields:
-    unknown = {key for key in rope.keys() - ROPE_KEYS if rope[key] is not None}
-    if unknown:
-        problems.append(f"rotary embedding: unknown {', '.join(sorted(unknown))}")
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']}, need 1.0")
-    if _type(rope) == "default":
-        return {"yarn_factor": None}
-    if _type(rope) != "yarn":
-        problems.append(f"rope_type={_type(rope)!r}; known: default, yarn")
-        return {}
-    if not rope.get("factor"):
-        problems.append("YaRN has no factor")
-        return {}
-    if rope.get("truncate") is False:
-        problems.append("YaRN with truncate=False is not known here")
-    if not rope.get("attention_factor") and (rope.get("mscale") or rope.get("mscale_all_dim")):
-        problems.append("YaRN with mscale is not known here: write its attention_factor")
-    return {
-        "yarn_factor": float(rope["factor"]),
-        "yarn_original_len": rope.get("original_max_position_embeddings") or max_seq_len,
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1),
-        "yarn_attention_factor": rope.get("attention_factor"),
-    }
 
 
 def token_ids(config: Mapping[str, Any]) -> Fields:
@@ -330,7 +234,7 @@ def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
       ValueError: if Hugging Face has no such model.
     """
     name = family_of(model)
-    rope = _write_rope(model)
+    rope = hf_rope.write(model)
     fields: Fields = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": MODEL_TYPES.get(name, name.lower()),
@@ -362,17 +266,3 @@ def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
         plain = {"rope_type": "default", "rope_theta": model.rope_theta}
         fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": plain}
     return fields
-
-
-def _write_rope(model: ModelConfig) -> Fields:
-    if model.yarn_factor is None:
-        return {"rope_type": "default", "rope_theta": model.rope_theta}
-    return {
-        "rope_type": "yarn",
-        "rope_theta": model.rope_theta,
-        "factor": model.yarn_factor,
-        "original_max_position_embeddings": model.yarn_original_len,
-        "beta_fast": model.yarn_beta_fast,
-        "beta_slow": model.yarn_beta_slow,
-        "attention_factor": model.yarn_attention_factor or yarn_attention(model.yarn_factor),
-    }

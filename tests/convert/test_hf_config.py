@@ -1,6 +1,8 @@
 """config.json: every field is read, fixed, harmless or refused."""
 
+import copy
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -38,8 +40,12 @@ def old(name: str = "Olmo3", **options) -> dict:
 
 def inverse_frequencies(config: dict, kind: str) -> tuple[np.ndarray, float]:
     """Those of transformers' own rotary module."""
-    theirs = transformers.AutoConfig.for_model(**config)
-    module = transformers.models.olmo3.modeling_olmo3.Olmo3RotaryEmbedding(theirs)
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(config))
+    name = type(theirs).__name__.removesuffix("Config")
+    module = getattr(transformers.models, name.lower())
+    module = getattr(getattr(module, f"modeling_{name.lower()}"), f"{name}RotaryEmbedding")(theirs)
+    if name != "Olmo3":
+        return module.inv_freq.numpy(), module.attention_scaling
     found = getattr(module, f"{kind}_attention_inv_freq")
     return found.numpy(), getattr(module, f"{kind}_attention_attention_scaling")
 
@@ -144,10 +150,90 @@ def test_another_theta_reaches_all_layers_of_the_exported_config():
     assert hf_config.read(config, "config.json").rope_theta == 70_000.0
 
 
+# Each spelling of a rotary embedding, in parts that are put together in all ways.
+SHORT = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8192)
+THETAS = (None, 5e5, 1e6)
+OLDEST = {"type" if key == "rope_type" else key: value for key, value in ROPE.items()}
+SCALINGS = (None, {}, SHORT, ROPE, OLDEST, {"type": "default"})
+PLAIN = [{"rope_type": "default"} | ({"rope_theta": t} if t else {}) for t in THETAS]
+ONE_SETS = [
+    *PLAIN,
+    *(plain | SHORT for plain in PLAIN),
+    ROPE | {"rope_theta": 1e6, "type": "default"},
+    {"type": "yarn", "factor": 8.0},
+]  # fmt: skip
+SETS = [
+    None,
+    {},
+    *ONE_SETS,
+    *({"full_attention": one} for one in ONE_SETS),
+    *({"sliding_attention": plain} for plain in PLAIN),
+    *({"full_attention": one, "sliding_attention": None} for one in ONE_SETS),
+    *({"full_attention": one, "sliding_attention": two} for one in ONE_SETS for two in PLAIN),
+]
+
+
+@pytest.mark.parametrize("name", ["Olmo2", "Olmo3"])
+def test_any_spelling_of_the_rotary_embedding_is_transformers_or_refused(name):
+    """P42: files that transformers 5 reads as another model than the one that wrote them did."""
+    n_read = n_refused = 0
+    for theta, old_set, new_set in itertools.product(THETAS, SCALINGS, SETS):
+        parts = dict(rope_theta=theta, rope_scaling=old_set, rope_parameters=new_set)
+        config = {k: v for k, v in (old(name) | parts).items() if v is not None}
+        before = copy.deepcopy(config)
+        try:
+            model = hf_config.read(config, "config.json")
+        except ValueError:
+            n_refused += 1
+            continue
+        assert config == before
+        n_read += 1
+        for kind in set(model.layer_kinds):
+            inverse, factor = rope.frequencies(model, kind)
+            want, want_factor = inverse_frequencies(config, kind)
+            assert np.allclose(inverse, want, rtol=1e-6), parts
+            assert factor == pytest.approx(want_factor, abs=1e-12), parts
+    assert n_read > 50
+    assert n_refused > 50
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(rope_theta=10_000.0), "rope_theta=10000.0 goes to full layers only"),
+        (
+            dict(rope_theta=1e6),
+            r"^config.json: rope_theta=1000000.0 goes to some layers only in transformers 5, which"
+            r" takes 500000.0 for the others, and to all in older ones: write it in rope_parameters"
+            r", under full_attention and sliding_attention$",
+        ),
+        (
+            dict(rope_theta=None, rope_parameters=ROPE | {"rope_theta": 1e6}),
+            r"^config.json: rope_parameters={.*}: Olmo3ForCausalLM needs one set under",
+        ),
+        (
+            dict(rope_theta=1e6, rope_parameters={"full_attention": ROPE | {"rope_theta": 1e6}}),
+            r"^config.json: rope_theta=1000000.0 goes to some layers only in transformers 5",
+        ),
+        (
+            dict(rope_theta=None, rope_parameters={"sliding_attention": PLAIN[2]}),
+            r"^config.json: rope_theta=1000000.0 goes to some layers only in transformers 5",
+        ),
+        (
+            dict(rope_scaling=OLDEST),
+            "^config.json: rope_scaling has type=yarn, which transformers 5 passes over in Olmo 3:"
+            " write rope_type$",
+        ),
+    ],
+)  # fmt: skip
+def test_old_spellings_that_give_other_models_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        hf_config.read({k: v for k, v in (old() | change).items() if v is not None}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rope_theta=10_000.0), "rope_theta=10000.0 goes to some layers only"),
         (dict(rope_parameters=ROPE | {"rope_theta": 5e5}), "needs one set under full_attention"),
         (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_type='linear'; known"),
         (dict(rope_scaling=ROPE | {"llama_factor": 3}), "rotary embedding: unknown llama_factor"),
