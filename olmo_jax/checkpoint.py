@@ -390,8 +390,35 @@ class Source:
             raise ValueError(f"{error}; {hint}") from None
 
     def meta(self) -> dict[str, Any]:
-        """What the checkpoint says beside its arrays."""
-        return storage.read_meta(self.folder)
+        """What the checkpoint says beside its arrays.
+
+        Raises:
+          ValueError: if that is not what a checkpoint says.
+        """
+        found = storage.read_meta(self.folder)
+        for key in ("model", "config"):
+            if not isinstance(found.get(key), Mapping):
+                raise ValueError(f"{self.folder}/meta.json has no {key}")
+        return found
+
+    def place(self, data: DataConfig) -> tuple[int, Position]:
+        """Finished steps, and the place in the data under the run's `data`.
+
+        Raises:
+          ValueError: if the checkpoint does not say them, or see `moved`.
+        """
+        match found := self.meta():
+            case {
+                "step": int(step),
+                "position": {"epoch": int(epoch), "row": int(row), "tokens": int(tokens)},
+                "config": {"data": {"seq_len": int(seq_len), "order": str(order)}},
+            } if order in FIRST_EPOCH and seq_len > 0:
+                old = found["config"]["data"]
+                return step, moved(Position(epoch, row, tokens), old, data)
+        raise ValueError(
+            f"{self.folder}/meta.json has no step and place in the data; to start at the beginning:"
+            " config.checkpoint.load_position=False"
+        )
 
 
 def source(config: Config, checkpointer: Checkpointer) -> Source | None:

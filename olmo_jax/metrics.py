@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo_jax import progress, records
+from olmo_jax import parsing, progress, records
 from olmo_jax.config import Config, to_dict
 
 PPL_LIMIT = 10.0  # OLMo-core reports no perplexity above this loss
@@ -292,7 +292,7 @@ class _Wandb:
         self._state = {"id": uuid.uuid4().hex[:8], "offset": 0, "segment": 0, "last_row": -1}
         last_row, known = -1, self._path.exists()  # last_row: that W&B has seen
         if known:
-            self._state |= json.loads(self._path.read_bytes())
+            self._state |= self._read()
             last_row = max(seen + self._state["offset"], self._state["last_row"])
         self._save()
         expected = last_step + self._state["offset"]
@@ -311,6 +311,14 @@ class _Wandb:
                 f" {self._state['segment']} of it, with W&B's own step ours +"
                 f" {self._state['offset']}; use `step` as the x axis"
             )
+
+    def _read(self) -> dict[str, Any]:
+        found = parsing.json_object(self._path.read_bytes(), str(self._path))
+        if any(
+            type(found.get(key, value)) is not type(value) for key, value in self._state.items()
+        ):
+            raise ValueError(f"{self._path} is damaged; without it the run begins anew in W&B")
+        return found
 
     def _save(self) -> None:
         records.replace(self._path, [json.dumps(self._state).encode()])

@@ -13,16 +13,20 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
       data: the file's bytes.
       where: the file, for errors.
     Raises:
-      ValueError: if it is not UTF-8, no JSON, no object, nested too deeply, says a key twice or
-        NaN: readers differ on these, so that two of them see two things in one file.
+      ValueError: if it is not UTF-8, no JSON, no object, nested too deeply, says a key twice,
+        NaN or a number that no file has: readers differ on these, so that two of them see two
+        things in one file.
     """
     try:
         value = json.loads(
-            data.decode(), object_pairs_hook=_without_twins, parse_constant=_refuse_constant
+            data.decode(),
+            object_pairs_hook=_without_twins,
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
         )
     except RecursionError:
         raise ValueError(_too_deep(where)) from None
-    except ValueError as error:  # also UnicodeDecodeError, and integers of thousands of digits
+    except ValueError as error:  # also UnicodeDecodeError
         raise ValueError(f"{where} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no JSON object")
@@ -55,6 +59,12 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(k for k in values if keys.count(k) > 1)!r} is there twice")
     return values
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:  # of 64 bits, with a sign
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -42,7 +42,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         return record if isinstance(record["step"], int) else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax import changes, checkpoint, processes, records, sharding, step, storage, summary
+from olmo_jax import changes, processes, records, sharding, step, storage, summary
 from olmo_jax.checkpoint import Source
 from olmo_jax.config import Config, ConfigError, to_dict
 from olmo_jax.convert import native
@@ -104,16 +104,14 @@ def starting_point(config: Config, source: Source | None) -> tuple[int, Position
     if source is None:
         return 0, None
     say(source.line)
-    meta = source.meta()
-    found = changes.between(meta["config"], to_dict(config))
+    found = changes.between(source.meta()["config"], to_dict(config))
     changes.refuse(found, config.checkpoint.allow_changes, source.parts)
     if "step" not in source.parts:
         return 0, None
     shown = [c for c in found if not c.key.startswith(_SILENT)]
     for change in shown if source.is_resume else ():
         say(f"changed since the checkpoint: {change}")
-    position = Position(**meta["position"])
-    return int(meta["step"]), checkpoint.moved(position, meta["config"]["data"], config.data)
+    return source.place(config.data)
 
 
 def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
@@ -129,7 +127,7 @@ def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
 
 def compare_data(source: Source | None, loader: Loader) -> None:
     """Say that the data, in which the run has a place already, are not those of before."""
-    before = source.meta()["fingerprint"] if source and "step" in source.parts else None
+    before = source.meta().get("fingerprint") if source and "step" in source.parts else None
     if before not in (None, loader.fingerprint):
         say(
             "changed since the checkpoint: names, sizes or ids of the token files; the data comes"

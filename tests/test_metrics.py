@@ -477,6 +477,21 @@ def test_wandb_that_does_not_start_is_named(tmp_path, monkeypatch):
         writer(tmp_path, cfg=config(wandb=True))
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (b"[" * 100_000, "wandb.json is damaged: more than 100 groups within each other"),
+        (b'{"id": "a"', "wandb.json is no JSON: "),
+        (b'{"id": "a", "offset": null}', "wandb.json is damaged; without it the run begins anew"),
+    ],
+)
+def test_a_damaged_state_of_wandb_is_named(tmp_path, monkeypatch, state, message):
+    monkeypatch.setitem(sys.modules, "wandb", Tracker())
+    (tmp_path / "wandb.json").write_bytes(state)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{message}"):
+        writer(tmp_path, cfg=config(wandb=True, tensorboard=False))
+
+
 # --- records at a URL -----------------------------------------------------------------------------
 
 
@@ -519,6 +534,13 @@ def test_records_at_a_url_are_copied_and_resumed():
         s: loss_at(s, 0.0 if s <= 10 else 1.0) for s in range(1, 21)
     }
     assert sum("tensorboard/events" in url for url in run.store) == 2
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path):
+    damage = [b"[" * 100_000, b'{"step":' * 100_000, b"[1]", b'{"step": "1"}', b"\xff", b"null"]
+    sound = b'{"step": 1, "tokens": 2, "time": 3}'
+    (tmp_path / records.NAME).write_bytes(b"\n".join([*damage, sound, b""]))
+    assert records.read(tmp_path) == {1: {"tokens": 2, "time": 3}}
 
 
 def test_a_folder_without_records_is_named(tmp_path):

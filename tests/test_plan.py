@@ -436,7 +436,8 @@ def test_a_damaged_file_is_made_again(tmp_path, monkeypatch):
     whole = program.Program("HloModule x", {"temp": 1.0}, None, 2.0)
     content = gzip.compress(json.dumps(dataclasses.asdict(whole)).encode())
     path = store._path(c, where)
-    damages = (b"", content[:-9], b"HloModule", gzip.compress(b"[1]"), gzip.compress(b'{"text": '))
+    damages = (b"", content[:-9], b"HloModule", gzip.compress(b"[1]"), gzip.compress(b'{"text": '),
+               gzip.compress(b"[" * 100_000))  # fmt: skip
     for damage in damages:
         path.write_bytes(damage)
         assert store.kept(c, where) is None, damage

@@ -246,7 +246,7 @@ def test_a_marker_that_is_not_ours_is_refused(saved, marker):
         ("meta.json", b'{"position": NaN}', "meta.json is no JSON: NaN is no number"),
         ("meta.json", b"\xef\xbb\xbf{}", "meta.json is no JSON: Unexpected UTF-8 BOM"),
         ("meta.json", b"[" * 100_000, "meta.json is damaged: more than 100 groups within"),
-        ("meta.json", b'{"a":' + b"9" * 5000 + b"}", "meta.json is no JSON: Exceeds the limit"),
+        ("meta.json", b'{"a":' + b"9" * 5000 + b"}", "meta.json is no JSON: an integer of 5000"),
         ("meta.json", b"[1]", "meta.json is no JSON object"),
         ("_METADATA", b"{}", "_METADATA is damaged: KeyError: 'custom_metadata'"),
         ("_METADATA", b'{"custom_metadata": []}', "_METADATA is damaged: TypeError"),

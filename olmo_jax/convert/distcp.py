@@ -5,6 +5,7 @@ hold what `torch.save` makes of each part, one behind the other.
 """
 
 import functools
+import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,21 +54,21 @@ class Distributed:
             stored = meta.state_dict_metadata
             tensors = {key: value for key, value in stored.items() if hasattr(value, "chunks")}
             self.shapes: Shapes = {
-                key: (tuple(value.size), value.properties.state[0])
-                for key, value in tensors.items()
+                key: _shape(value.size, value.properties.state[0]) for key, value in tensors.items()
             }
             self._chunks = {
                 key: [
-                    _Chunk(tuple(c.offsets), tuple(c.sizes), *places[key, tuple(c.offsets)])
-                    for c in value.chunks
+                    _chunk(c.offsets, c.sizes, *places[key, tuple(c.offsets)]) for c in value.chunks
                 ]
                 for key, value in tensors.items()
             }
             self._objects = {key: places[key, ()] for key in stored if key not in tensors}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            for key, (shape, _) in self.shapes.items():
+                _check_parts(key, shape, self._chunks[key])
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.where}.metadata is no metadata of a distributed checkpoint:"
-                f" {type(error).__name__}: {error}"
+                f" {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             ) from None
         self.files = self._check_files()
 
@@ -86,6 +87,11 @@ class Distributed:
 
     def scalars(self, keys: Sequence[str]) -> dict[str, float]:
         """The values of tensors without dimensions."""
+        for key in keys:
+            if self.shapes[key][0]:
+                raise ValueError(
+                    f"{self.where}.metadata: {key} has shape {list(self.shapes[key][0])}"
+                )
         return dict(zip(keys, at_once(lambda key: float(self.read(key, ())), keys), strict=True))
 
     def read(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -138,9 +144,42 @@ def _overlap(chunk: _Chunk, ranges: Ranges) -> Ranges | None:
     return None if any(start >= stop for start, stop in common) else common
 
 
+def _shape(size: Any, dtype: Any) -> tuple[tuple[int, ...], np.dtype]:
+    if not isinstance(dtype, np.dtype):
+        raise ValueError(f"{reprlib.repr(dtype)} is no dtype")
+    return _whole(*size), dtype
+
+
+def _chunk(offsets: Any, sizes: Any, file: str, start: int, stop: int) -> _Chunk:
+    if len(offsets) != len(sizes):
+        raise ValueError(f"a part of {len(sizes)} dimensions at {len(offsets)}")
+    return _Chunk(_whole(*offsets), _whole(*sizes), file, start, stop)
+
+
+def _check_parts(key: Any, shape: tuple[int, ...], chunks: list[_Chunk]) -> None:
+    """Raise a ValueError unless each element of a tensor is in one part."""
+    if not isinstance(key, str):
+        raise ValueError(f"{reprlib.repr(key)} is no name of a tensor")
+    starts = np.array([c.offsets for c in chunks], np.int64).reshape(len(chunks), 1, len(shape))
+    stops = starts + np.array([c.sizes for c in chunks], np.int64).reshape(starts.shape)
+    meet = ((starts < stops.swapaxes(0, 1)) & (starts.swapaxes(0, 1) < stops)).all(-1)
+    n_values = sum(math.prod(c.sizes) for c in chunks)
+    if (stops > np.array(shape, np.int64)).any() or np.triu(meet, 1).any():
+        raise ValueError(f"parts of {key} overlap, or lie outside of it")
+    if n_values != math.prod(shape):
+        raise ValueError(f"parts of {key} are missing: {n_values:,} of {math.prod(shape):,} values")
+
+
+def _whole(*numbers: Any) -> tuple[int, ...]:
+    if any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+        raise ValueError(f"{reprlib.repr(numbers)} are no whole numbers")
+    return numbers
+
+
 def _place(prefix: str, info: Any) -> tuple[str, int, int]:
     if info.__dict__.get("transform_descriptors"):
         raise ValueError(f"it is compressed: {info.transform_descriptors}")
     if not is_inside(info.relative_path):
         raise ValueError(f"{reprlib.repr(info.relative_path)} is no file of this folder")
-    return prefix + info.relative_path, info.offset, info.offset + info.length
+    start, length = _whole(info.offset, info.length)
+    return prefix + info.relative_path, start, start + length

@@ -1,9 +1,11 @@
 """Reading other people's configs: every option is understood, known to be harmless, or refused."""
 
+import contextlib
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+MOST = 10_000  # layers, or experts of one
 LARGEST = 2**53  # of numbers; JSON's may have any size, or be infinite
 HARMLESS = "_CLASS_"  # OLMo-core writes the name of each group's class
 
@@ -21,7 +23,8 @@ class Fields:
           ValueError: if it is no group.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"{where}: found {values!r}, need a group of options")
+            found = reprlib.repr(values)
+            raise ValueError(f"{where}: found {found}, need a group of options")
         self.where = where
         self.name_of_class = str(values.get(HARMLESS, "")).rpartition(".")[2]
         self._left = {k: v for k, v in values.items() if v is not None and k != HARMLESS}
@@ -47,8 +50,31 @@ class Fields:
         value = self.take(name, default)
         if value not in allowed:
             need = " or ".join(map(repr, allowed))
-            raise ValueError(f"{self.where}.{name} is {value!r}; olmo_jax has only {need}")
+            found = reprlib.repr(value)
+            raise ValueError(f"{self.where}.{name} is {found}; olmo_jax has only {need}")
         return value
+
+    def number(self, name: str, kind: type, default: Any = None, most: float = LARGEST) -> Any:
+        """The value of an option that is a positive number or a switch.
+
+        Args:
+          name: of the option.
+          kind: bool, float or int.
+          default: what the original takes where nothing is said, null too.
+          most: above which it is no number of this.
+        """
+        value, problems = self.take(name, default), list[str]()
+        if value is default:
+            return value
+        value = real(value) if kind is float else value
+        value = number(f"{self.where}.{name}", value, kind, problems, most)
+        if problems:
+            raise ValueError(problems[0])
+        return value
+
+    def need_number(self, name: str, kind: type, most: float = LARGEST) -> Any:
+        """The same where the option must be there."""
+        return Fields({name: self.need(name)}, self.where).number(name, kind, most=most)
 
     def group(self, name: str) -> "Fields | None":
         """A group within the group."""
@@ -64,12 +90,20 @@ class Fields:
         """Refuse what is left."""
         for name, value in self._left.items():
             raise ValueError(
-                f"{self.where}.{name} is {value!r}; olmo_jax does not know this option, which may"
-                " change the function"
+                f"{self.where}.{name} is {reprlib.repr(value)}; olmo_jax does not know this option,"
+                " which may change the function"
             )
 
 
-def number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
+def real(value: Any) -> Any:
+    """The number in a text such as YAML's 1e-5, which is none to PyYAML without a point."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def number(key: str, value: Any, kind: type, problems: list[str], most: float = LARGEST) -> Any:
     """A number, or a switch, of somebody's config, after a look at it.
 
     Args:
@@ -77,15 +111,38 @@ def number(key: str, value: Any, kind: type, problems: list[str]) -> Any:
       value: what is there.
       kind: bool, float (positive) or int (positive).
       problems: takes a line if it is something else.
+      most: above which it is no number of this.
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = {
         bool: isinstance(value, bool),
-        float: is_number and 0 < value < LARGEST,
-        int: is_number and 0 < value < LARGEST and value == int(value),
+        float: is_number and 0 < value <= most,
+        int: is_number and 0 < value <= most and value == int(value),
     }
     words = {bool: "true or false", float: "a positive number", int: "a positive whole number"}
     if not right[kind]:
         problems.append(f"{key}={reprlib.repr(value)}: need {words[kind]}")
         return value
     return kind(value)
+
+
+def odd_ids(ids: Mapping[str, Any]) -> list[str]:
+    """A line for each special token that is neither a number, nor several, nor null.
+
+    Args:
+      ids: BOS, EOS and padding, by Hugging Face's names, and others.
+    """
+    found = {key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return [
+        f"{key}={reprlib.repr(value)}: need a token's number"
+        for key, value in found.items()
+        if any(type(n) is not int for n in (value if isinstance(value, list) else [value]))
+        and value is not None
+    ]
+
+
+def find(config: Any, *path: str) -> Any:
+    """The value under nested keys; None where one of them is missing."""
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config

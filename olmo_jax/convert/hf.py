@@ -213,7 +213,7 @@ def _of_file(folder: Folder, file: str) -> dict[str, Tensor]:
             for key, e in safetensors.entries(folder, file).items()
         }
     archive = torch_files.Archive(folder, file)
-    if not isinstance(archive.tree, dict):
+    if not isinstance(archive.tree, dict) or not all(isinstance(key, str) for key in archive.tree):
         raise ValueError(f"{archive.where} holds no tensors by name")
     return {
         key: Tensor(file, t.dtype, t.shape, functools.partial(archive.read, t))

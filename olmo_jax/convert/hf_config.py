@@ -5,12 +5,13 @@ converted model becomes gibberish. Whatever is written is explicit, since defaul
 models and between versions of transformers.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import hf_rope
-from olmo_jax.convert.fields import number
+from olmo_jax.convert.fields import LARGEST, MOST, number, odd_ids
 from olmo_jax.convert.hf_rope import KINDS
 from olmo_jax.convert.stacked import shortest
 
@@ -49,6 +50,12 @@ _EXPERTS = {
     "norm_topk_prob": "normalize_expert_weights",
 }
 NUMBERS = {"norm_eps": float, "clip_qkv": float, "normalize_expert_weights": bool}  # others: int
+DEFAULTED = {  # and their kinds
+    "tie_word_embeddings": ("tie_embeddings", bool),
+    "initializer_range": ("init_std", float),
+    "num_key_value_heads": ("n_kv_heads", int),
+    "head_dim": ("head_dim", int),
+}
 BUILT_ON_OTHERS = ("layer_types", "rope_parameters", "rope_scaling", "rope_theta")
 OPTIONAL = ("clip_qkv", "norm_topk_prob")  # off where they are missing
 OWN = {
@@ -108,11 +115,12 @@ def family(config: Mapping[str, Any], where: str) -> str:
     """
     known = [*FAMILIES, *NOT_YET]
     by_type = {MODEL_TYPES.get(name, name.lower()): name for name in known}
-    architectures = config.get("architectures") or []
-    found = {by_type.get(config.get("model_type", ""), config.get("model_type"))} - {None}
-    found |= {str(name).removesuffix("ForCausalLM") for name in architectures}
-    if len(found) != 1 or not found <= set(known):
-        named = f"architectures={architectures}, model_type={config.get('model_type')!r}"
+    architectures, kind = config.get("architectures") or [], config.get("model_type")
+    found = {by_type.get(kind, kind)} if isinstance(kind, str) else set()
+    if is_list := isinstance(architectures, list):
+        found |= {str(name).removesuffix("ForCausalLM") for name in architectures}
+    if not is_list or not isinstance(kind, str | None) or len(found) != 1 or not found <= {*known}:
+        named = f"architectures={reprlib.repr(architectures)}, model_type={reprlib.repr(kind)}"
         need = ", ".join(f"{name}ForCausalLM" for name in FAMILIES)
         raise ValueError(f"{where}: {named} is none of {need}")
     (name,) = found
@@ -137,27 +145,38 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     for key, ours in (RENAMED | OWN[name]).items():
         value = rest.pop(key, None)
         if value is not None:
-            fields[ours] = number(key, value, NUMBERS.get(ours, int), problems)
+            most = MOST if ours in ("n_layers", "n_experts") else LARGEST
+            fields[ours] = number(key, value, NUMBERS.get(ours, int), problems, most)
         elif key not in OPTIONAL:
             problems.append(f"{key} is missing")
     if not problems and fields.get("n_experts_per_token", 0) > fields.get("n_experts", 0):
         chosen, there = fields["n_experts_per_token"], fields["n_experts"]
         problems.append(f"num_experts_per_tok={chosen} is above num_experts={there}")
-    fields["tie_embeddings"] = rest.pop("tie_word_embeddings", False)
-    fields["init_std"] = rest.pop("initializer_range", ModelConfig.init_std)
-    fields["n_kv_heads"] = rest.pop("num_key_value_heads", None) or fields.get("n_heads")
-    head_dim = rest.pop("head_dim", None)
+    heads = {"n_kv_heads": fields.get("n_heads")}
+    if not problems:
+        heads["head_dim"] = fields["d_model"] // fields["n_heads"]
+    for key, (ours, kind) in DEFAULTED.items():
+        default = heads.get(ours, getattr(ModelConfig, ours))
+        value = rest.pop(key, None)
+        fields[ours] = default if value is None else number(key, value, kind, problems)
+    problems += odd_ids({key: config.get(key) for key in TOKEN_IDS})
+    if not problems and fields["n_heads"] % fields["n_kv_heads"]:
+        problems.append(
+            f"num_attention_heads={fields['n_heads']} is no multiple of"
+            f" num_key_value_heads={fields['n_kv_heads']}"
+        )
+    if not problems and fields["head_dim"] % 2:
+        problems.append(f"head_dim={fields['head_dim']}: rotary embedding needs an even one")
     if problems:  # what builds on those fields cannot be read
         rest = {key: value for key, value in rest.items() if key not in BUILT_ON_OTHERS}
     else:
         _add_layers(fields, rest.pop("layer_types", None), name, problems)
-        fields["head_dim"] = head_dim or fields["d_model"] // fields["n_heads"]
         fields |= hf_rope.read(rest, fields, name, problems)
     for key, need in FIXED.items():
         if (value := rest.pop(key, need)) not in (need, None):
-            problems.append(f"{key}={value!r}, but OLMo models have {need!r}")
+            problems.append(f"{key}={reprlib.repr(value)}, but OLMo models have {need!r}")
     problems += [
-        f"{key}={value!r} is no field of {name}ForCausalLM that is known here"
+        f"{key}={reprlib.repr(value)} is no field of {name}ForCausalLM that is known here"
         for key, value in rest.items()
         if value is not None
     ]
@@ -174,9 +193,13 @@ def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> N
         ]
     if types is None:
         return
+    if not isinstance(types, list) or not types:
+        problems.append(f"layer_types={reprlib.repr(types)}: need a list with one of"
+                        f" {', '.join(KINDS)} for each layer")  # fmt: skip
+        return
     unknown = sorted({str(kind) for kind in types} - KINDS.keys())
-    if name != "Olmo3" and set(types) != {"full_attention"}:
-        problems.append(f"layer_types={types} is no field of {name}ForCausalLM")
+    if name != "Olmo3" and any(kind != "full_attention" for kind in types):
+        problems.append(f"layer_types={reprlib.repr(types)} is no field of {name}ForCausalLM")
     elif unknown:
         problems.append(f"layer_types has {', '.join(unknown)}; known: {', '.join(KINDS)}")
     elif len(types) != n_layers:

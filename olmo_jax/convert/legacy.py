@@ -6,6 +6,8 @@ safetensors_util.py.
 """
 
 import base64
+import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import folders, names, resume, safetensors
-from olmo_jax.convert.fields import Fields
+from olmo_jax.convert.fields import MOST, Fields, odd_ids, real
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.stacked import Shapes, Stacked
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
@@ -48,8 +50,11 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     where = f"{folder.name.rstrip('/')}/{CONFIG}"
     try:
         config = yaml.safe_load(folders.text(folder, CONFIG))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is damaged: {' '.join(str(error).split())}") from None
+    except OSError:
+        raise
+    except Exception as error:  # PyYAML has no common base of what its types make of odd text
+        text = reprlib.repr(" ".join(str(error).split()))
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {text}") from None
     model = read_config(config, where)
     kinds = ("model.safetensors", "model.pt")  # in OLMo's own order
     file = next((file for file in kinds if folder.has(file)), None)
@@ -62,9 +67,11 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     weights.add("params/", store, rows, lambda key: key, store.shapes)
     if optimizer:
         _add_optimizer(weights, folder, rows, config, where)
-        _add_trainer(weights, folder, config)
+        _add_trainer(weights, folder, config, where)
     ids = config["model"]
     token_ids = {key: ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if odd := odd_ids(token_ids):
+        raise ValueError(f"{where}: {'; '.join(odd)}")
     weights.meta |= {"token_ids": token_ids, "dtype": resume.dtype(weights.leaves)}
     weights.line = f"OLMo (config.yaml), {len(store.shapes)} tensors in {file}"
     if optimizer:
@@ -85,9 +92,9 @@ def read_config(config: Any, where: str) -> ModelConfig:
       ValueError: with the first option that olmo_jax has not, or does not know.
     """
     c = Fields(Fields(config, where).need("model"), f"{where}: model")
-    d_model, n_heads = int(c.take("d_model", 768)), int(c.take("n_heads", 12))
-    n_kv_heads = c.take("n_kv_heads")
-    if c.take("multi_query_attention", False):
+    d_model, n_heads = c.number("d_model", int, 768), c.number("n_heads", int, 12)
+    n_kv_heads = c.number("n_kv_heads", int)
+    if c.number("multi_query_attention", bool, False):
         n_kv_heads = n_kv_heads or 1
     c.expect("activation_type", "swiglu", default="swiglu")
     is_moe = c.expect("block_type", "sequential", "moe", default="sequential") == "moe"
@@ -99,25 +106,25 @@ def read_config(config: Any, where: str) -> ModelConfig:
     for name in ("attention_dropout", "residual_dropout", "embedding_dropout"):
         c.expect(name, 0.0, default=0.1)
     parts = _norm(c) | (_experts(c) if is_moe else {})
-    width = c.take("mlp_hidden_size") or c.take("mlp_ratio", 4) * d_model
+    width = c.number("mlp_hidden_size", int) or c.number("mlp_ratio", float, 4) * d_model
     c.ignore("mlp_ratio")
-    vocab_size = c.take("vocab_size", 50_257)
+    vocab_size = c.number("vocab_size", int, 50_257)
     model = ModelConfig(
         **parts,
-        vocab_size=int(c.take("embedding_size") or vocab_size),
+        vocab_size=c.number("embedding_size", int) or vocab_size,
         d_model=d_model,
-        n_layers=int(c.take("n_layers", 12)),
+        n_layers=c.number("n_layers", int, 12, MOST),
         n_heads=n_heads,
-        n_kv_heads=int(n_kv_heads or n_heads),
+        n_kv_heads=n_kv_heads or n_heads,
         head_dim=d_model // n_heads,
         d_ff=int(width) // 2,  # theirs counts gate and up together
-        max_seq_len=int(c.take("max_sequence_length", 1024)),
-        clip_qkv=_float(c.take("clip_qkv")),
-        tie_embeddings=c.take("weight_tying", True),
-        rope_theta=float(c.take("rope_theta", 10_000)),
+        max_seq_len=c.number("max_sequence_length", int, 1024),
+        clip_qkv=c.number("clip_qkv", float),
+        tie_embeddings=c.number("weight_tying", bool, True),
+        rope_theta=c.number("rope_theta", float, 10_000.0),
         init="mitchell" if c.take("init_fn", "normal") == "mitchell" else "normal",
-        init_std=float(c.take("init_std", 0.02)),
-        embed_init_std=_float(c.take("emb_init_std")),
+        init_std=c.number("init_std", float, 0.02),
+        embed_init_std=c.number("emb_init_std", float),
     )
     c.ignore(
         "alibi_bias_max", "rope_full_precision", "flash_attention", "init_device",
@@ -137,8 +144,8 @@ def _experts(c: Fields) -> dict[str, Any]:
         *ROUTER_LOSSES.values(),
     )  # fmt: skip
     return {
-        "n_experts": int(c.take("moe_num_experts", 8)),
-        "n_experts_per_token": int(c.take("moe_top_k", 2)),
+        "n_experts": c.number("moe_num_experts", int, 8, MOST),
+        "n_experts_per_token": c.number("moe_top_k", int, 2),
     }
 
 
@@ -148,21 +155,18 @@ def _train(model: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     weights = {name: model.get(theirs) for name, theirs in ROUTER_LOSSES.items()}
     weights["load_balancing_loss"] = model.get("moe_loss_weight", 0.1)
-    known = {name: float(weight) for name, weight in weights.items() if weight}
+    known = {name: real(weight) for name, weight in weights.items() if weight}
     return {"router_loss_form": "olmoe"} | known
-
-
-def _float(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _norm(c: Fields) -> dict[str, Any]:
     """The options of the norms: RMSNorm with weights, or LayerNorm without."""
     kind = c.expect("layer_norm_type", "rms", "default", "low_precision", "amd_compatible",
                     default="default")  # fmt: skip
-    is_affine, has_qk_norm = c.take("layer_norm_with_affine", True), c.take("attention_layer_norm")
-    has_bias = c.take("include_bias", True)
-    has_norm_bias = c.take("bias_for_layer_norm", has_bias)
+    is_affine = c.number("layer_norm_with_affine", bool, True)
+    has_qk_norm = c.number("attention_layer_norm", bool)
+    has_bias = c.number("include_bias", bool, True)
+    has_norm_bias = c.number("bias_for_layer_norm", bool, has_bias)
     if has_bias:
         raise ValueError(f"{c.where}.include_bias is True; olmo_jax has no biases")
     if is_affine != (kind == "rms") or (is_affine and has_norm_bias):
@@ -171,13 +175,13 @@ def _norm(c: Fields) -> dict[str, Any]:
             f" bias_for_layer_norm {has_norm_bias}; olmo_jax has RMSNorm with weights and LayerNorm"
             " without"
         )
-    is_qk_affine = c.take("attention_layer_norm_with_affine", True)
+    is_qk_affine = c.number("attention_layer_norm_with_affine", bool, True)
     if has_qk_norm and not (is_qk_affine and kind == "rms"):
         raise ValueError(f"{c.where}.attention_layer_norm: olmo_jax has only RMSNorm with weights")
     return {
         "norm": "rms" if is_affine else "nonparametric",
-        "norm_position": "after" if c.take("norm_after", False) else "before",
-        "norm_eps": float(c.take("layer_norm_eps", 1e-5)),
+        "norm_position": "after" if c.number("norm_after", bool, False) else "before",
+        "norm_eps": c.number("layer_norm_eps", float, 1e-5),
         "qk_norm": "full" if has_qk_norm else "none",
     }
 
@@ -185,38 +189,45 @@ def _norm(c: Fields) -> dict[str, Any]:
 # --- optimizer and trainer ------------------------------------------------------------------------
 
 
+def _optimizer(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = config.get("optimizer")
+    return options if isinstance(options, Mapping) else {}
+
+
 def _add_optimizer(
     weights: Stacked, folder: Folder, rows: list[names.Row], config: Any, where: str
 ) -> None:
     """Moments and Adam's step of `optim.pt`."""
-    name = (config.get("optimizer") or {}).get("name", "lionw")
+    name = _optimizer(config).get("name", "lionw")
     if name != "adamw":
         raise ValueError(f"{where}: the optimizer is {name}; of OLMo's, olmo_jax has only adamw")
     archive = _File(folder, "optim.pt")
     try:
         by_name = _by_name(archive.tree, archive.where)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{archive.where} is no state of an optimizer: {error!r}") from None
+        steps = {key: _number(archive, state.get("step")) for key, state in by_name.items()}
+    except (LookupError, TypeError, AttributeError) as error:
+        text = reprlib.repr(" ".join(str(error).split()))
+        raise ValueError(f"{archive.where} is no state of an optimizer: {text}") from None
     for ours, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
         tensors = {key: state[theirs] for key, state in by_name.items() if theirs in state}
         store = _Store(archive, tensors)
         weights.add(f"opt_state/{ours}/", store, rows, lambda key: key, store.shapes, np.float32)
-    steps = {key: _number(archive, state.get("step")) for key, state in by_name.items()}
     weights.add_value("opt_state/count", resume.count(steps, archive.where))
 
 
-def _optim(options: Mapping[str, Any]) -> dict[str, Any]:
+def _optim(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The optimizer's options in our words; what is not said is OLMo's default, not ours."""
-    beta1, beta2 = options.get("betas") or (0.9, 0.95)
+    betas = options.get("betas") or (0.9, 0.95)
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ValueError(f"{where}: optimizer.betas is {reprlib.repr(betas)}, need two numbers")
     floats = {
         "lr": options.get("learning_rate", 1e-4),
-        "beta1": beta1,
-        "beta2": beta2,
+        "beta1": betas[0],
+        "beta2": betas[1],
         "eps": options.get("eps", 1e-5),
         "weight_decay": options.get("weight_decay", 0.01),
     }
-    # YAML's 1e-5, without a point, is a string to PyYAML.
-    return {"name": "adamw"} | {name: float(value) for name, value in floats.items()}
+    return {"name": "adamw"} | {name: real(value) for name, value in floats.items()}
 
 
 def _by_name(state: Any, where: str) -> dict[str, Mapping[str, Any]]:
@@ -234,29 +245,34 @@ def _by_name(state: Any, where: str) -> dict[str, Mapping[str, Any]]:
 
 def _number(archive: "_File", value: Any) -> float:
     """A step, which is a tensor or, in old versions, a number."""
-    return float(archive.read(value).item() if isinstance(value, Tensor) else value or 0)
+    if isinstance(value, Tensor) and math.prod(value.shape) == 1:
+        return float(archive.read(value).item())
+    if not isinstance(value, int | float | None):
+        raise TypeError(f"its step is {reprlib.repr(value)}")
+    return float(value or 0)
 
 
-def _add_trainer(weights: Stacked, folder: Folder, config: Any) -> None:
+def _add_trainer(weights: Stacked, folder: Folder, config: Any, where: str) -> None:
     """Finished steps and the place in the data."""
     file = next((file for file in TRAINERS if folder.has(file)), None)
     if file is None:
         raise FileNotFoundError(f"{folder.name}: {TRAINERS[0]}, which has the step, is missing")
     archive = Archive(folder, file, lenient=True)
     state = archive.tree if isinstance(archive.tree, Mapping) else {}
-    step = state.get("global_step")
-    if not isinstance(step, int):
-        raise ValueError(f"{archive.where}: there is no global_step in it")
-    weights.add_value("step", np.asarray(step, np.int32))
-    seq_len, optim = weights.model.max_seq_len, _optim(config["optimizer"])
+    step = resume.step(state.get("global_step"), archive.where)
+    weights.add_value("step", step)
+    seq_len, optim = weights.model.max_seq_len, _optim(_optimizer(config), where)
     train = _train(config["model"])
-    known = resume.config(weights.model, seq_len, "legacy", optim, train)
-    weights.meta |= {"step": step, "config": known}
+    known = resume.config(weights.model, seq_len, "legacy", optim, train, where)
+    weights.meta |= {"step": int(step), "config": known}
     total = state.get("global_train_examples_seen")  # as older versions say, of one epoch
     rows = state.get("global_train_examples_seen_this_epoch", total)
     tokens = state.get("global_train_tokens_seen")
     if rows is not None and tokens is not None:
-        weights.meta["position"] = {"epoch": state.get("epoch") or 0, "row": rows, "tokens": tokens}
+        place = {"epoch": state.get("epoch") or 0, "row": rows, "tokens": tokens}
+        for name, value in place.items():
+            resume.whole(value, name, archive.where)
+        weights.meta["position"] = place
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -293,11 +309,13 @@ class _Store:
     def __init__(self, file: _File, tensors: Mapping[str, Any]):
         self.where = file.where
         self._file = file
-        try:
-            self._tensors = {key.replace(FSDP, ""): tensor for key, tensor in tensors.items()}
-            self.shapes: Shapes = {k: (tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
-        except AttributeError:
-            raise ValueError(f"{file.where} holds more than tensors by name") from None
+        if not isinstance(tensors, Mapping) or not all(
+            isinstance(key, str) and isinstance(tensor, Tensor | safetensors.Entry)
+            for key, tensor in tensors.items()
+        ):
+            raise ValueError(f"{file.where} holds more than tensors by name")
+        self._tensors = {key.replace(FSDP, ""): tensor for key, tensor in tensors.items()}
+        self.shapes: Shapes = {k: (tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
 
     def read(self, key: str, index: Index) -> np.ndarray:
         """A part of a tensor: rows are read, the rest is cut off here."""

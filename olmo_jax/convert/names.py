@@ -6,6 +6,7 @@ merge axes.
 Sources: transformers `models/olmo*/modeling_*.py`; OLMo-core `nn/hf/convert.py`; OLMo `model.py`.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -159,7 +160,7 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 
 def shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of an array with these axes: `(n h) d` -> `[n·h, d]`."""
-    return tuple(int(np.prod([lengths[axis] for axis in group.split()])) for group in groups(axes))
+    return tuple(math.prod(lengths[axis] for axis in group.split()) for group in groups(axes))
 
 
 def view(array: np.ndarray, old: str, new: str, lengths: Mapping[str, int]) -> np.ndarray:

@@ -1,14 +1,17 @@
 """olmo_jax's own checkpoints, as `train` and `tools/convert.py` write them."""
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from olmo_jax import checkpoint, storage
-from olmo_jax.config import ModelConfig, from_dict
-from olmo_jax.convert.weights import Index, Weights, whole
+from olmo_jax.config import ConfigError, ModelConfig, from_dict
+from olmo_jax.convert import names, resume
+from olmo_jax.convert.fields import find, odd_ids
+from olmo_jax.convert.weights import Index, Leaves, Weights, whole
 
 
 def recognises(src: str) -> bool:
@@ -39,7 +42,7 @@ def token_ids(meta: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       meta: what it says beside its arrays.
     """
-    eos = meta.get("config", {}).get("data", {}).get("eos_id")
+    eos = find(meta, "config", "data", "eos_id")
     known = {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
     return meta.get("token_ids", known)
 
@@ -56,9 +59,9 @@ class Native(Weights):
           folder: a complete checkpoint.
           optimizer: take more than the parameters.
         """
-        self._folder, meta = folder, storage.read_meta(folder)
-        self.model = from_dict(meta["model"], ModelConfig, f"{folder}/meta.json: model")
+        self._folder, meta = folder, _meta(folder)
         stored = storage.tree_of(folder)
+        self.model = _model(meta.get("model"), stored, f"{folder}/meta.json")
         if optimizer and not any(name.startswith("opt_state/") for name in stored):
             raise ValueError(f"{folder} has no optimizer state; leave --optimizer")
         self.leaves = {
@@ -82,3 +85,38 @@ class Native(Weights):
         """The same, by who passes once through all of it."""
         index = whole(self.leaves[name].shape, index)
         return storage.read_part(self._folder, name, index, once=True)
+
+
+def _meta(folder: storage.Path) -> dict[str, Any]:
+    """What the checkpoint says of itself, after a look at it."""
+    meta, where = storage.read_meta(folder), f"{folder}/meta.json"
+    for key in ("token_ids", "config"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise ValueError(f"{where}: {key} is {reprlib.repr(meta[key])}, need a group of values")
+    if odd := odd_ids(meta.get("token_ids", {})):
+        raise ValueError(f"{where}: {'; '.join(odd)}")
+    if meta.get("dtype", "float32") not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"{where}: dtype is {reprlib.repr(meta['dtype'])}, need one of floats")
+    resume.whole(meta.get("step", 0), "step", where)
+    return meta
+
+
+def _model(values: Any, stored: Leaves, where: str) -> ModelConfig:
+    """The model of a checkpoint, after a look whether its arrays are that model's."""
+    try:
+        model = from_dict(values, ModelConfig, "model")
+    except ConfigError as error:
+        raise ValueError(f"{where}: {'; '.join(error.problems)}") from None
+    n_kinds = len(model.layer_types)
+    if not n_kinds or model.n_layers % n_kinds:
+        raise ValueError(f"{where}: {n_kinds} layer_types for {model.n_layers} layers")
+    for row in names.rows(model, "Hugging Face"):
+        layers = (model.n_layers,) if row.is_layered else ()
+        need = (*layers, *names.shape(row.axes, names.sizes(model)))
+        found = stored.get(f"params/{row.ours}")
+        if found is None or found.shape != need:
+            shape = "not there" if found is None else list(found.shape)
+            raise ValueError(
+                f"{where}: its model has params/{row.ours} {list(need)}; it is {shape}"
+            )
+    return model

@@ -4,16 +4,16 @@ Written by OLMo-core 1 to 3, with and without optimizer state. Sources: OLMo-cor
 train/checkpoint.py, distributed/checkpoint/, optim/adamw.py.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from olmo_jax import parsing
 from olmo_jax.convert import folders, names, olmo_core_config, resume
 from olmo_jax.convert.distcp import Distributed
+from olmo_jax.convert.fields import find
 from olmo_jax.convert.folders import Folder
-from olmo_jax.convert.olmo_core_config import find
 from olmo_jax.convert.stacked import Stacked, is_same
 from olmo_jax.convert.torch_files import Archive
 
@@ -45,10 +45,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     """
     folder = folders.open(src)
     where = f"{folder.name.rstrip('/')}/config.json"
-    try:
-        config = json.loads(folders.text(folder, "config.json"))
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
+    config = parsing.json_object(folder.read("config.json").tobytes(), where)
     model, is_fused = olmo_core_config.read(config, where)
     stored = Distributed(folder, _state(folder) or "")
     weights = Stacked(model)
@@ -70,7 +67,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
         _add_optimizer(weights, stored, rows, config, where)
         _add_trainer(weights, folder, config, where)
     weights.meta |= {
-        "token_ids": olmo_core_config.token_ids(config),
+        "token_ids": olmo_core_config.token_ids(config, where),
         "dtype": resume.dtype(weights.leaves),
     }
     n_files = len(stored.files)
@@ -136,19 +133,22 @@ def _add_trainer(weights: Stacked, folder: Folder, config: Mapping[str, Any], wh
     if folder.has(TRAINER):
         archive = Archive(folder, TRAINER, lenient=True)
         state, step = archive.tree, find(archive.tree, "global_step")
-        if not isinstance(step, int):
-            raise ValueError(f"{archive.where}: there is no global_step in it")
+        step = int(resume.step(step, archive.where))
     elif not step:
         raise FileNotFoundError(f"{folder.name}: {TRAINER}, which has the step, is missing")
     weights.add_value("step", np.asarray(step, np.int32))
     loader = find(state, "data_loader")
     read, seq_len = find(loader, "tokens_processed"), find(loader, "sequence_length")
     seq_len = seq_len or find(config, "dataset", "sequence_length") or weights.model.max_seq_len
+    seq_len = max(1, resume.whole(seq_len, "sequence_length", f"{folder.name}/{TRAINER}"))
     optim = olmo_core_config.optim(config, where) | {"freeze_adam_step": bool(step) and not count}
     train = olmo_core_config.train(config, weights.model, where)
-    known = resume.config(weights.model, seq_len, "core", optim, train)
+    known = resume.config(weights.model, seq_len, "core", optim, train, where)
     weights.meta |= {"step": step, "config": known}
     epoch = find(loader, "epoch") or find(state, "epoch")
     tokens = find(state, "global_train_tokens_seen")
     if None not in (read, epoch, tokens):
+        place = {"epoch": epoch, "tokens_processed": read, "global_train_tokens_seen": tokens}
+        for name, value in place.items():
+            resume.whole(value, name, f"{folder.name}/{TRAINER}")
         weights.meta["position"] = {"epoch": epoch, "row": read // seq_len, "tokens": tokens}

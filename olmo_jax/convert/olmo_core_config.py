@@ -5,11 +5,12 @@ nn/transformer/config.py, nn/attention/__init__.py, nn/rope.py, nn/layer_norm.py
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from olmo_jax.config import ModelConfig
-from olmo_jax.convert.fields import Fields
+from olmo_jax.convert.fields import MOST, Fields, find, odd_ids
 from olmo_jax.convert.stacked import shortest
 
 OPTIMIZERS = {"SkipStepAdamWConfig": "skip_step_adamw", "AdamWConfig": "adamw"}
@@ -32,8 +33,8 @@ def read(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
     top.expect("name", "default", "moe", default="default")
     top.expect("embed_scale", 1.0, default=1.0)
     top.expect("embedding_norm", None, default=None)
-    n_layers = int(top.need("n_layers"))
-    d_model = int(top.need("d_model"))
+    n_layers = top.need_number("n_layers", int, MOST)
+    d_model = top.need_number("d_model", int)
     layers = [
         _block(Fields(block, f"{where}: model.block"), i, n_layers, d_model)
         for i, block in enumerate(_blocks(top, n_layers))
@@ -59,12 +60,12 @@ def read(config: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
     model = ModelConfig(
         **fields,
         **_kinds(layers, where),
-        vocab_size=int(top.need("vocab_size")),
+        vocab_size=top.need_number("vocab_size", int),
         d_model=d_model,
         n_layers=n_layers,
-        tie_embeddings=bool(top.take("tie_word_embeddings", False)),
-        init_std=float(top.take("init_std", 0.02)),
-        embed_init_std=top.take("embedding_init_std"),
+        tie_embeddings=top.number("tie_word_embeddings", bool, False),
+        init_std=top.number("init_std", float, 0.02),
+        embed_init_std=top.number("embedding_init_std", float),
         max_seq_len=_longest(config, layers),
     )
     top.ignore("dtype", "init_method", "init_seed", "freeze_params", *NOT_THE_MODEL)
@@ -83,9 +84,13 @@ def _blocks(top: Fields, n_layers: int) -> list[Any]:
     """The config of each block: one for all, with overrides, or a pattern of named ones."""
     block, overrides = top.need("block"), top.take("block_overrides", {})
     pattern = top.take("block_pattern")
-    if pattern:
-        return [block[pattern[i % len(pattern)]] for i in range(n_layers)]
-    numbers = {int(i): override for i, override in overrides.items()}
+    try:
+        if pattern:
+            return [block[pattern[i % len(pattern)]] for i in range(n_layers)]
+        numbers = {int(i): override for i, override in overrides.items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        options = "block, block_pattern and block_overrides"
+        raise ValueError(f"{top.where}: {options} do not fit together: {error!r}") from None
     return [numbers.get(i, block) for i in range(n_layers)]
 
 
@@ -117,7 +122,7 @@ def _mlp(mlp: Fields) -> dict[str, Any]:
     mlp.expect("name", "default", default="default")
     mlp.expect("bias", False, default=True)
     mlp.expect("activation", "silu", default="silu")
-    d_ff = int(mlp.need("hidden_size"))
+    d_ff = mlp.need_number("hidden_size", int)
     mlp.ignore("dtype")
     mlp.done()
     return {"d_ff": d_ff}
@@ -133,14 +138,14 @@ def _experts(moe: Fields) -> dict[str, Any]:
     for option in ("uniform_expert_assignment", "random_expert_assignment"):
         router.expect(option, False, default=False)
     order = router.expect("normalize_expert_weights", None, 1.0, default=None)  # of the norm
-    n_chosen = int(router.take("top_k", 1))
+    n_chosen = router.number("top_k", int, 1)
     router.ignore("dtype")
     router.done()
     fields = {
-        "n_experts": int(moe.take("num_experts", 1)),
+        "n_experts": moe.number("num_experts", int, 1, MOST),
         "n_experts_per_token": n_chosen,
         "normalize_expert_weights": order is not None,
-        "d_ff": int(moe.take("hidden_size", 256)),
+        "d_ff": moe.number("hidden_size", int, 256),
     }
     moe.ignore("dtype", *ROUTER_LOSSES)
     moe.done()
@@ -153,9 +158,9 @@ def _attention(
     if attention.name_of_class not in ("", "AttentionConfig"):
         raise ValueError(f"{attention.where} is a {attention.name_of_class}; olmo_jax has none")
     name = attention.expect("name", "default", "fused", "fused_v2", default="default")
-    n_heads = int(attention.take("n_heads", 16))
-    n_kv_heads = int(attention.take("n_kv_heads", n_heads))
-    clip = attention.take("clip_qkv")
+    n_heads = attention.number("n_heads", int, 16)
+    n_kv_heads = attention.number("n_kv_heads", int, n_heads)
+    clip = attention.number("clip_qkv", float)
     qk_norm = attention.group("qk_norm")
     if qk_norm is not None and _norm(qk_norm) != norm:
         raise ValueError(f"{qk_norm.where} is not like layer_norm; olmo_jax has one for all")
@@ -170,11 +175,11 @@ def _attention(
     common = {
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
-        "head_dim": int(attention.take("head_dim", d_model // n_heads)),
+        "head_dim": attention.number("head_dim", int, d_model // n_heads),
         "clip_qkv": clip,
         "qk_norm": "none" if qk_norm is None else "full",
         "fused": name != "default",
-        "rope_theta": float(rope.take("theta", 500_000)),
+        "rope_theta": rope.number("theta", float, 500_000.0),
     }
     yarn = _yarn(rope.group("scaling"), common["rope_theta"], common["head_dim"])
     rope.expect("name", "default", "fused", default="default")
@@ -190,7 +195,7 @@ def _attention(
 def _norm(norm: Fields) -> tuple[str, float]:
     """The kind of a norm in our words, and its epsilon."""
     kind = norm.expect("name", "rms", "fused_rms", "cute_rms", "default", default="default")
-    is_affine = norm.take("elementwise_affine", True)
+    is_affine = norm.number("elementwise_affine", bool, True)
     if is_affine:
         norm.expect("bias", False, default=True)
     if is_affine != (kind != "default"):
@@ -199,7 +204,7 @@ def _norm(norm: Fields) -> tuple[str, float]:
             f"{norm.where}: a norm {kind!r} {has} weights; olmo_jax has RMSNorm with, and LayerNorm"
             " without"
         )
-    eps = float(norm.take("eps", 1e-5))
+    eps = norm.number("eps", float, 1e-5)
     norm.ignore("full_precision", "dtype", "bias")
     norm.done()
     return "rms" if is_affine else "nonparametric", eps
@@ -210,12 +215,17 @@ def _window(window: Fields | None, i: int, n_layers: int) -> int | None:
     if window is None:
         return None
     pattern = window.need("pattern")
-    first = window.take("force_full_attention_on_first_layer", True)
-    last = window.take("force_full_attention_on_last_layer", True)
+    first = window.number("force_full_attention_on_first_layer", bool, True)
+    last = window.number("force_full_attention_on_last_layer", bool, True)
     window.done()
+    sizes = pattern if isinstance(pattern, list) else []
+    if not sizes or not all(type(n) is int and (n > 0 or n == -1) for n in sizes):
+        raise ValueError(
+            f"{window.where}.pattern is {reprlib.repr(pattern)}, need numbers of tokens"
+        )
     if (first and i == 0) or (last and i == n_layers - 1):
         return None
-    size = int(pattern[(i - bool(first)) % len(pattern)])
+    size = sizes[(i - first) % len(sizes)]
     return None if size == -1 else size
 
 
@@ -225,8 +235,10 @@ def _yarn(scaling: Fields | None, theta: float, head_dim: int) -> tuple | None:
         return None
     if scaling.name_of_class != "YaRNRoPEScalingConfig":
         raise ValueError(f"{scaling.where} is {scaling.name_of_class!r}; olmo_jax has only YaRN")
-    factor, length = float(scaling.take("factor", 8.0)), int(scaling.take("old_context_len", 8192))
-    fast, slow = float(scaling.take("beta_fast", 32)), float(scaling.take("beta_slow", 1))
+    factor = scaling.number("factor", float, 8.0)
+    length = scaling.number("old_context_len", int, 8192)
+    fast = scaling.number("beta_fast", float, 32.0)
+    slow = scaling.number("beta_slow", float, 1.0)
     scaling.done()
     # OLMo-core cuts the ramp at half of the dimensions, transformers and olmo_jax do not.
     end = head_dim * math.log(length / (slow * 2 * math.pi)) / (2 * math.log(theta))
@@ -267,20 +279,17 @@ def _longest(config: Mapping[str, Any], layers: list[_Layer]) -> int:
         find(config, "dataset", "effective_sequence_length"),
         *(round(layer.yarn[0] * layer.yarn[1]) for layer in layers if layer.yarn),
     ]
-    return max((int(n) for n in lengths if n is not None), default=ModelConfig.max_seq_len)
+    known = [n for n in lengths if type(n) is int and n > 0]
+    return max(known, default=ModelConfig.max_seq_len)
 
 
-def find(config: Any, *path: str) -> Any:
-    """The value under nested keys; None where one of them is missing."""
-    for key in path:
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
-def token_ids(config: Mapping[str, Any]) -> dict[str, int | None]:
+def token_ids(config: Mapping[str, Any], where: str) -> dict[str, int | None]:
     """The special tokens of the data's tokenizer, by Hugging Face's names."""
     tokenizer = find(config, "dataset", "tokenizer") or find(config, "tokenizer") or {}
-    return {key: tokenizer.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: find(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if odd := odd_ids(ids):
+        raise ValueError(f"{where}: {'; '.join(odd)}")
+    return ids
 
 
 def train(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str, Any]:
@@ -299,6 +308,9 @@ def train(config: Mapping[str, Any], model: ModelConfig, where: str) -> dict[str
     scale = 1.0 if moe.get("scale_loss_by_num_layers", True) else model.n_layers
     weights = {"load_balancing_loss": moe.get("lb_loss_weight", 0.01)}
     weights["router_z_loss"] = moe.get("z_loss_weight")
+    for name, weight in weights.items():
+        if weight is not None and not isinstance(weight, (int, float)):
+            raise ValueError(f"{where}: {name} is {reprlib.repr(weight)}, need a number")
     known = {name: scale * w for name, w in weights.items() if w}  # 0 and None: none
     return {"router_loss_form": "olmo_core"} | known
 
@@ -310,17 +322,23 @@ def optim(config: Mapping[str, Any], where: str) -> dict[str, Any]:
       ValueError: if olmo_jax has no such optimizer.
     """
     options = find(config, "train_module", "optim") or find(config, "optim") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where}: optim is {reprlib.repr(options)}, need a group of options")
     name = str(options.get("_CLASS_", "AdamWConfig")).rpartition(".")[2]
     if name not in OPTIMIZERS:
         raise ValueError(f"{where}: the optimizer is {name}; olmo_jax has AdamW and SkipStepAdamW")
-    beta1, beta2 = options.get("betas") or (None, None)
+    betas = options.get("betas") or [None, None]
+    if not isinstance(betas, list) or len(betas) != 2:
+        raise ValueError(f"{where}: optim.betas is {reprlib.repr(betas)}, need two numbers")
     return {
         "name": OPTIMIZERS[name],
         "lr": options.get("lr"),
-        "beta1": beta1,
-        "beta2": beta2,
+        "beta1": betas[0],
+        "beta2": betas[1],
         "eps": options.get("eps"),
         "weight_decay": options.get("weight_decay"),
-        "skip_window": options.get("rolling_interval_length") or 128,
+        "skip_window": Fields(options, f"{where}: optim").number(
+            "rolling_interval_length", int, 128, MOST
+        ),
         "skip_sigma": options.get("sigma_factor"),
     }

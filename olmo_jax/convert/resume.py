@@ -1,13 +1,14 @@
 """What Ai2's optimizers keep beside the moments, in the form that ours has it."""
 
 import functools
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, to_dict
+from olmo_jax.config import ConfigError, ModelConfig, from_dict, to_dict
 from olmo_jax.convert.weights import Leaves
 
 
@@ -17,12 +18,29 @@ def dtype(leaves: Leaves) -> str:
     return functools.reduce(jnp.promote_types, found).name
 
 
+def whole(value: Any, name: str, where: str) -> int:
+    """The value if it is a number that can count steps; else a ValueError with its name."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, need a whole number")
+    return value
+
+
+def step(value: Any, where: str) -> np.ndarray:
+    """The number of finished steps, int32, as trainers keep it."""
+    if value is None:
+        raise ValueError(f"{where}: there is no global_step in it")
+    if whole(value, "global_step", where) >= 2**31:
+        raise ValueError(f"{where}: global_step is {value}; nobody trains so long")
+    return np.asarray(value, np.int32)
+
+
 def config(
     model: ModelConfig,
     seq_len: int,
     order: str,
     optim: Mapping[str, Any],
     train: Mapping[str, Any],
+    where: str,
 ) -> dict:
     """What is known of a run of theirs, as the config that our checkpoints keep.
 
@@ -32,11 +50,18 @@ def config(
       order: of the data, "core" or "legacy".
       optim: options of `OptimConfig`; those that are None stay at their defaults.
       train: options of `TrainConfig`.
+      where: they are from, for errors.
+    Raises:
+      ValueError: if one of them is of another type.
     """
-    data = DataConfig(seq_len=seq_len, order=order)  # type: ignore[arg-type]
-    options = {key: value for key, value in optim.items() if value is not None}
-    parts = {"optim": OptimConfig(**options), "train": TrainConfig(**train)}
-    return to_dict(Config(model=model, data=data, **parts))
+    known = {key: value for key, value in optim.items() if value is not None}
+    parts = {"optim": known, "train": train, "data": {"seq_len": seq_len, "order": order}}
+    try:
+        return to_dict(from_dict(parts | {"model": to_dict(model)}, name="in our words"))
+    except ConfigError as error:
+        raise ValueError(f"{where}: {'; '.join(error.problems)}") from None
+    except OverflowError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def count(steps: Mapping[str, float], where: str) -> np.ndarray:
@@ -52,7 +77,7 @@ def count(steps: Mapping[str, float], where: str) -> np.ndarray:
       ValueError: if there is none, or they differ.
     """
     values = set(steps.values())
-    if len(values) != 1:
+    if len(values) != 1 or not all(0 <= value < 2**31 and value == int(value) for value in values):
         found = ", ".join(f"{key} is {value:g}" for key, value in list(steps.items())[:2])
         raise ValueError(f"{where}: need one number of steps of all parameters; {found or 'none'}")
     return np.asarray(values.pop(), np.int32)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from olmo_jax.config import ModelConfig
@@ -146,6 +147,12 @@ class Stacked(Weights):
 
     def _check(self, tree: _Tree, own: Iterable[str]) -> None:
         """Names, shapes and dtypes of a tree, before anything is read."""
+        n_keys = sum(count(row, self.model) for row in tree.rows)
+        if n_keys > 10 * len(tree.store.shapes) + 100:  # too many to list what is missing
+            raise ValueError(
+                f"{tree.store.where} does not fit its config: {len(tree.store.shapes):,} tensors of"
+                f" {n_keys:,}"
+            )
         missing, wrong, used = [], [], set()
         for row in tree.rows:
             shape = list(names.shape(row.torch_axes, self._lengths))
@@ -161,6 +168,8 @@ class Stacked(Weights):
                 if list(found) != shape:
                     wrong.append(f"{key} has shape {list(found)}, need {shape}")
                 dtypes.setdefault(dtype, key)
+                if not jnp.issubdtype(dtype, np.floating):
+                    wrong.append(f"{key} is {dtype}, need floats")
             if len(dtypes) > 1:
                 wrong.append("; ".join(f"{key} is {dtype}" for dtype, key in dtypes.items()))
         extra = [key for key in own if key not in used]
@@ -179,6 +188,12 @@ def keys_of(row: Row, model: ModelConfig) -> list[str]:
     layers = range(model.n_layers if row.is_layered else 1)
     experts = range(model.n_experts if row.is_per_expert else 1)
     return [row.key_of(layer, expert) for layer in layers for expert in experts]
+
+
+def count(row: Row, model: ModelConfig) -> int:
+    """How many keys of PyTorch's a parameter has."""
+    layers = model.n_layers if row.is_layered else 1
+    return layers * model.n_experts if row.is_per_expert else layers
 
 
 def is_same(store: Store, one: str, other: str) -> bool:

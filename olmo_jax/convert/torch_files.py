@@ -12,7 +12,8 @@ import functools
 import io
 import math
 import pickle
-import struct
+import pickletools
+import reprlib
 import zipfile
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +95,22 @@ class Inert:
     add = append
 
 
+class _OrderedDict(collections.OrderedDict):
+    """Without attributes of its own: a pickle could put a number in the place of `items`."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *rest: Any) -> Tensor:
     name, dtype = storage
-    return Tensor(name, dtype, offset, tuple(shape), tuple(strides))
+    tensor = Tensor(name, dtype, offset, tuple(shape), tuple(strides))
+    numbers = (offset, *tensor.shape, *tensor.strides)
+    if len(tensor.shape) != len(tensor.strides) or any(
+        type(n) is not int or n < 0 for n in numbers
+    ):
+        raise ValueError(f"no tensor has shape {shape!r}, strides {strides!r}, offset {offset!r}")
+    return tensor
 
 
 def _nothing(*args: Any) -> None:
@@ -105,7 +119,7 @@ def _nothing(*args: Any) -> None:
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
+    "collections.OrderedDict": _OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *rest: data,
     "torch.Size": tuple,
@@ -144,8 +158,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, name = pid[:3]
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise _ForeignError(f"storage {pid!r} is of an unknown kind")
+        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(name, str):
+            raise _ForeignError(f"storage {reprlib.repr(pid)} is of an unknown kind")
         return name, dtype
 
 
@@ -164,11 +178,16 @@ def unpickle(data: bytes, where: str, *, lenient: bool = False) -> Any:
       ValueError: if it is no pickle, or asks for names that no checkpoint needs.
     """
     try:
+        for opcode, number, _ in pickletools.genops(data):
+            # The machine makes room for as many objects as the highest number says.
+            if opcode.name.endswith("PUT") and int(number or 0) > len(data):
+                raise ValueError(f"an object with the number {number}")
         return _Unpickler(data, lenient).load()
     except _ForeignError as error:
         raise ValueError(f"{where}: refused, not executed: {error}") from None
     except Exception as error:  # whatever damaged bytes make of the machine
-        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{where} is damaged: {text}") from None
 
 
 # --- zips of torch.save ---------------------------------------------------------------------------
@@ -212,13 +231,9 @@ class Archive:
                 if len(pickles) != 1 or any(e.compress_type for e in entries):
                     raise zipfile.BadZipFile("not as torch.save writes it")
                 data = archive.read(pickles[0])
-        except (
-            zipfile.BadZipFile,
-            EOFError,
-            NotImplementedError,
-            ValueError,
-            struct.error,
-        ) as error:
+        except OSError:
+            raise
+        except Exception as error:  # zipfile has no common base of what damaged bytes make of it
             raise ValueError(
                 f"{self.where} is damaged, truncated, or older than torch 1.6: {error}"
             ) from None

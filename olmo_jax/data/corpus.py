@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from olmo_jax import parsing
 from olmo_jax.data import tokens
 from olmo_jax.data.tokenizer import Tokenizer
 
@@ -196,7 +197,7 @@ def _publish(parts: pathlib.Path, folder: pathlib.Path) -> None:
 def _defect(folder: pathlib.Path) -> str | None:
     """Why the corpus in `folder` cannot be used; None if it can."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = _manifest(folder)
         for name in OUTPUTS:
             if _hash((folder / name).read_bytes()) != manifest["outputs"][name]:
                 return f"{name} there is not what was written"
@@ -207,19 +208,28 @@ def _defect(folder: pathlib.Path) -> str | None:
     return None
 
 
+def _manifest(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    manifest = parsing.json_object(path.read_bytes(), str(path))
+    match manifest:
+        case {"vocab_size": int(), "inputs": {"dtype": str()}, "outputs": dict(), "eos_id": int()}:
+            return manifest
+    raise ValueError(f"{path} is damaged")
+
+
 def _difference(directory: pathlib.Path, inputs: dict[str, Any]) -> str:
     """What sets `inputs` apart from those of the newest corpus in `directory`."""
     manifests = sorted(directory.glob("stdlib-*/manifest.json"), key=os.path.getmtime)
     try:
-        before = json.loads(manifests[-1].read_bytes())["inputs"]
-    except (IndexError, ValueError, KeyError):
+        before = _manifest(manifests[-1].parent)["inputs"]
+    except (IndexError, ValueError):
         return "new"
     changed = [key for key in inputs if inputs[key] != before.get(key)]
     return f"not {manifests[-1].parent.name}: other {', '.join(changed)}"
 
 
 def _corpus(folder: pathlib.Path) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest = _manifest(folder)
     return Corpus(
         folder=str(folder),
         train_path=str(folder / "train.npy"),

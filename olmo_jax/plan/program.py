@@ -41,6 +41,8 @@ _OF_TRAINING = ("z_loss", "load_balancing_loss", "router_z_loss", "router_loss_f
 # Of the optimizer: what the step takes as arguments, so that stages of a run share a program.
 _ARGUMENTS = ("lr", "schedule", "clip_warmup", "clip_warmup_factor")
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
+# What comes of reading what was kept, if it is not whole.
+_NOT_WHOLE = (gzip.BadGzipFile, EOFError, zlib.error, ValueError, TypeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Store:
         """The compiled step of a config, if it is there and whole."""
         try:
             return _read(self._path(config, where))
-        except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, TypeError):
+        except (FileNotFoundError, *_NOT_WHOLE):
             return None
 
     def make(self, config: Config, where: Slice) -> Program:
@@ -143,7 +145,7 @@ class Store:
         )
         try:
             forward, backward = map(float, json.loads(path.read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):  # not there, or not whole
+        except (FileNotFoundError, *_NOT_WHOLE):
             forward, backward = kernels.seconds(case)
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, json.dumps((forward, backward)).encode())

@@ -98,6 +98,34 @@ def test_dangerous_names_are_refused_by_name(call):
         unpickle(program, "x.pt")
 
 
+def test_attributes_that_a_pickle_puts_on_a_dict_do_not_count():
+    parts = [collections.OrderedDict(a=1), {"items": 5, "keys": 5}]
+    state, attributes = (pickle.dumps(part, 2)[2:-1] for part in parts)
+    tree = unpickle(state + attributes + b"b.", "x.pt")
+    assert list(tree.items()) == [("a", 1)]
+    assert list(tree.keys()) == ["a"]
+
+
+def test_a_pickle_cannot_ask_for_memory_that_it_does_not_fill():
+    """One flipped byte: the machine would make room for two billion objects."""
+    program = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."
+    with pytest.raises(
+        ValueError, match=r"x\.pt is damaged: ValueError: an object with the number"
+    ):
+        unpickle(program, "x.pt")
+
+
+@pytest.mark.parametrize(
+    "place", [(-1, (3,), (1,)), (0, (3.0,), (1,)), (0, (3,), (-1,)), (0, (3,), ())]
+)
+def test_a_tensor_outside_of_its_storage_is_none(place):
+    program = b"ctorch._utils\n_rebuild_tensor_v2\n("
+    program += b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI3\ntQ"
+    program += b"".join(pickle.dumps(value, 0)[:-1] for value in place) + b"tR."
+    with pytest.raises(ValueError, match=r"x\.pt is damaged: ValueError: no tensor has shape"):
+        unpickle(program, "x.pt")
+
+
 def test_damaged_pickles_say_so():
     with pytest.raises(ValueError, match=r"x\.pt is damaged"):
         unpickle(pickle.dumps({"a": [1, 2, 3]})[:-4], "x.pt")
@@ -215,6 +243,26 @@ def test_metadata_that_lead_out_of_the_folder_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"\.metadata .*'../__0_0.distcp' is no file of this folder"
     ):
+        Distributed(folders.open(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda chunks: chunks[1].__setattr__("offsets", chunks[0].offsets), "parts of x overlap"),
+        (lambda chunks: chunks[3].__setattr__("sizes", (9, 9)), "parts of x overlap, or lie out"),
+        (lambda chunks: chunks.pop(), "parts of x are missing: 48 of 72 values"),
+        (lambda chunks: chunks[0].__setattr__("sizes", (4.0, 3)), "4.0, 3.* are no whole numbers"),
+        (lambda chunks: chunks[0].__setattr__("sizes", (-4, 3)), "-4, 3.* are no whole numbers"),
+        (lambda chunks: chunks[0].__setattr__("sizes", (4,)), "a part of 1 dimensions at 2"),
+    ],
+)
+def test_parts_that_do_not_fill_their_tensor_are_refused(tmp_path, change, message):
+    shards_of(np.zeros((8, 9), np.float32), tmp_path)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata["x"].chunks)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/\.metadata is no metadata .*{message}"):
         Distributed(folders.open(str(tmp_path)))
 
 

@@ -125,6 +125,14 @@ def test_any_other_input_is_rebuilt_with_its_reason(sources, change):
     assert pathlib.Path(first.train_path).read_bytes() == old  # of a run that may still read it
 
 
+def test_a_manifest_that_says_nothing_sound_is_no_corpus(tmp_path):
+    for content in (b"[" * 100_000, b"[1]", b'{"outputs": null}', b'{"inputs": {}, "outputs": {}}'):
+        (tmp_path / "stdlib-x").mkdir(exist_ok=True)
+        (tmp_path / "stdlib-x" / "manifest.json").write_bytes(content)
+        assert corpus._defect(tmp_path / "stdlib-x") == "damaged manifest"
+        assert corpus._difference(tmp_path, {"recipe": 1}) == "new"
+
+
 @pytest.mark.parametrize("name", [*corpus.OUTPUTS, "manifest.json"])
 @pytest.mark.parametrize("damage", ["edited", "missing"])
 def test_a_damaged_corpus_is_rebuilt(sources, name, damage):
