@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 import olmo_jax
-from olmo_jax import processes, snapshot, storage
+from olmo_jax import foreign, processes, snapshot, storage
 from olmo_jax.config import Config, DataConfig, to_dict
 from olmo_jax.data.order import FIRST_EPOCH, Position
 
@@ -71,9 +71,13 @@ def find(name: str, option: str = "config.checkpoint.load_path") -> storage.Path
     """
     if not name.strip():
         raise ValueError(f"{option} is empty: name a checkpoint or a run's folder, or none")
+    if re.match(r"https?://", name):
+        raise ValueError(f"{option}: {name} is an address; what is there is {foreign.taken(name)}")
     folder = storage.path(name)
     if not folder.exists():
-        raise ValueError(f"{option}: {name} does not exist")
+        hub = f"; a model on the Hugging Face Hub is {foreign.taken(name)}"
+        hint = hub if foreign.is_hub_id(name) else ""
+        raise ValueError(f"{option}: {name} does not exist{hint}")
     if storage.is_complete(folder):
         return folder
     others: dict[str, list[str]] = {"incomplete": [], "not written by olmo_jax": []}
@@ -90,6 +94,8 @@ def find(name: str, option: str = "config.checkpoint.load_path") -> storage.Path
         for words, names in others.items()
         if names
     ]
+    what = foreign.describe(folder)
+    rest = [f"; it is {what}"] if what else rest
     raise ValueError(f"{option}: no complete checkpoint in {name}{''.join(rest)}")
 
 

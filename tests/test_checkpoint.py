@@ -427,7 +427,7 @@ def test_an_empty_mistyped_or_torn_load_path_is_refused_by_name(tmp_path):
                  "core/step5/model_and_optim", "core/step6/model_and_optim"):  # fmt: skip
         (tmp_path / name).mkdir(parents=True)
     for path, message in (
-        (tmp_path / "empty", "no complete checkpoint in .*empty$"),
+        (tmp_path / "empty", "no complete checkpoint in .*empty; it is an empty folder$"),
         (tmp_path / "mistyped", "mistyped does not exist"),
         (tmp_path / "torn", "no complete checkpoint in .*torn; step3 is incomplete"),
         (tmp_path / "both", "; step3 is incomplete; step4 is not written by olmo_jax$"),

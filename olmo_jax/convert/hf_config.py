@@ -56,6 +56,7 @@ DEFAULTED = {  # and their kinds
     "num_key_value_heads": ("n_kv_heads", int),
     "head_dim": ("head_dim", int),
 }
+QUANTIZED = "quantization_config"
 BUILT_ON_OTHERS = ("layer_types", "rope_parameters", "rope_scaling", "rope_theta")
 OPTIONAL = ("clip_qkv", "norm_topk_prob")  # off where they are missing
 OWN = {
@@ -99,7 +100,7 @@ FREE = frozenset(
     repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens
+    begin_suppress_tokens unsloth_fixed unsloth_version
     """.split()
 )
 
@@ -177,6 +178,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
             problems.append(f"{key}={reprlib.repr(value)}, but OLMo models have {need!r}")
     problems += [
         f"{key}={reprlib.repr(value)} is no field of {name}ForCausalLM that is known here"
+        + (": take the weights before they were quantized" if key == QUANTIZED else "")
         for key, value in rest.items()
         if value is not None
     ]

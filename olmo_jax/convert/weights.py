@@ -8,14 +8,13 @@ import collections
 import concurrent.futures
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
-from olmo_jax import storage
+from olmo_jax import foreign, storage
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
 
@@ -78,7 +77,7 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
 
     folder = src
     if "://" not in src and not pathlib.Path(src).expanduser().exists():
-        if not is_hub_id(src):
+        if not foreign.is_hub_id(src):
             raise FileNotFoundError(f"{src} does not exist")
         folder = str(hub.download(src, revision))
     elif revision is not None:
@@ -86,17 +85,17 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
     for reader in (native, hf, legacy, olmo_core):
         if reader.recognises(folder):
             return reader.read(folder, optimizer=optimizer)
+    what = None if "://" in folder else foreign.describe(pathlib.Path(folder).expanduser())
     raise ValueError(
-        f"{src} is no checkpoint that is known here: found neither config.json with safetensors"
-        " (Hugging Face), nor commit_success.txt (olmo_jax), nor config.yaml (legacy OLMo), nor"
-        " model_and_optim (OLMo-core)"
+        f"{src} is no checkpoint that is known here: "
+        + (
+            f"it is {what}"
+            if what
+            else "found neither config.json with safetensors (Hugging Face), nor"
+            " commit_success.txt (olmo_jax), nor config.yaml (legacy OLMo), nor model_and_optim"
+            " (OLMo-core)"
+        )
     )
-
-
-def is_hub_id(src: str) -> bool:
-    """Whether a name that is no path here reads like `organisation/model`."""
-    match = re.fullmatch(r"([\w.-]+)/[\w.-]+", src)
-    return match is not None and not pathlib.Path(match[1]).exists()
 
 
 def whole(shape: tuple[int, ...], index: Index | None) -> Index:

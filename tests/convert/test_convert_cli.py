@@ -25,7 +25,7 @@ from hf import exported_logits, random_model
 from test_hf import TOKENS, quiet, save, tensors
 
 import olmo_jax
-from olmo_jax import storage
+from olmo_jax import foreign, storage
 from olmo_jax.convert import native, safetensors, verbs, weights
 from olmo_jax.convert.logits import logits
 
@@ -177,7 +177,7 @@ def test_a_copy_that_is_not_like_its_source_never_gets_its_name(tmp_path, monkey
 
 WAIT = """
 import time
-from olmo_jax import storage
+from olmo_jax import foreign, storage
 from olmo_jax.convert import hf
 def commit(*args, **keywords):
     print("here", flush=True)
@@ -466,7 +466,7 @@ def test_a_mistyped_path_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/quickstrat", "model", "a/b/c", "./a/b"):
-        assert not weights.is_hub_id(name)
+        assert not foreign.is_hub_id(name)
         with pytest.raises(FileNotFoundError, match="does not exist"):
             weights.open(name)
-    assert weights.is_hub_id("allenai/OLMo-2-1124-7B")
+    assert foreign.is_hub_id("allenai/OLMo-2-1124-7B")

@@ -267,7 +267,7 @@ def test_old_spellings_that_give_other_models_are_refused_by_name(change, messag
         (dict(clip_qkv=8.0), "clip_qkv=8.0 is no field of Olmo3ForCausalLM"),
         (
             dict(quantization_config={"bits": 4}),
-            "quantization_config=.* is no field of .*",
+            "quantization_config=.* is no field of .*: take the weights before they were quantized",
         ),
         (dict(logit_scale=2.0), "logit_scale=2.0 is no field"),
         (dict(sliding_window=None), "sliding_window is missing"),
@@ -306,6 +306,11 @@ def test_a_known_family_that_is_not_here_yet_is_named():
     config = {"architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid"}
     with pytest.raises(ValueError, match="OlmoHybridForCausalLM is known, but this version"):
         hf_config.read(config, "config.json")
+
+
+def test_the_marks_of_other_tools_change_nothing():
+    marks = {"unsloth_version": "2025.9.1", "unsloth_fixed": True, "transformers_version": "4.57"}
+    assert hf_config.read(old() | marks, "config.json") == hf_config.read(old(), "config.json")
 
 
 def test_an_old_theta_is_no_question_where_all_layers_are_full():
