@@ -1,7 +1,7 @@
 """How two checkpoints differ: as models, as trees, number by number, and in their logits."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -125,6 +125,31 @@ def check_copy(source: Weights, copy: Weights, dtype: str) -> str:
 def crc(values: np.ndarray, before: int = 0) -> int:
     """The checksum of an array's bytes, behind others."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, before)
+
+
+def refuse_nonfinite(name: str, values: np.ndarray, start: Sequence[int]) -> None:
+    """Raise a ValueError if a part of an array is not finite.
+
+    Args:
+      name: of the array.
+      values: the part; integers are finite.
+      start: index of its first element in the array.
+    """
+    kind = values.dtype
+    if not jnp.issubdtype(kind, np.floating):
+        return
+    # Seen as integers, what is not finite is above all that is: bfloat16 and no copies are cheap.
+    limit = int(np.array(np.inf, kind).view(f"u{kind.itemsize}"))
+    signed, unsigned = (values.view(f"{sign}{kind.itemsize}") for sign in "iu")
+    sign_bit = 1 << (8 * kind.itemsize - 1)
+    if signed.max(initial=0) < limit and unsigned.max(initial=0) < limit + sign_bit:
+        return
+    at = np.argwhere(~np.isfinite(values.astype(np.float64)))[0]
+    where = [int(i) + int(j) for i, j in zip(at, start, strict=True)]
+    raise ValueError(
+        f"{name} is {float(values[tuple(at)])} at {where} as {kind}: weights that are not finite"
+        " are not converted; take an earlier checkpoint"
+    )
 
 
 def refuse_other_crc(name: str, written: int, found: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST = 10_000  # layers, or experts of one
+SMALLEST = 1e-37  # in size, below which fp32 has few bits, or 0
 LARGEST = 2**53  # of numbers; JSON's may have any size, or be infinite
 HARMLESS = "_CLASS_"  # OLMo-core writes the name of each group's class
 
@@ -116,7 +117,7 @@ def number(key: str, value: Any, kind: type, problems: list[str], most: float = 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     right = {
         bool: isinstance(value, bool),
-        float: is_number and 0 < value <= most,
+        float: is_number and SMALLEST <= value <= most,
         int: is_number and 0 < value <= most and value == int(value),
     }
     words = {bool: "true or false", float: "a positive number", int: "a positive whole number"}

@@ -272,6 +272,8 @@ def write(
         left, written[key] = plan[key].n_bytes, 0
         while left:
             rows = next(made)
+            begin = plan[key].shape[0] - left * plan[key].shape[0] // plan[key].n_bytes
+            compare.refuse_nonfinite(key, rows, (begin, *(0,) * (rows.ndim - 1)))
             written[key] = compare.crc(rows, written[key])
             left -= rows.nbytes
             yield rows

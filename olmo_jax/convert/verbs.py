@@ -219,6 +219,7 @@ def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[],
     def make(name: str, index: Index, values: np.ndarray) -> Block:
         out = np.empty(values.shape, leaves[name].dtype)
         names.assign(out, values)
+        compare.refuse_nonfinite(name, out, [along.start or 0 for along in index])
         return Block(name, index, out, compare.crc(out))
 
     read = ahead(

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf import random_model
@@ -11,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from test_hf import TOKENS, convert, quiet, save, tensors, theirs
 
 import olmo_jax
-from olmo_jax.convert import hf, verbs, weights
+from olmo_jax import storage
+from olmo_jax.convert import compare, hf, verbs, weights
 from olmo_jax.convert.logits import logits
 
 
@@ -137,6 +139,63 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         with pytest.raises(FileExistsError, match="is there already and is not overwritten"):
             verb(str(folder), str(there), say=quiet)
     assert not list(there.iterdir())
+
+
+REST = "weights that are not finite are not converted; take an earlier checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "options"),
+    [
+        (np.nan, "nan", {}),
+        (-np.inf, "-inf", {}),
+        (3.4e38, "inf", {"dtype": "bfloat16"}),  # rounds up to it
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_by_name_and_place(tmp_path, value, found, options):
+    folder, new = save(tmp_path, "olmo2"), str(tmp_path / "new")
+    key, ours = "model.layers.2.mlp.down_proj.weight", "params/layers/mlp/w_down"
+    edit(folder, lambda state: state[key].__setitem__((41, 7), value))
+    dtype = options.get("dtype", "float32")
+    ways = {
+        f"{key} is {found} at [41, 7] as {dtype}": [
+            lambda: verbs.to_hf(str(folder), new, **options, say=quiet)
+        ],
+        f"{ours} is {found} at [2, 7, 41] as {dtype}": [
+            lambda: verbs.to_jax(str(folder), new, **options, say=quiet),
+            *([] if options else [lambda: verbs.average([str(folder)] * 2, new, say=quiet)]),
+        ],
+    }
+    for line, calls in ways.items():
+        for call in calls:
+            with pytest.raises(ValueError) as caught:
+                call()
+            assert str(caught.value) == f"{line}: {REST}"
+            assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_row_of_a_table_that_is_not_finite_is_named_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 8 * 64 * 4)  # the table in pieces of eight rows
+    folder = save(tmp_path, "olmo2")
+    key = "model.embed_tokens.weight"
+    edit(folder, lambda state: state[key].__setitem__((90, 3), np.inf))
+    for verb, name in ((verbs.to_hf, key), (verbs.to_jax, "params/embed")):
+        with pytest.raises(ValueError, match=rf"^{re.escape(name)} is inf at \[90, 3\] as float32"):
+            verb(str(folder), str(tmp_path / "new"), say=quiet)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_all_finite_numbers_are_finite_and_no_others(dtype):
+    dtype = jnp.dtype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    values = np.array([[0.0, -0.0, 1e-7], [largest, -largest, -1e-7]], dtype)
+    compare.refuse_nonfinite("x", values, (0, 0))
+    compare.refuse_nonfinite("x", values.T, (0, 0))
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        values[1, 2] = bad
+        with pytest.raises(ValueError, match=rf"^x is {bad} at \[5, 2\]"):
+            compare.refuse_nonfinite("x", values, (4, 0))
 
 
 # --- tied tables: transformers#38870 and its like -------------------------------------------------
