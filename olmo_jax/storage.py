@@ -10,8 +10,10 @@
 
 Each chunk belongs to one device's shard and lies within one layer, so every file has one writer,
 layers can be converted one at a time, and any mesh reads only what it needs. Chunks are not
-compressed: random mantissas gain 7 %. Orbax's own writer cannot put a checksum on values and holds
-whole leaves in memory; its layout is kept, its code is needed only by the tests that restore it.
+compressed: random mantissas gain 7 %. The checksum is of a chunk's bytes, not of its place: that
+somebody exchanged two files by hand is not noticed; that would take a list of all chunks, to which
+all processes write. Orbax's own writer cannot put a checksum on values and holds whole leaves in
+memory; its layout is kept, its code is needed only by the tests that restore it.
 """
 
 import collections

@@ -193,6 +193,19 @@ def test_one_flipped_byte_in_any_chunk_is_refused_by_name(saved, at):
     storage.restore(saved, abstract(state()))
 
 
+def test_chunks_that_were_exchanged_by_hand_are_not_noticed_as_the_docs_say(saved):
+    one, two = (saved / "params.embed" / "c" / "0" / i for i in "12")
+    before, after = one.read_bytes(), two.read_bytes()
+    one.write_bytes(after)
+    two.write_bytes(before)
+    found = np.asarray(storage.restore(saved, abstract(state()))["params"]["embed"])
+    want = np.asarray(state()["params"]["embed"])
+    assert np.array_equal(found[:, 4:8], want[:, 8:12])
+    assert np.array_equal(found[:, 8:12], want[:, 4:8])
+    for file in (storage.__doc__, (ROOT / "README.md").read_text()):
+        assert "exchange" in file
+
+
 def test_lost_or_cut_chunks_and_damaged_small_files_are_refused_by_name(saved):
     chunk = saved / "params.embed" / "c" / "0" / "1"
     data = chunk.read_bytes()
