@@ -405,6 +405,8 @@ class Source:
         for key in ("model", "config"):
             if not isinstance(found.get(key), Mapping):
                 raise ValueError(f"{self.folder}/meta.json has no {key}")
+        if not isinstance(found.get("token_ids", {}), Mapping):
+            raise ValueError(f"{self.folder}/meta.json: token_ids is no group of values")
         return found
 
     def place(self, data: DataConfig) -> tuple[int, Position]:

@@ -179,7 +179,7 @@ def kept(config: Config, source: Source | None) -> Kept:
             said = source.meta()
             ids = native.token_ids(said)
             # Where nothing is said, a run that goes on may know better by now.
-            follows = source.is_resume or ids["eos_token_id"] is None
+            follows = source.is_resume or ids.get("eos_token_id") is None
             if "token_ids" in said or not follows:
                 meta["token_ids"] = ids
             names = storage.files(source.folder)
