@@ -25,11 +25,11 @@ from test_hf import quiet  # noqa: E402
 
 from olmo_jax import checkpoint, start, storage  # noqa: E402
 from olmo_jax.config import Config, DataConfig  # noqa: E402
-from olmo_jax.convert import verbs, weights  # noqa: E402
+from olmo_jax.convert import compare, verbs, weights  # noqa: E402
 
 SECONDS = 5  # that a damaged checkpoint may take, on a busy machine too
 N_BYTES = 60  # damages of the bytes of each file
-CASES = 30  # of each kind of checkpoint, where not all are tried
+CASES = 20  # of each kind of checkpoint, where not all are tried
 LOST, TWICE, NUMBER = object(), object(), 10**400
 ODD = [None, True, -1, 0, 0.5, 3, 1e300, NUMBER, "x", "../x", [], {}, [None], {"x": 1}, [[1]], LOST]
 DEEP = "[" * 100_000
@@ -58,7 +58,9 @@ def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
     loader = {"tokens_processed": 96, "epoch": 1, "sequence_length": 32}
     trainer = {"global_step": 3, "global_train_tokens_seen": 96, "data_loader": loader}
     torch.save(trainer, base / "core" / "train" / "rank0.pt")
-    verbs.to_jax(str(base / "core"), str(base / "ours"), optimizer=True, say=quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "LOGIT_BYTES", 0)  # compiles nothing
+        verbs.to_jax(str(base / "core"), str(base / "ours"), optimizer=True, say=quiet)
     return {path.name: path for path in sorted(base.iterdir())}
 
 
@@ -143,6 +145,8 @@ def of_text(data: bytes, load: Callable, dump: Callable) -> Iterator[Callable[[]
 def damages(folder: pathlib.Path) -> Iterator[Damage]:
     """All damages of all files of a checkpoint."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name == "zarr.json" and path.parent.name not in ("params.lm_head", "step"):
+            continue  # all leaves are alike
         file, data = path.relative_to(folder).as_posix(), path.read_bytes()
         bytes_of = [functools.partial(odd_bytes, data, seed) for seed in range(N_BYTES)]
         if path.suffix == ".json" or path.name in ("_METADATA", storage.MARKER):
