@@ -50,6 +50,8 @@ def train(config: Config) -> int:
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        # Before the devices too: who is being stopped may hold them.
+        stack.enter_context(processes.only_writer(config.run_dir))
         # From the start: inside JAX's own callbacks Python drops a KeyboardInterrupt.
         preemption = stack.enter_context(processes.Preemption())
         while True:
@@ -103,7 +105,6 @@ def _train(config: Config, preemption: processes.Preemption, began: float) -> in
         trace = profiler.Profiler(config.profile.steps, first, plan.last)
 
         # From here on things are written.
-        stack.enter_context(processes.only_writer(config.run_dir))
         if source is None:
             say(f"new run in {config.run_dir}")
         if not is_resume:

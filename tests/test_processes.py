@@ -1,5 +1,7 @@
 """Two processes save, restore, fail and stop together; one alone obeys SIGTERM and SIGINT."""
 
+import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -9,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from small_state import abstract, bits, state
 
 from olmo_jax import processes, snapshot, storage
@@ -185,3 +188,89 @@ def test_a_save_of_numpy_arrays_needs_no_devices(tmp_path):
     snapshot.save(storage.path(tmp_path / "w"), tree, {}, background=True).wait()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     assert bits(storage.restore(storage.path(tmp_path / "w"), shapes)) == bits(tree)
+
+
+# --- one run in a folder --------------------------------------------------------------------------
+
+
+def test_nothing_stays_of_a_folder_in_which_nothing_was_written(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("a/b/run", "mine"):
+        with contextlib.suppress(ZeroDivisionError), processes.only_writer(tmp_path / name):
+            assert [path.name for path in (tmp_path / name).iterdir()] == [".lock"]
+            raise ZeroDivisionError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]  # it was there before
+    with processes.only_writer(tmp_path / "run"):
+        (tmp_path / "run/config.json").touch()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json"}
+
+
+def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    first = processes.only_writer(folder)
+    first.__enter__()
+    third = []
+
+    def end_first(_: float) -> None:
+        if not third:  # it removes the file that the second one has open
+            open_file = processes._Lock._open
+
+            def removed_meanwhile(self):
+                file = open_file(self)
+                first.__exit__(None, None, None)
+                assert not folder.exists()
+                monkeypatch.setattr(processes._Lock, "_open", open_file)
+                return file
+
+            monkeypatch.setattr(processes._Lock, "_open", removed_meanwhile)
+        third.append(True)
+
+    monkeypatch.setattr(processes.time, "sleep", end_first)
+    with processes.only_writer(folder):
+        assert len(third) == 1
+        monkeypatch.setattr(processes, "LOCK_WAIT_S", 0.0)
+        monkeypatch.setattr(processes.time, "sleep", lambda _: None)
+        with pytest.raises(OSError, match="in use by another run"), processes.only_writer(folder):
+            pass
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"config.dir: {folder} is in use by another run (process {os.getpid()} on"
+        f" {socket.gethostname()}); waiting up to 60 s for its end"
+    )
+
+
+def test_a_folder_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def without(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(processes.fcntl, "flock", without)
+    for name, why in (("gs://a/b", ""), (f"{tmp_path}/run", " (No locks available)")):
+        with processes.only_writer(name):
+            line = f"config.dir: {name} has no lock{why}; see that no other run writes there\n"
+            assert capsys.readouterr().out == line
+
+
+LOCK = """
+folder, refused = sys.argv[3], False
+try:
+    with processes.only_writer(folder):
+        jax.devices()  # only now: another run may still hold them
+        with open(f"{folder}/records", "w"):  # only process 0 has to be there
+            raise ValueError(f"process {index} fails")
+except (OSError, ValueError) as error:
+    print(error, processes.count(), processes.index())
+processes.LOCK_WAIT_S = 0.0
+try:
+    with processes.only_writer(folder):
+        print("taken again")
+except OSError as error:
+    print(str(error).split(" (")[0])
+"""
+
+
+def test_several_processes_hear_of_a_lock_and_keep_it_until_they_end(tmp_path):
+    outputs = ends(start_two(LOCK, tmp_path / "run"))
+    for i, out in enumerate(outputs):  # a save may be under way behind the error
+        refused = f"config.dir: {tmp_path}/run is in use by another run"
+        assert out.splitlines()[-2:] == [f"process {i} fails 2 {i}", refused]
+    with processes.only_writer(tmp_path / "run"):
+        assert (tmp_path / "run/records").exists()

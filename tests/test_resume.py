@@ -1,11 +1,13 @@
 """A run that was stopped goes on as if it had not been, or says what is different."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import sys
 import sysconfig
 import time
@@ -21,6 +23,7 @@ from test_metrics import Tracker, scalars
 from olmo_jax import loop, processes, records, schedules, start, storage, train
 from olmo_jax.config import ScheduleConfig, load
 from olmo_jax.data import corpus
+from tools import plot_run
 
 pytestmark = pytest.mark.slow  # each is a run or two
 
@@ -706,17 +709,46 @@ def test_records_whose_checkpoints_are_gone_are_kept_aside(half, options):
     assert max(records.read(half)) == 2
 
 
-def test_two_runs_do_not_write_into_one_folder(half, options):
+def test_two_runs_do_not_write_into_one_folder(half, options, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "LOCK_WAIT_S", 0.3)
     before = runs.contents(half / "checkpoints")
     with processes.only_writer(half):
         result = runs.run(*options, f"dir={half}")
+        for only_reads in (runs.run(*options, f"dir={half}", "--dry_run").code,
+                           plot_run.main([str(half)])):  # fmt: skip
+            assert only_reads == 0
     assert result.code == 1
-    (line,) = result.errors
-    assert line.startswith(
-        f"config.dir: {half} is in use by another run (process {os.getpid()} on "
-    )
+    used = f"config.dir: {half} is in use by another run"
+    used += f" (process {os.getpid()} on {socket.gethostname()}); "
+    assert result.out == f"{used}waiting up to 0.3 s for its end\n"  # once, and nothing was read
+    assert result.errors == [f"{used}wait for its end, stop it, or set another config.dir"]
     assert runs.contents(half / "checkpoints") == before
     assert runs.run(*options, f"dir={half}", "train.hard_stop=11").code == 0
+
+
+def test_a_run_that_waited_goes_on_from_what_the_other_left(half, whole, options, monkeypatch):
+    with contextlib.ExitStack() as first:
+        first.enter_context(processes.only_writer(half))
+
+        def end_first(_: float) -> None:
+            shutil.copytree(whole, half, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns(".lock"))  # fmt: skip
+            first.close()
+
+        monkeypatch.setattr(processes.time, "sleep", end_first)
+        result = runs.run(*options, f"dir={half}")
+    assert result.code == 0
+    assert result.out.count("is in use by another run") == 1
+    assert "done already: step 20 of 20" in result.out
+    assert (half / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_an_interrupt_ends_the_wait_for_another_run_at_once(half, options, monkeypatch):
+    monkeypatch.setattr(processes.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    with processes.only_writer(half):
+        result = runs.run(*options, f"dir={half}")
+    assert result.code == 130
+    assert result.errors == ["interrupted; the same command goes on from the newest checkpoint"]
 
 
 def test_another_optimizer_state_is_refused_by_field(half, options):
