@@ -202,7 +202,9 @@ def _client() -> Any:
 
 
 class Preemption:
-    """Turns SIGTERM and SIGINT into an orderly end; a second SIGINT ends the process at once.
+    """Turns SIGTERM, SIGINT and SIGHUP into an orderly end; a second SIGINT ends it at once.
+
+    SIGHUP stays ignored where it was: nohup asks for that.
 
     A single process stops when it asks next. Several agree on the question at which they stop
     through JAX's preemption service, whose SIGTERM handler a Python one would replace: make this
@@ -217,9 +219,12 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT]
             if count() == 1:
-                self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_signal)
-            self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_signal)
+                numbers.append(signal.SIGTERM)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._old = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -229,7 +234,8 @@ class Preemption:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this step; once more ends the run at once\n")
+            with contextlib.suppress(OSError):  # the signal may have ended who reads this
+                os.write(2, b"\nstopping after this step; once more ends the run at once\n")
         if count() == 1:
             self._stop = True
         else:

@@ -1,12 +1,17 @@
 """Train a model: `python -m olmo_jax.train --config=configs/quickstart.py`."""
 
+if __name__ == "__main__":  # before all else, which takes its time
+    from olmo_jax import command
+
+    command.begin(preempted=75)  # nothing to save yet: the same answer as later, start it again
+
 import difflib
 import os
 import re
-import signal
 import sys
 import traceback
 
+from olmo_jax import command
 from olmo_jax.config import Config, ConfigError, flatten, load, to_dict
 from olmo_jax.validate import planned_devices, validate
 
@@ -185,12 +190,13 @@ def _train(config: Config, flags: dict[str, str]) -> int:
     # JAX takes a second to import: errors above this line answer at once.
     from olmo_jax import distributed, loop
 
+    command.raise_interrupts()  # several processes end together
     cluster = distributed.find_cluster(flags, os.environ)
     distributed.start(cluster, float(flags.get("connect_timeout", 300)))
     return loop.train(config)
 
 
 if __name__ == "__main__":
-    # Preempted before there is anything to save: the same answer as later, start it again.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    command.end_at_once()
+    sys.exit(code)

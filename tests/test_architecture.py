@@ -14,7 +14,7 @@ FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.r
 
 # A module imports only what stands in a line above its own, and its own folder.
 LEVELS = """
-config foreign parsing presets records processes distributed xla_flags
+command config foreign parsing presets records processes distributed xla_flags
 changes schedules flops optim storage
 validate
 sharding progress data
@@ -45,9 +45,10 @@ HOMES = {
     "huggingface_hub": "convert/hub",
     "yaml": "convert/legacy",
 }
-WITHOUT_JAX = "train config validate presets flops schedules records progress metrics".split() + [
-    f"data.{name}" for name in ("tokens", "order", "tokenizer", "corpus")
-]
+WITHOUT_JAX = (
+    "command train config validate presets flops schedules records progress metrics data.tokens"
+    " data.order data.tokenizer data.corpus"
+).split()
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -149,7 +149,7 @@ def test_two_processes_agree_on_the_step_to_stop_after():
 
 
 def test_one_process_stops_after_the_step_it_is_in():
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         before = signal.getsignal(number)
         with processes.Preemption() as preemption:
             assert not preemption.requested()
@@ -157,6 +157,26 @@ def test_one_process_stops_after_the_step_it_is_in():
             assert preemption.requested()
             assert preemption.requested()
         assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with processes.Preemption() as preemption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not preemption.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupt_that_ended_the_reader_stops_all_the_same(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with processes.Preemption() as preemption:
+        monkeypatch.setattr(processes.os, "write", gone)
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.requested()
 
 
 def test_a_second_interrupt_ends_the_process_at_once():

@@ -8,17 +8,23 @@
 
 SRC, A and B are folders of Hugging Face, OLMo, OLMo-core or olmo_jax (a checkpoint or a run), here
 or under https://, or ids on the Hugging Face Hub such as allenai/OLMo-2-1124-7B.
-Exit codes: 0 done (check: equal), 1 failed (check: they differ), 2 wrong command line.
+Exit codes: 0 done (check: equal), 1 failed (check: they differ), 2 wrong command line, 130
+interrupted, 143 and 129 ended by SIGTERM and SIGHUP; nothing half-written stays.
 """
 
-import argparse
-import os
 import pathlib
-import re
-import signal
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
+
+from olmo_jax import command
+
+if __name__ == "__main__":
+    command.begin()
+
+import argparse
+import os
+import re
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,10 +34,10 @@ def main(argv: list[str]) -> int:
     options = vars(parser().parse_args(argv))  # as the verb's function names them
     # Conversion needs the host only; an accelerator that is busy or small must not matter.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
     try:
         from olmo_jax.convert import verbs  # JAX takes a second; a wrong line answers at once
 
+        command.unwind()
         done = getattr(verbs, options.pop("verb"))(**options)
         return int(done is False)  # check: they differ
     except (ValueError, OSError, ImportError) as error:
@@ -117,6 +123,7 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
     except SystemExit as end:
         code = int(end.code or 0)
+    command.end_at_once()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # now: threads may still wait for a server that is silent

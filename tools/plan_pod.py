@@ -8,18 +8,22 @@ For a TPU (v4, v5e, v5p, v6e, tpu7x; needs `jax[tpu]`, no TPU) the sharded step 
 takes minutes of a core; for GPUs everything is a formula. --search looks for the best mesh, remat
 policy and number of micro-batches. Options of the config as in training: --config.mesh.fsdp=32.
 Exit codes: 0 done, 1 failed (a plan that does not fit included), 2 wrong command line or config,
-130 and 143 interrupted.
+130, 143 and 129 interrupted.
 """
 
-import argparse
-import math
-import os
 import pathlib
-import signal
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
 
+from olmo_jax import command
+
+if __name__ == "__main__":
+    command.begin()
+
+import argparse
+import math
+import os
 
 _FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mesh
 
@@ -27,13 +31,13 @@ _FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mes
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     args, overrides = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the compiler's process ends with us
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
     from olmo_jax import config
     from olmo_jax.plan import report
 
     code = 2
     try:
+        command.unwind()  # the compiler's process ends with us
         machine, what = report.parse(args.topology), config.load(args.config, overrides)
         code = 1
         return report.run(what, machine, args)
@@ -86,4 +90,6 @@ def _price(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    command.end_at_once()
+    sys.exit(code)

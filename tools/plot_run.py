@@ -4,11 +4,17 @@ Run:   python tools/plot_run.py RUN [RUN ...] [--out FILE] [--x tokens|steps]
 RUN is the folder of a run (`config.dir`, or runs/NAME), also one that is still training.
 """
 
-import argparse
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
+
+from olmo_jax import command
+
+if __name__ == "__main__":
+    command.begin()
+
+import argparse
 
 from olmo_jax import plot
 
