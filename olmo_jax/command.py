@@ -78,4 +78,6 @@ def _lasting(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed by who started this
         return open(os.devnull, "w", encoding="utf-8")
     raw = _Output(stream.fileno(), "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace", line_buffering=True)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=stream.encoding, errors="replace", line_buffering=True
+    )

@@ -212,7 +212,7 @@ def write_config(config: Config) -> None:
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         new = folder / "config.json.new"
-        new.write_text(json.dumps(to_dict(config), indent=2))
+        new.write_bytes(json.dumps(to_dict(config), indent=2).encode())
         new.replace(folder / "config.json")
 
     try:

@@ -59,7 +59,7 @@ def write(
         f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({config.run_dir!r})"',
     ]
     text = "\n".join(lines)
-    (folder / "summary.md").write_text(f"```\n{text}\n```\n")
+    (folder / "summary.md").write_bytes(f"```\n{text}\n```\n".encode(errors="replace"))
     print(f"\n{text}", flush=True)
 
 
@@ -85,7 +85,7 @@ def _continuation(config: Config, model: Any, params: Any) -> list[str]:
     if sampling.looks_ahead(model):
         return ["no continuation of a prompt: experts that choose their tokens look ahead", ""]
     tokenizer = Tokenizer(str(config.data.tokenizer))
-    prompt = _prompt(text.read_text(encoding="utf-8"))
+    prompt = _prompt(text.read_bytes().decode())
     ids = tokenizer.encode(prompt)
     new = sampling.sample(
         model, params, ids, N_NEW, temperature=TEMPERATURE, context=config.data.seq_len

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -113,3 +114,27 @@ def test_requirements_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if line and line[0] != "#"] == project["dependencies"]
+
+
+def _by_the_locale(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in an encoding that the environment chooses."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name in ("read_text", "write_text"):  # epath's forget the encoding that they are given
+        return True
+    keywords = {keyword.arg for keyword in call.keywords}
+    words = [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
+    mode = next((word for word in words if re.fullmatch("[rwax+bt]{1,3}", word)), None)
+    if mode is None and ast.unparse(call.func) == "open":  # others, as folders.open, are our own
+        mode = "r"
+    is_opened = name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile")
+    is_text = is_opened and "b" not in (mode or "b")
+    is_text |= name == "TextIOWrapper" or "text" in keywords
+    return is_text and "encoding" not in keywords
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    for folder in (PACKAGE, ROOT / "configs", ROOT / "tools"):
+        for path in folder.rglob("*.py"):
+            calls = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)]
+            found = [ast.unparse(call) for call in calls if _by_the_locale(call)]
+            assert not found, path

@@ -417,4 +417,4 @@ def _fill(
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_bytes(json.dumps(value, indent=2).encode() + b"\n")

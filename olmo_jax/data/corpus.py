@@ -176,7 +176,7 @@ def _build(folder: pathlib.Path, sources: dict[str, str], inputs: dict[str, Any]
         "eos_id": tokenizer.eos_id,
         "outputs": {name: _hash((folder / name).read_bytes()) for name in OUTPUTS},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (folder / "manifest.json").write_bytes(json.dumps(manifest, indent=1).encode())
     return "; ".join(facts)
 
 

@@ -175,7 +175,7 @@ def _silence() -> Iterator[None]:
     """Keeps to itself what libtpu says, past `sys.stderr`, about the TPU that is not here."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

@@ -120,7 +120,7 @@ def bundles(command: list[str]) -> Iterator[Any]:
         )
         here = {"LIBTPU_INIT_ARGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
         environment = os.environ | ENVIRONMENT | here
-        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        child = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
         if child.returncode:
             said = child.stderr.strip().splitlines() or [f"signal {-child.returncode}"]
             raise RuntimeError(said[-1][-400:])
@@ -143,7 +143,7 @@ def branches(path: str) -> tuple[tuple[list[int], list[int], list[int]], int]:
       RuntimeError: if it has no loop over its grid, or no branch with products.
     """
     products, jumps = [], []
-    for line in pathlib.Path(path).read_text().splitlines():
+    for line in pathlib.Path(path).read_bytes().decode().splitlines():
         if not (found := re.match(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:", line)):
             continue
         here = int(found[1], 16)

@@ -181,7 +181,7 @@ def _sources(parts: tuple[str, ...]) -> str:
 
 
 def _read(path: pathlib.Path) -> Program:
-    with gzip.open(path, "rt") as file:
+    with gzip.open(path, "rb") as file:
         return Program(**json.load(file))
 
 
@@ -193,10 +193,10 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 
 
 def _run_child(task: dict[str, Any]) -> None:
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.run(
             [sys.executable, "-m", "olmo_jax.plan.program"],
-            input=json.dumps(task), text=True, stdout=log, stderr=log,
+            input=json.dumps(task), encoding="utf-8", stdout=log, stderr=log,
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
         if child.returncode == 0:

@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 def anonymous() -> int:
     """Bytes of anonymous memory of this process."""
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_bytes().decode()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 

@@ -53,8 +53,9 @@ def make(folder: pathlib.Path, n_layers: int) -> None:
         safetensors.write(folder / file, shapes, values)
         weight_map |= dict.fromkeys(shapes, file)
     config = hf_config.write(model, {"pad_token_id": 100277, "eos_token_id": 100257}, "bfloat16")
-    (folder / hf.CONFIG).write_text(json.dumps(config))
-    (folder / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / hf.CONFIG).write_bytes(json.dumps(config).encode())
+    (folder / hf.INDEX).write_bytes(json.dumps(index).encode())
 
 
 def size_of(folder: pathlib.Path) -> int:
@@ -90,7 +91,7 @@ def convert(n_devices: int, *arguments: str) -> tuple[float, float, float]:
         nonlocal peak
         while process.poll() is None:
             try:
-                status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+                status = pathlib.Path(f"/proc/{process.pid}/status").read_bytes().decode()
                 peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
             except (OSError, IndexError):
                 return

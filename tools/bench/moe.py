@@ -123,7 +123,7 @@ def start(side: str, core: int, n_tokens: int) -> subprocess.Popen:
         [sys.executable, __file__, f"--worker={side}", f"--tokens={n_tokens}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=environment,
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # before any library counts cores
     )

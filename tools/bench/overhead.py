@@ -46,7 +46,7 @@ def get_config():
 
 def cpu_seconds(pid: int) -> float:
     """CPU-seconds of a running process."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_bytes().decode().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -60,7 +60,7 @@ def run(command: list[str], core: int, steps: int, cache: str) -> dict[str, floa
         "PYTHONPATH": str(HERE.parents[2]),
     }
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment,
+        command, stdout=subprocess.PIPE, encoding="utf-8", env=environment,
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )  # fmt: skip
     assert process.stdout is not None
