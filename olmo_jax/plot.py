@@ -1,9 +1,12 @@
 """The curves of runs in one picture, and for a mixture of experts how busy each of them is."""
 
+import contextlib
 import io
 import math
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -47,13 +50,43 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
       FileNotFoundError: if a folder has no records.
       ValueError: if they hold no training step.
     """
-    from matplotlib.figure import Figure  # half a second, which training should not pay
-
     out = pathlib.Path(out) if isinstance(out, str) else out
     runs = dict(zip(_names(run_dirs), map(_load, run_dirs), strict=True))
+    picture = io.BytesIO()
+    with _plain_style():
+        _figure(runs, x).savefig(picture, format=out.suffix[1:] or "png", dpi=120)
+    out.write_bytes(picture.getvalue())
+
+
+@contextlib.contextmanager
+def _plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the environment and the user's own settings say.
+
+    A cell of a notebook hands its MPLBACKEND to what it starts. Where that is not installed, it
+    fails the import.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib.style  # half a second, which training should not pay
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend is not None:  # for others in this process who want to show something
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    with matplotlib.style.context("default"):
+        yield
+
+
+def _figure(runs: dict[str, Steps], x: str) -> Any:
+    """The figure of runs by name, over `x`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     loads = {name: load for name, steps in runs.items() if (load := _last_load(steps)) is not None}
     n_rows = 3 if loads else 2
     figure = Figure(figsize=(12, 3.75 * n_rows), layout="constrained")
+    FigureCanvasAgg(figure)  # draws into memory
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
     rows = figure.add_gridspec(n_rows, 1)
     cells = [cell for row in (0, 1) for cell in rows[row].subgridspec(1, 2)]
@@ -73,9 +106,7 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
         _finish(axes, metric, x)
     _limit_loss(panels[LOSS], [_points(steps, LOSS, x)[1] for steps in runs.values()])
     _legend(figure, panels[LOSS], list(runs))
-    picture = io.BytesIO()
-    figure.savefig(picture, format=out.suffix[1:] or "png", dpi=120)
-    out.write_bytes(picture.getvalue())
+    return figure
 
 
 def _names(run_dirs: list[Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """The picture of runs: what it shows, and what the command says when it cannot draw."""
 
 import json
+import os
 import pathlib
 import runpy
 import subprocess
@@ -54,8 +55,10 @@ def curves(axes):
     }
 
 
-def command(*args):
-    return subprocess.run([sys.executable, TOOL, *args], capture_output=True, text=True)
+def command(*args, **environment):
+    environment = os.environ | environment
+    command = [sys.executable, TOOL, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +70,21 @@ def main():
 def test_the_command_draws_several_runs_into_one_picture(tmp_path):
     runs = [write(tmp_path / name, map(record, range(1, 30))) for name in "ab"]
     out = tmp_path / "both.png"
-    done = command(*runs, "--out", str(out))
+    # As a cell of a notebook hands it on, whose backend is not installed here.
+    done = command(*runs, "--out", str(out), MPLBACKEND="of-a-notebook")
     assert (done.returncode, done.stdout) == (0, f"wrote {out}\n"), done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_the_same_whatever_the_settings_of_the_user(tmp_path):
+    import matplotlib
+
+    run = write(tmp_path / "run", map(record, range(1, 9)))
+    plot.draw([run], tmp_path / "plain.png")
+    with matplotlib.rc_context({"axes.facecolor": "red", "savefig.pad_inches": 2}):
+        plot.draw([run], tmp_path / "mine.png")
+        assert matplotlib.rcParams["axes.facecolor"] == "red"
+    assert (tmp_path / "mine.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
 @pytest.mark.parametrize(
