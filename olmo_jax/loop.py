@@ -119,6 +119,7 @@ def _train(config: Config, preemption: processes.Preemption, began: float) -> in
             storage.path(config.run_dir),
             start_step=first,
             start_tokens=loader.order.start.tokens,
+            is_resume=is_resume,
             total_steps=plan.last,
             n_devices=jax.device_count(),
             device_kind=jax.devices()[0].device_kind,

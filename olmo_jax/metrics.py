@@ -11,8 +11,6 @@ import json
 import math
 import os
 import pathlib
-import struct
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from olmo_jax import parsing, progress, records
+from olmo_jax import events, parsing, progress, records
 from olmo_jax.config import Config, to_dict
 
 PPL_LIMIT = 10.0  # OLMo-core reports no perplexity above this loss
-FLUSH_PERIOD = 10.0  # seconds that TensorBoard may lag behind
 
 
 class Writer:
@@ -40,6 +37,7 @@ class Writer:
         `read_bytes` and `write_bytes`: records are then kept locally and copied by `sync`.
       start_step: finished steps of the state that the run starts with ...
       start_tokens: ... and the tokens seen by it.
+      is_resume: they are this run's own, so their records are to be there.
       total_steps: the last step of the run, for the ETA.
       n_devices: devices of all processes together.
       device_kind: as `jax.devices()[0].device_kind` says; an unknown one gets no MFU.
@@ -57,6 +55,7 @@ class Writer:
         *,
         start_step: int,
         start_tokens: int,
+        is_resume: bool = False,
         total_steps: int,
         n_devices: int,
         device_kind: str,
@@ -74,11 +73,14 @@ class Writer:
         local = self._folder.local
         with records.writing(local):
             self._jsonl = records.Jsonl(local / records.NAME, start_step)
+            if is_resume and self._jsonl.missing:
+                print(f"{self._jsonl.path}: no record of {records.spans(self._jsonl.missing)};"
+                      " they are not made again", flush=True)  # fmt: skip
             self._sinks: list[Any] = []
             if cfg.log.wandb:
                 self._sinks.append(_Wandb(cfg, local, start_step, self._jsonl.seen))
             if cfg.log.tensorboard:
-                self._sinks.append(_TensorBoard(local / "tensorboard", start_step))
+                self._sinks.append(events.TensorBoard(local / "tensorboard", start_step))
 
     def step(
         self,
@@ -211,66 +213,6 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-class _TensorBoard:
-    """Event files, one for each time that the run was started, all metrics of a step in one event.
-
-    (`SummaryWriter.add_scalar` would rename "train/CE loss" to "train/CE_loss".)
-    """
-
-    def __init__(self, folder: pathlib.Path, last_step: int):
-        hide = "torch" not in sys.modules
-        if hide:  # tensorboardX imports it where it can: 1.5 s for what is not used here
-            sys.modules["torch"] = None  # type: ignore[assignment]
-        try:
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
-            from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-        finally:
-            if hide:
-                del sys.modules["torch"]
-        self._event, self._summary = Event, Summary
-        folder.mkdir(exist_ok=True)
-        for path in folder.glob("events.out.tfevents.*"):
-            self._trim(path, last_step)
-        # The name holds the seconds; without their fraction a quick restart would overwrite.
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns() % 10**9:09}")
-        # Tells a TensorBoard that has read the steps that were trimmed to forget them.
-        start = SessionLog(status=SessionLog.START)
-        self._writer.write_event(
-            Event(wall_time=time.time(), step=last_step + 1, session_log=start)
-        )
-        self.flush()
-
-    def _trim(self, path: pathlib.Path, last_step: int) -> None:
-        """Remove the events of steps after `last_step`, and an event that was torn."""
-        data, kept, start = path.read_bytes(), [], 0
-        while start + 12 <= len(data):
-            (length,) = struct.unpack_from("<Q", data, start)  # then a CRC, the event, a CRC
-            end = start + 16 + length
-            if end > len(data):
-                break
-            if self._event.FromString(data[start + 12 : end - 4]).step <= last_step:
-                kept.append(data[start:end])
-            start = end
-        if sum(map(len, kept)) < len(data):
-            records.replace(path, kept)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        scalars = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        now = time.time()
-        event = self._event(wall_time=now, step=step, summary=self._summary(value=scalars))
-        self._writer.write_event(event)
-        if now - self._flushed > FLUSH_PERIOD:
-            self.flush()
-
-    def flush(self) -> None:
-        self._writer.flush()
-        self._flushed = time.time()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 class _Wandb:
     """A W&B run that goes on when training is resumed.
 
@@ -290,9 +232,8 @@ class _Wandb:
             ) from error
         self._path = folder / "wandb.json"
         self._state = {"id": uuid.uuid4().hex[:8], "offset": 0, "segment": 0, "last_row": -1}
-        last_row, known = -1, self._path.exists()  # last_row: that W&B has seen
+        last_row, known = -1, self._path.exists() and self._read()  # last_row: that W&B has seen
         if known:
-            self._state |= self._read()
             last_row = max(seen + self._state["offset"], self._state["last_row"])
         self._save()
         expected = last_step + self._state["offset"]
@@ -312,13 +253,18 @@ class _Wandb:
                 f" {self._state['offset']}; use `step` as the x axis"
             )
 
-    def _read(self) -> dict[str, Any]:
-        found = parsing.json_object(self._path.read_bytes(), str(self._path))
-        if any(
-            type(found.get(key, value)) is not type(value) for key, value in self._state.items()
-        ):
-            raise ValueError(f"{self._path} is damaged; without it the run begins anew in W&B")
-        return found
+    def _read(self) -> bool:
+        """Take on what the file says; one that is damaged is set aside."""
+        try:
+            found = parsing.json_object(self._path.read_bytes(), str(self._path))
+            self._state = {k: type(v)(found.get(k, v)) for k, v in self._state.items()}
+        except (ValueError, TypeError, AttributeError):
+            aside = records.free(self._path.with_name("wandb-damaged.json"))
+            os.replace(self._path, aside)
+            print(f"{self._path} is damaged and kept as {aside.name}; W&B gets a new run",
+                  flush=True)  # fmt: skip
+            return False
+        return True
 
     def _save(self) -> None:
         records.replace(self._path, [json.dumps(self._state).encode()])

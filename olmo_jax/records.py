@@ -1,16 +1,20 @@
 """`metrics.jsonl`, the file in a run's folder that holds every metric of every step."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 NAME = "metrics.jsonl"
+OF_A_STEP = "throughput/total tokens"  # in the record of every finished step
 
 
 def read(run_dir: Any) -> dict[int, dict[str, Any]]:
@@ -38,10 +42,13 @@ def read(run_dir: Any) -> dict[int, dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None for one that was torn by a crash."""
+    """The record of a line; None for one that is torn or damaged."""
     try:
         record = json.loads(line)
-        return record if isinstance(record["step"], int) else None
+        numbers = (record["step"], record["tokens"])
+        is_whole = all(type(number) is int and number >= 0 for number in numbers)
+        others = (int, float, list, type(None))
+        return record if is_whole and all(isinstance(x, others) for x in record.values()) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -49,32 +56,46 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 class Jsonl:
     """The file of a run, trimmed to the steps that it builds on when it is resumed.
 
+    Lines that are damaged are left out, and the file is kept beside the new one; a torn end is
+    what a kill leaves.
+
     Args:
       path: of the file.
       last_step: records of later steps are removed.
     """
 
     seen: int  # the highest step that the file had before it was trimmed
+    missing: list[tuple[int, int]]  # first and last step of each gap in what it keeps
 
     def __init__(self, path: pathlib.Path, last_step: int):
         self.path, self.seen = path, last_step
+        is_there = bytearray(last_step + 1)  # by step
         if path.exists():
-            self._trim(last_step)
+            self._trim(last_step, is_there)
         path.touch()
+        self.missing = _gaps(is_there)
 
-    def _trim(self, last_step: int) -> None:
-        def keep(line: bytes) -> bool:
-            record = _parse(line) if line.endswith(b"\n") else None
-            if record is None:
-                return False
-            self.seen = max(self.seen, record["step"])
-            return record["step"] <= last_step
-
+    def _trim(self, last_step: int, is_there: bytearray) -> None:
+        kept, n_damaged = [], 0
         with self.path.open("rb") as f:
-            kept = [keep(line) for line in f]
+            for line in f:
+                is_ended = line.endswith(b"\n")
+                record = _parse(line) if is_ended else None
+                n_damaged += is_ended and record is None
+                step = last_step + 1 if record is None else record["step"]
+                kept.append(step <= last_step)
+                if record is not None:
+                    self.seen = max(self.seen, step)
+                    if kept[-1] and OF_A_STEP in record:
+                        is_there[step] = 1
+        if n_damaged:
+            aside = free(self.path.with_name("metrics-damaged.jsonl"))
+            shutil.copyfile(self.path, aside)
+            print(f"{self.path}: damaged lines ({n_damaged:,}); it is kept as {aside.name}, and"
+                  " goes on without them", flush=True)  # fmt: skip
         if not all(kept):
             with self.path.open("rb") as f:
-                replace(self.path, filter(keep, f))
+                replace(self.path, itertools.compress(f, kept))
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Append a record, which survives the process, whatever ends that."""
@@ -88,6 +109,30 @@ class Jsonl:
         """Bring the file to disk, so that it survives the machine too."""
         with self.path.open("ab") as f:
             os.fsync(f.fileno())
+
+
+def _gaps(is_there: bytearray) -> list[tuple[int, int]]:
+    """First and last step of each gap, from the first step that is there: a run may begin late."""
+    start = max(is_there.find(1, 1), 1)
+    found = re.finditer(b"\0+", is_there[start:])
+    return [(start + gap.start(), start + gap.end() - 1) for gap in found]
+
+
+def spans(gaps: list[tuple[int, int]], most: int = 5) -> str:
+    """Gaps in words: `step 3 and steps 7 to 9`; of more than `most` the first ones."""
+    words = [f"step {i:,}" if i == j else f"steps {i:,} to {j:,}" for i, j in gaps[:most]]
+    if len(gaps) > most:
+        words.append(f"{sum(j - i + 1 for i, j in gaps[most:]):,} more")
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def free(path: pathlib.Path) -> pathlib.Path:
+    """The path, or with -2, -3 … behind its stem, that is not there yet."""
+    new, n = path, 1
+    while new.exists():
+        n += 1
+        new = path.with_name(f"{path.stem}-{n}{path.suffix}")
+    return new
 
 
 def set_aside(run_dir: str | os.PathLike[str]) -> str | None:

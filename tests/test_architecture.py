@@ -18,7 +18,7 @@ LEVELS = """
 command config foreign parsing presets records processes distributed xla_flags
 changes schedules flops optim storage
 validate
-sharding progress data
+sharding progress events data
 kernels metrics plot snapshot profiler
 nn losses
 step checkpoint
@@ -38,7 +38,7 @@ HOMES = {
     "etils": "storage",
     "grain": "data/loader",
     "matplotlib": "plot",
-    "tensorboardX": "metrics",
+    "tensorboardX": "events",
     "wandb": "metrics",
     "tokenizers": "data/tokenizer",
     "sentencepiece": "data/tokenizer",
@@ -124,7 +124,7 @@ def _by_the_locale(call: ast.Call) -> bool:
     keywords = {keyword.arg for keyword in call.keywords}
     words = [str(a.value) for a in call.args if isinstance(a, ast.Constant)]
     mode = next((word for word in words if re.fullmatch("[rwax+bt]{1,3}", word)), None)
-    if mode is None and ast.unparse(call.func) == "open":  # others, as folders.open, are our own
+    if mode is None and isinstance(call.func, ast.Name) and name == "open":  # not folders.open
         mode = "r"
     is_opened = name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile")
     is_text = is_opened and "b" not in (mode or "b")

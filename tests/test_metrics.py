@@ -40,7 +40,9 @@ def config(**log):
     )
 
 
-def writer(folder, start_step=0, cfg=None, total_steps=20, n_devices=1, kind="TPU v4", process=0):
+def writer(
+    folder, start_step=0, cfg=None, total_steps=20, n_devices=1, kind="TPU v4", process=0, **more
+):
     return metrics.Writer(
         cfg or config(tensorboard=False),
         folder,
@@ -50,6 +52,7 @@ def writer(folder, start_step=0, cfg=None, total_steps=20, n_devices=1, kind="TP
         n_devices=n_devices,
         device_kind=kind,
         process_index=process,
+        **more,
     )
 
 
@@ -72,7 +75,7 @@ def train(folder, start, stop, timeline=0.0, cfg=None, kill=False, **options):
             log.sync()
     if kill:  # no word of farewell, but what is written may have reached the disk
         for sink in log._sinks:
-            if isinstance(sink, metrics._TensorBoard):
+            if isinstance(sink, metrics.events.TensorBoard):
                 sink.close()
         log._folder.close()
     else:
@@ -353,13 +356,16 @@ def scalars(folder, tag):
     ]
 
 
-def test_tensorboard_has_exact_names_and_no_zigzag_after_a_resume(tmp_path):
+def test_tensorboard_has_exact_names_and_no_zigzag_after_a_resume(tmp_path, capsys):
     cfg = config()
     train(tmp_path, 0, 13, cfg=cfg, kill=True)
     dead = next((tmp_path / "tensorboard").iterdir())
-    with dead.open("ab") as f:
-        f.write(b"\x20\0\0\0\0\0\0\0torn")
+    with dead.open("r+b") as f:
+        event = f.read(40)
+        f.seek(0, 2)
+        f.write(event[:-5])  # killed while it was writing
     train(tmp_path, 10, 20, timeline=1.0, cfg=cfg)
+    assert "is damaged" not in capsys.readouterr().out
     folder = tmp_path / "tensorboard"
     assert len(list(folder.iterdir())) == 2  # though both began within the same second
     expected = [(s, loss_at(s, 0.0 if s <= 10 else 1.0)) for s in range(1, 21)]
@@ -371,10 +377,97 @@ def test_tensorboard_has_exact_names_and_no_zigzag_after_a_resume(tmp_path):
     assert steps == list(range(1, 21))
 
 
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        ("length", [1, 2, 3]),  # nobody knows where the next event begins
+        ("value", [1, 2, 3, 5, 6, 7, 8, 9, 10]),  # the protocol buffer can be read
+        ("tag", [1, 2, 3, 5, 6, 7, 8, 9, 10]),  # and here it cannot
+    ],
+)
+def test_a_damaged_event_file_is_kept_aside_and_the_run_goes_on(tmp_path, capsys, where, left):
+    cfg = config()
+    train(tmp_path, 0, 13, cfg=cfg, kill=True)
+    folder = tmp_path / "tensorboard"
+    (path,) = folder.iterdir()
+    data, at = bytearray(path.read_bytes()), 0
+    for _ in range(5):  # version, start and three steps; then step 4
+        at += 16 + struct.unpack_from("<Q", data, at)[0]
+    data[{"length": at, "value": data.index(b"PPL", at) + 5, "tag": at + 22}[where]] ^= 0x7F
+    path.write_bytes(data)
+    train(tmp_path, 10, 12, cfg=cfg)
+    aside = path.name.replace("tfevents", "damaged")
+    said = f"{path} is damaged and kept as {aside}; {{}} events of it are whole and stay"
+    assert said.format(len(left) + 2 + 2 * (len(left) > 3)) in capsys.readouterr().out
+    assert (folder / aside).read_bytes() == data
+    (folder / aside).unlink()  # TensorBoard passes over that name
+    assert [s for s, _ in scalars(folder, "train/PPL")] == [*left, 11, 12]
+    assert losses(lines(tmp_path)) == [(s, loss_at(s, 0)) for s in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("hit", "missing"),
+    [
+        ([4], "step 4"),
+        ([4, 8, 9], "step 4 and steps 8 to 9"),
+        ([2, 4, 6, 8, 10], "step 2, step 4, step 6, step 8 and step 10"),
+        (range(1, 11), "steps 1 to 10"),
+    ],
+)
+def test_damaged_records_are_kept_aside_and_missing_ones_are_said(tmp_path, capsys, hit, missing):
+    train(tmp_path, 0, 13)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    begins = [b'{"step": %d, ' % step for step in hit]
+    is_hit = [line.startswith(tuple(begins)) and b"train/CE loss" in line for line in whole]
+    hurt = [line.replace(b'"tokens"', b'"tok\xffns"') if yes else line
+            for line, yes in zip(whole, is_hit, strict=True)]  # fmt: skip
+    path.write_bytes(b"".join(hurt))
+    train(tmp_path, 10, 11, is_resume=True)
+    out = capsys.readouterr().out
+    assert f"{path}: damaged lines ({len(hit)}); it is kept as metrics-damaged.jsonl, and" in out
+    assert f"{path}: no record of {missing}; they are not made again\n" in out
+    assert (tmp_path / "metrics-damaged.jsonl").read_bytes() == b"".join(hurt)
+    assert [s for s, _ in losses(lines(tmp_path))] == sorted({*range(1, 12)} - {*hit})
+    train(tmp_path, 11, 11, is_resume=True)  # later it is still true, but nothing new is damaged
+    out = capsys.readouterr().out
+    assert "damaged lines" not in out
+    assert ("no record of" in out) == (len(hit) < 10)  # else it might have begun at 11
+
+
+def test_records_that_are_gone_are_said_but_not_where_a_run_begins_late(tmp_path, capsys):
+    train(tmp_path / "late", 10, 15)  # from another run's place in the data
+    train(tmp_path / "late", 15, 16, is_resume=True)
+    assert "no record" not in capsys.readouterr().out
+    train(tmp_path / "gone", 10, 11, is_resume=True)
+    path = tmp_path / "gone/metrics.jsonl"
+    assert f"{path}: no record of steps 1 to 10; they" in capsys.readouterr().out
+    with path.open("ab") as f:
+        f.write(b"\0" * 100)  # what a machine that lost its power may leave
+    train(tmp_path / "gone", 11, 12, is_resume=True)
+    assert "damaged lines" not in capsys.readouterr().out  # a torn end
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"[]", b"5", b'{"step": true, "tokens": 1}', b'{"step": -1, "tokens": 1}', b'{"step": 1}',
+     b'{"step": 1, "tokens": 1, "train/CE loss": "x"}', b"[" * 100_000, b"\xff", b"\0"],
+)  # fmt: skip
+def test_a_line_that_is_no_record_is_passed_over(tmp_path, line):
+    good = b'{"step": 2, "tokens": 3, "train/CE loss": null}\n'
+    (tmp_path / records.NAME).write_bytes(line + b"\n" + good)
+    assert [*records.read(tmp_path)] == [2]
+
+
+def test_many_gaps_are_counted():
+    gaps = [(i, i + 1) for i in range(1, 40, 4)]
+    assert records.spans(gaps, most=2) == "steps 1 to 2, steps 5 to 6 and 16 more"
+
+
 def test_tensorboard_does_not_pull_in_torch(tmp_path):
     code = (
         "import sys, pathlib; from olmo_jax import metrics;"
-        f"metrics._TensorBoard(pathlib.Path({str(tmp_path)!r}) / 'tb', 0).close();"
+        f"metrics.events.TensorBoard(pathlib.Path({str(tmp_path)!r}) / 'tb', 0).close();"
         "import sys; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -459,6 +552,21 @@ def test_wandb_that_cannot_rewind_gets_marked_segments(tmp_path, monkeypatch, ca
     both = [row["segment"] for row in rows.values() if row.get("step") == 12]
     assert both == [0, 1]  # the dead value is still there, and can be told from the other
     assert "W&B cannot rewind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"id": "a", "segment": "x"}'])
+def test_a_damaged_note_of_wandb_is_kept_aside_for_a_new_run(
+    tmp_path, monkeypatch, capsys, content
+):
+    monkeypatch.setitem(sys.modules, "wandb", tracker := Tracker())
+    (tmp_path / "wandb.json").write_bytes(content)
+    train(tmp_path, 0, 2, cfg=config(wandb=True, tensorboard=False))
+    said = f"{tmp_path}/wandb.json is damaged and kept as wandb-damaged.json; W&B gets a new run\n"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "wandb-damaged.json").read_bytes() == content
+    ((id, rows),) = tracker.history.items()
+    assert json.loads((tmp_path / "wandb.json").read_bytes())["id"] == id
+    assert len(rows) == 2
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
