@@ -143,7 +143,7 @@ def set_aside(run_dir: str | os.PathLike[str]) -> str | None:
     folder = pathlib.Path(run_dir)
     if "://" in os.fspath(run_dir) or not (folder / NAME).exists() or not read(str(folder)):
         return None
-    old = folder / time.strftime("records-%Y%m%d-%H%M%S", time.gmtime())
+    old = free(folder / time.strftime("records-%Y%m%d-%H%M%S", time.gmtime()))
     with writing(old):
         old.mkdir()
         for name in (NAME, "tensorboard", "wandb.json"):

@@ -464,6 +464,18 @@ def test_many_gaps_are_counted():
     assert records.spans(gaps, most=2) == "steps 1 to 2, steps 5 to 6 and 16 more"
 
 
+def test_two_set_asides_in_one_second_have_two_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(records.time, "strftime", lambda *_: "records-1")
+    for n in (1, 2, 3):
+        train(tmp_path, 0, n)
+        assert records.set_aside(tmp_path) == ("records-1", "records-1-2", "records-1-3")[n - 1]
+    assert [max(records.read(tmp_path / f"records-1{end}")) for end in ("", "-2", "-3")] == [
+        1,
+        2,
+        3,
+    ]
+
+
 def test_tensorboard_does_not_pull_in_torch(tmp_path):
     code = (
         "import sys, pathlib; from olmo_jax import metrics;"
