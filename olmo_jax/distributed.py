@@ -203,7 +203,7 @@ def leave(code: int) -> None:
 class Watchdog:
     """Ends the process if nothing moves: a peer that died leaves the others in a collective.
 
-    Use as a context.
+    Use as a context; of a collective that fails it says in one line which step it was.
     """
 
     def __init__(self, timeout_s: float):
@@ -224,9 +224,15 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         self._stop.set()
         self._thread.join()
+        if jax.process_count() > 1 and _is_of_the_devices(error):
+            raise OSError(
+                f"{self._what} failed in process {jax.process_index()} of {jax.process_count()}:"
+                f" {str(error).splitlines()[0]}; another process may have ended before: see its"
+                " output"
+            ) from error  # type: ignore[arg-type]
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._timeout_s / 4)):
@@ -241,3 +247,9 @@ class Watchdog:
                     flush=True,
                 )
                 os._exit(STALLED)  # the main thread is stuck inside a collective
+
+
+def _is_of_the_devices(error: object) -> bool:
+    """Whether XLA raised it; from a call, instead of a result, it comes as a ValueError."""
+    is_status = isinstance(error, ValueError) and re.match(r"[A-Z_]{4,}: ", str(error)) is not None
+    return is_status or isinstance(error, jax.errors.JaxRuntimeError)

@@ -257,6 +257,7 @@ class Run:
         self.loader.n_steps = self.plan.last - first
         seen = self.loader.order.start.tokens
         pending: Any = None  # the step before, whose metrics the host has not read
+        self.watchdog.beat(f"the data of step {at + 1}")
         for batch, position in self.loader:
             at += 1
             self.watchdog.beat(f"step {at}")
@@ -296,6 +297,7 @@ class Run:
                 self.keep(state, at, position, kind, stop)
             if due_eval and not (is_last and (c.eval.at_finish or c.train.summary)):
                 self.evaluate_between(state, at, position)
+            self.watchdog.beat(f"the data of step {at + 1}")
         return state
 
     def keep(

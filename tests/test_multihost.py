@@ -13,6 +13,7 @@ import pytest
 import runs
 
 from olmo_jax import distributed, records, storage
+from olmo_jax.data.loader import Loader
 from olmo_jax.distributed import Cluster
 
 # As many KV heads as four tensor ways need, several documents in a row, and a step that is skipped.
@@ -207,8 +208,10 @@ def test_a_stalled_process_ends_the_run_after_the_set_time(tmp_path, options):
             r" process 1 of 2; the run ends here and can be resumed", line
         )  # fmt: skip
         processes[0].send_signal(signal.SIGCONT)
-        processes[0].communicate(timeout=90)
+        _, errors = processes[0].communicate(timeout=90)
         assert processes[0].returncode in (1, 74)  # it may see first that the other is gone
+        assert re.search(r"error: (the data of )?step \d+ (failed in|has not finished)", errors)
+        assert "Traceback" not in errors
 
 
 FAILING = """
@@ -234,6 +237,12 @@ def test_a_process_that_fails_ends_at_once_and_so_do_the_others(tmp_path, option
         assert "Traceback" not in errors
         _, errors = processes[0].communicate(timeout=90)
         assert processes[0].returncode not in (0, 75)
+        (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert re.fullmatch(
+            r"error: step 6 failed in process 0 of 2: UNKNOWN: Gloo .*; another process may have"
+            r" ended before: see its output", line
+        )  # fmt: skip
+        assert "Traceback" not in errors
     assert storage.is_complete(storage.path(tmp_path / "run/checkpoints/step4"))
 
 
@@ -253,6 +262,32 @@ def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
         assert ended.wait(20)
     assert set(codes) == {74}
     assert "error: step 7 has not finished after" in capsys.readouterr().err
+
+
+def test_the_watchdog_says_that_data_are_waited_for(tmp_path, options, monkeypatch):
+    beat, read, codes, go_on = distributed.Watchdog.beat, Loader.batch, [], threading.Event()
+
+    def impatient(self, what):
+        self._timeout_s = 0.2 if what == "the data of step 5" else 600.0
+        beat(self, what)
+
+    def hanging(self, i):
+        assert i != 4 or go_on.wait(60)
+        return read(self, i)
+
+    def end(code: int) -> None:
+        codes.append(code)
+        go_on.set()
+
+    monkeypatch.setattr(distributed.Watchdog, "beat", impatient)
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    monkeypatch.setattr(Loader, "batch", hanging)
+    result = runs.run(*options, f"dir={tmp_path}/run", "train.duration=6", "checkpoint.interval=4")
+    assert (result.code, set(codes)) == (0, {74})
+    assert re.match(
+        r"the data of step 5 has not finished after \d+ s \(config\.train\.step_timeout_s=0\.2\) in"
+        r" process 0 of 1; the run ends here and can be resumed", result.errors[0]
+    )  # fmt: skip
 
 
 # --- meeting --------------------------------------------------------------------------------------
