@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import compilation_cache  # in public it cannot be read
 from jax.sharding import Mesh
 
 from olmo_jax import changes, processes, records, sharding, step, storage, summary
@@ -25,6 +26,7 @@ from olmo_jax.step import TrainState
 _SILENT = ("log.", "profile.", "compute.compilation")
 # Files that are a tokenizer; others say how it is used.
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
+_read_compiled = compilation_cache.get_executable_and_time
 
 
 def resolve(config: Config) -> Config:
@@ -65,6 +67,24 @@ def _keep_compiled(name: str) -> None:
     say(f"compilation cache: {folder}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation_cache.get_executable_and_time = _compiled
+
+
+def _compiled(key: str, *arguments: Any) -> Any:
+    """JAX's own function, but an entry that a kill tore is removed.
+
+    JAX warns of it at every start, and never writes it anew.
+    """
+    try:
+        return _read_compiled(key, *arguments)
+    except OSError:  # of the disk
+        raise
+    except Exception as error:
+        entry = storage.path(jax.config.jax_compilation_cache_dir) / f"{key}-cache"
+        entry.unlink(missing_ok=True)
+        why = storage.cause(error)
+        say(f"compute.compilation_cache: removed {entry.name}, which is damaged ({why})")
+        return None, None
 
 
 def _replace(config: Config, part: str, **changes: Any) -> Config:

@@ -13,7 +13,7 @@ import runs
 from jax._src import array
 from jax.experimental.compilation_cache import compilation_cache
 
-from olmo_jax import config, flops, loop, program, sharding, step, validate
+from olmo_jax import config, flops, loop, program, sharding, start, step, validate
 from olmo_jax.config import ComputeConfig
 from olmo_jax.plan import hlo
 from olmo_jax.plan.program import lower
@@ -59,6 +59,31 @@ def test_the_second_start_finds_its_program_in_the_default_cache(
         assert result.out.count("(found in the compilation cache)") == hits
         assert f"compilation cache: {tmp_path}/.cache/olmo_jax/xla\n" in result.out
     assert "memory per device" in result.out
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b""], ids=["torn", "empty"]
+)
+def test_a_torn_entry_of_the_compilation_cache_is_made_anew(no_cache, tmp_path, capsys, damage):
+    start._keep_compiled(str(tmp_path))
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    def call() -> str:  # what is said; a warning would be an error
+        assert jax.jit(lambda x: x * 3 + 1)(2) == 7
+        return capsys.readouterr().out
+
+    try:
+        call()
+        (entry,) = tmp_path.glob("jit__lambda-*-cache")
+        entry.write_bytes(damage(entry.read_bytes()))
+        said = rf"compute\.compilation_cache: removed {entry.name}, which is damaged \(.+\)\n"
+        assert re.fullmatch(said, call())
+        with program._cache_hits() as hits:
+            assert call() == ""
+        assert hits
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.mark.parametrize(
