@@ -80,7 +80,7 @@ def _compiled(key: str, *arguments: Any) -> Any:
     except OSError:  # of the disk
         raise
     except Exception as error:
-        entry = storage.path(jax.config.jax_compilation_cache_dir) / f"{key}-cache"
+        entry = storage.path(jax.config.jax_compilation_cache_dir) / f"{key}-cache"  # type: ignore
         entry.unlink(missing_ok=True)
         why = storage.cause(error)
         say(f"compute.compilation_cache: removed {entry.name}, which is damaged ({why})")
