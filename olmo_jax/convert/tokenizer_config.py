@@ -31,9 +31,9 @@ def complete(folder: pathlib.Path, say: Callable[[str], None]) -> None:
         except ValueError as error:
             say(f"no {NAME} is written: {str(error).removeprefix('config.data.tokenizer: ')}")
             return
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         text = json.dumps(_fields(tokenizer, config, say), indent=2, ensure_ascii=False)
-        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+        (folder / NAME).write_bytes(f"{text}\n".encode())
     elif (folder / "tokenizer.model").exists():
         say("tokenizer.model: some versions of transformers make other ids with it than"
             " sentencepiece")  # fmt: skip
