@@ -431,7 +431,10 @@ def test_an_empty_mistyped_or_torn_load_path_is_refused_by_name(tmp_path):
         (tmp_path / "mistyped", "mistyped does not exist"),
         (tmp_path / "torn", "no complete checkpoint in .*torn; step3 is incomplete"),
         (tmp_path / "both", "; step3 is incomplete; step4 is not written by olmo_jax$"),
-        (tmp_path / "core", "; it is a folder of checkpoints; step6 is a part of .* OLMo-core; name "),
+        (
+            tmp_path / "core",
+            "; it is a folder of checkpoints; step6 is a part of .* OLMo-core; name ",
+        ),
         ("", "is empty"),
     ):
         with pytest.raises(ValueError, match=rf"^config.checkpoint.load_path.*{message}"):
