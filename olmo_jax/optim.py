@@ -9,6 +9,7 @@ Source: Decoupled Weight Decay Regularization, arXiv 1711.05101; the guard is OL
 """
 
 import fnmatch
+import math
 from typing import Any
 
 import jax
@@ -45,16 +46,18 @@ def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
 
 
 def describe_groups(cfg: OptimConfig, params: Tree) -> str:
-    """The decayed and the exempt parameters, one line each; the same for any depth and width."""
-    names: dict[bool, list[str]] = {True: [], False: []}
-    for path, decayed in jax.tree_util.tree_leaves_with_path(decay_mask(cfg, params)):
-        names[decayed].append(jax.tree_util.keystr(path, simple=True, separator="/"))
-    balance = [name for name in names[False] if name == ROUTER_BIAS]
-    exempt = [name for name in names[False] if name != ROUTER_BIAS]
-    return (
-        f"weight decay {cfg.weight_decay:g}: {', '.join(names[True]) or 'nothing'}\n"
-        f"no weight decay: {', '.join(exempt) or 'nothing'}"
-    ) + "".join(f"\nmoved by the experts' loads: {name}" for name in balance)
+    """The decayed and the exempt parameters, one line each: how many, and their names."""
+    heads = (f"weight decay {cfg.weight_decay:g}", "no weight decay", "moved by the experts' loads")
+    groups: tuple[dict[str, int], ...] = ({}, {}, {})
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(cfg, params))
+    for (path, decayed), leaf in zip(mask, jax.tree.leaves(params), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        groups[0 if decayed else 2 if name == ROUTER_BIAS else 1][name] = math.prod(leaf.shape)
+    shown = zip(heads, groups if groups[2] else groups[:2], strict=False)
+    return "\n".join(
+        f"{head}, {sum(group.values()):,} parameters: {', '.join(group) or 'nothing'}"
+        for head, group in shown
+    )
 
 
 def init(cfg: OptimConfig, params: Tree) -> dict[str, Any]:

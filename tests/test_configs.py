@@ -362,7 +362,7 @@ def test_every_config_passes_its_dry_run(path, capsys):
     assert train.main([f"--config={path}", "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert f"parameters        {flops.n_params(config.load(str(path)).model).total:,}" in out
-    for word in ("FLOPs per token", "mesh", "state per device", "no weight decay: "):
+    for word in ("FLOPs per token", "mesh", "state per device", "no weight decay, "):
         assert word in out
 
 

@@ -137,9 +137,12 @@ def test_the_bias_is_a_group_of_its_own():
     config = make_config(model=BIASED)
     state = jax.eval_shape(lambda: step._fresh(config, jax.random.key(0)))
     *others, last = optim.describe_groups(config.optim, state.params).splitlines()
-    assert last == "moved by the experts' loads: layers/moe/router_bias"
-    assert "router_bias" not in "".join(others)
     shape = state.params["layers"]["moe"]["router_bias"].shape
+    n = shape[0] * shape[1]
+    assert last == f"moved by the experts' loads, {n} parameters: layers/moe/router_bias"
+    assert "router_bias" not in "".join(others)
+    counts = [int(line.split(", ")[1].split()[0].replace(",", "")) for line in (*others, last)]
+    assert sum(counts) == flops.n_params(BIASED).total
     assert tuple(n for n, _ in flops.weights(BIASED)["layers/moe/router_bias"]) == shape
     assert flops.flops_per_token(BIASED, 64) == flops.flops_per_token(EXPERTS, 64)
 

@@ -243,7 +243,7 @@ def test_a_dry_run_of_32b_tells_its_figures_from_shapes_alone():
     gradients = f"gradients {own / 2**30:.2f}"
     assert f"{4 * own / 2**30:.2f} GiB: {params}, {moments}, {gradients}; activations" in out
     assert f"checkpoint        {(core + 2 * vocab * d) * 12 / 2**30:.2f} GiB each" in out
-    assert "no weight decay: embed\n" in out
+    assert f"no weight decay, {vocab * d:,} parameters: embed\n" in out
     assert "config.optim.freeze_adam_step = True" in out
 
 
