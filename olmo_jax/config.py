@@ -4,22 +4,41 @@ A config file builds a `ConfigDict` (easy to edit); a run reads dataclasses (typ
 problems of a config are reported together, one line each, by the name of the field.
 """
 
-import ast
 import dataclasses
-import difflib
 import math
-import pathlib
+import os
 import re
 import runpy
 import traceback
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
+from olmo_jax import options
+from olmo_jax.options import (
+    INT32,
+    LARGEST,
+    Count,
+    File,
+    Folder,
+    Natural,
+    NonNegative,
+    Path,
+    Positive,
+    Range,
+    RunName,
+    Seed,
+    Share,
+    SomeUnits,
+    Units,
+)
+
+Row = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that predicts it
+Span = tuple[Count, Count]  # [start, stop) of steps
+Beta = Annotated[float, Range(0.0, 0.9999999)]  # what is above is 1 in fp32
 Unit = Literal["steps", "tokens", "epochs"]
 
 
@@ -42,43 +61,45 @@ class ConfigError(ValueError):
 class ModelConfig:
     """What the model is. Two runs with equal values here compute the same function."""
 
-    vocab_size: int = 100_352  # rows of the softmax
-    padded_vocab_size: int | None = None  # rows stored, for sharding; the extra ones never score
-    d_model: int = 2048
-    n_layers: int = 16
-    n_heads: int = 16
-    n_kv_heads: int = 16
-    head_dim: int = 128
-    d_ff: int = 8192  # of each expert where there are any
-    n_experts: int = 0  # a mixture of experts in the place of the MLP; 0: the MLP
-    n_experts_per_token: int = 8
+    vocab_size: Count = 100_352  # rows of the softmax
+    padded_vocab_size: Count | None = None  # rows stored, for sharding; the extra ones never score
+    d_model: Count = 2048
+    n_layers: Annotated[int, Range(1, 100_000)] = 16
+    n_heads: Count = 16
+    n_kv_heads: Count = 16
+    head_dim: Count = 128
+    d_ff: Count = 8192  # of each expert where there are any
+    n_experts: Natural = 0  # a mixture of experts in the place of the MLP; 0: the MLP
+    n_experts_per_token: Count = 8
     normalize_expert_weights: bool = False  # the weights of a token's experts sum to 1
     # Each token takes its best experts, or each expert the best tokens of every sequence, as many
     # on average; that looks ahead, so that such a model cannot generate text as it was trained.
     router: Literal["token_choice", "expert_choice"] = "token_choice"
     # Balance without a loss: after each step a bias, used for the choice alone, moves by this
     # towards experts with fewer tokens than the mean; OLMo-core's bias_gamma. None: no bias.
-    router_bias_gamma: float | None = None
-    max_seq_len: int = 4096  # longest sequence that the model is meant for, tokens
+    router_bias_gamma: Positive | None = None
+    max_seq_len: Count = 4096  # longest sequence that the model is meant for, tokens
     norm: Literal["rms", "nonparametric"] = "rms"
     norm_position: Literal["before", "after"] = "after"  # of the sub-layer: OLMo 1 / OLMo 2
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     qk_norm: Literal["none", "full"] = "full"  # full: over all heads together
-    clip_qkv: float | None = None  # q, k and v are clamped to ± this
+    clip_qkv: Positive | None = None  # q, k and v are clamped to ± this
     tie_embeddings: bool = False
     layer_types: tuple[Literal["full", "sliding"], ...] = ("full",)  # a shorter list repeats
-    window: int | None = None  # positions that a sliding layer sees, the own one included
-    rope_theta: float = 500_000.0
-    yarn_factor: float | None = None  # YaRN on the full layers (never on sliding ones)
-    yarn_original_len: int = 8192  # tokens
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
-    yarn_attention_factor: float | None = None  # None: 0.1 ln(yarn_factor) + 1
+    window: Count | None = None  # positions that a sliding layer sees, the own one included
+    rope_theta: Annotated[float, Range(2.0, LARGEST)] = 500_000.0
+    yarn_factor: Annotated[float, Range(1.0, LARGEST)] | None = (
+        None  # YaRN on the full layers (never on sliding ones)
+    )
+    yarn_original_len: Count = 8192  # tokens
+    yarn_beta_fast: Positive = 32.0
+    yarn_beta_slow: Positive = 1.0
+    yarn_attention_factor: Positive | None = None  # None: 0.1 ln(yarn_factor) + 1
     init: Literal["normal", "mitchell"] = "normal"
-    init_std: float = 0.02  # of every matrix (normal), truncated at three of it
-    embed_init_std: float | None = None  # None: as init says
-    head_init_std: float | None = None  # None: as init says
-    post_norm_init: float = 1.0  # gain of the norms on the sub-layers' outputs
+    init_std: Positive = 0.02  # of every matrix (normal), truncated at three of it
+    embed_init_std: NonNegative | None = None  # None: as init says
+    head_init_std: NonNegative | None = None  # None: as init says
+    post_norm_init: NonNegative = 1.0  # gain of the norms on the sub-layers' outputs
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -107,11 +128,11 @@ class ComputeConfig:
     # blocked, which can all. pallas on a Hopper GPU has not run there yet. A named one that cannot
     # do the model, the mask or the device says why.
     attention: Literal["auto", "pallas", "cudnn", "blocked", "reference"] = "auto"
-    loss_chunk: int | None = 1024  # tokens whose logits are held at once; None: all
-    accumulate: int = 1  # micro-batches per step
+    loss_chunk: Count | None = 1024  # tokens whose logits are held at once; None: all
+    accumulate: Count = 1  # micro-batches per step
     # Rows that the experts of a device can take over mesh.expert, in terms of the balanced load;
     # what needs more ends the run. None: so many that no routing can need more.
-    expert_buffer: float | None = None
+    expert_buffer: Annotated[float, Range(1.0, LARGEST)] | None = None
     deterministic: bool = False  # GPU: bit-exact resume, at some speed
     compilation_cache: str | None = "~/.cache/olmo_jax/xla"  # None: compile anew in each process
     # NAME=VALUE, over what `xla_flags.py` has for the chip; NAME=none takes a flag away.
@@ -122,38 +143,38 @@ class ComputeConfig:
 class DataConfig:
     """Which tokens, in which order."""
 
-    paths: tuple[str, ...] = ()  # token files or globs; their order is part of the data order
-    root: str = ""  # put before every relative path
+    paths: tuple[File, ...] = ()  # token files or globs; their order is part of the data order
+    root: Annotated[str, Path(may_be_empty=True)] = ""  # put before every relative path
     corpus: Literal["stdlib"] | None = None  # prepare this embedded corpus instead of `paths`
-    corpus_vocab_size: int = 4096
-    corpus_dir: str = "data"  # where prepared corpora are kept
+    corpus_vocab_size: Annotated[int, Range(257, INT32)] = 4096
+    corpus_dir: File = "data"  # where prepared corpora are kept
     dtype: Literal["uint8", "uint16", "uint32"] | None = None  # None: smallest for vocab_size
-    tokenizer: str | None = None  # tokenizer.json or sentencepiece .model that made the tokens
-    eos_id: int | None = None  # where documents end; a checkpoint's own special tokens stay
-    seq_len: int = 4096  # tokens per row
-    global_batch_size: int = 4_194_304  # tokens per step
-    batch_sizes: tuple[int, ...] = ()  # a schedule of global batch sizes, tokens ...
-    batch_starts: tuple[int, ...] = ()  # ... and the tokens seen at which each begins, first 0
+    tokenizer: File | None = None  # tokenizer.json or sentencepiece .model that made the tokens
+    eos_id: Natural | None = None  # where documents end; a checkpoint's own special tokens stay
+    seq_len: Row = 4096  # tokens per row
+    global_batch_size: Count = 4_194_304  # tokens per step
+    batch_sizes: tuple[Count, ...] = ()  # a schedule of global batch sizes, tokens ...
+    batch_starts: tuple[Units, ...] = ()  # ... and the tokens seen at which each begins, first 0
     order: Literal["core", "legacy"] = "core"  # OLMo-core (epochs from 1), OLMo (from 0)
-    seed: int = 34521  # of the order
-    source_permutation_seed: int | None = None  # shuffle the list of paths first
-    max_target_seq_len: int | None = None  # shuffle in chunks of this many tokens
+    seed: Seed = 34521  # of the order
+    source_permutation_seed: Seed | None = None  # shuffle the list of paths first
+    max_target_seq_len: SomeUnits | None = None  # shuffle in chunks of this many tokens
     document_mask: Literal["none", "eos", "boundaries"] = "none"  # attend within documents only
     instance_filter: bool = False  # no loss on rows that repeat an n-gram ...
-    filter_max_period: int = 13  # ... of at most this many tokens ...
-    filter_min_repeats: int = 32  # ... at least so often
-    threads: int = 4  # that read rows
-    prefetch: int = 4  # batches made ahead
+    filter_max_period: Count = 13  # ... of at most this many tokens ...
+    filter_min_repeats: Count = 32  # ... at least so often
+    threads: Annotated[int, Range(1, 1024)] = 4  # that read rows
+    prefetch: Annotated[int, Range(1, 65_536)] = 4  # batches made ahead
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of a composable or sequential schedule."""
 
-    duration: int = 0  # in the schedule's unit; the last stage of a sequential one runs on
+    duration: Units = 0  # in the schedule's unit; the last stage of a sequential one runs on
     shape: str = "linear"  # linear | cosine, or a schedule's name in a sequential schedule
-    end: float = 1.0  # fraction of the peak LR at the stage's end
-    alpha_f: float = 0.1  # of a schedule in a sequential one
+    end: NonNegative = 1.0  # fraction of the peak LR at the stage's end
+    alpha_f: NonNegative = 0.1  # of a schedule in a sequential one
 
 
 @dataclass(frozen=True)
@@ -167,24 +188,24 @@ class ScheduleConfig:
         "legacy_inv_sqrt", "legacy_cos_linear",
     ] = "cos_with_warmup"  # fmt: skip
     unit: Literal["steps", "tokens"] = "steps"
-    warmup: int = 0  # units; of the first stage of sequential, within the first period of wsds
-    warmup_fraction: float | None = None  # of t_max (wsds: of the period), instead of warmup
-    warmup_min_lr: float = 0.0  # where warm-up starts
+    warmup: Units = 0  # units; of the first stage of sequential, within the first period of wsds
+    warmup_fraction: Share | None = None  # of t_max (wsds: of the period), instead of warmup
+    warmup_min_lr: NonNegative = 0.0  # where warm-up starts
     # Units; None: the run's duration. cos_with_warmup_and_linear_decay: of the cosine, which the
     # last phase cuts short at the end of the run.
-    t_max: int | None = None
-    alpha_f: float = 0.1  # final LR as a fraction of the peak
-    decay: int | None = None  # units of the last, linear phase
-    decay_fraction: float | None = None  # of t_max (wsds: of each period); without both 0.1
-    decay_min_lr: float = 0.0
-    power: float = -0.51  # exponent of power_lr
-    lr_min: float = 1e-9  # start of exponential
-    period_lengths: tuple[int, ...] = ()  # of wsds, units
-    period_peaks: tuple[float, ...] = ()  # multipliers of the peak, one per period; (): all 1
+    t_max: SomeUnits | None = None
+    alpha_f: NonNegative = 0.1  # final LR as a fraction of the peak
+    decay: SomeUnits | None = None  # units of the last, linear phase
+    decay_fraction: Share | None = None  # of t_max (wsds: of each period); without both 0.1
+    decay_min_lr: NonNegative = 0.0
+    power: Annotated[float, Range(-100.0, 0.0)] = -0.51  # exponent of power_lr
+    lr_min: Positive = 1e-9  # start of exponential
+    period_lengths: tuple[SomeUnits, ...] = ()  # of wsds, units
+    period_peaks: tuple[Positive, ...] = ()  # multipliers of the peak, one per period; (): all 1
     stages: tuple[StageConfig, ...] = ()  # of composable and sequential
-    final_decay_start: int | None = None  # composable, sequential: decay from here on, units
-    final_decay: int = 0  # for so many units
-    final_decay_lr: float = 0.0  # down to this
+    final_decay_start: Units | None = None  # composable, sequential: decay from here on, units
+    final_decay: Units = 0  # for so many units
+    final_decay_lr: NonNegative = 0.0  # down to this
 
 
 @dataclass(frozen=True)
@@ -192,17 +213,19 @@ class OptimConfig:
     """AdamW, its groups, its guard and its schedule."""
 
     name: Literal["adamw", "skip_step_adamw"] = "skip_step_adamw"
-    lr: float = 3e-4  # peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: NonNegative = 3e-4  # peak
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
     no_decay: tuple[str, ...] = ("embed",)  # globs over parameter paths; each must match
-    max_grad_norm: float | None = 1.0
-    clip_warmup: int = 0  # schedule units during which max_grad_norm is ...
-    clip_warmup_factor: float = 1.0  # ... times this
-    skip_window: int = 128  # steps of history that skip_step_adamw compares with
-    skip_sigma: float = 6.0  # standard deviations above the mean that are still taken
+    max_grad_norm: Positive | None = 1.0
+    clip_warmup: Units = 0  # schedule units during which max_grad_norm is ...
+    clip_warmup_factor: Positive = 1.0  # ... times this
+    skip_window: Annotated[int, Range(1, 1_000_000)] = (
+        128  # steps of history that skip_step_adamw compares with
+    )
+    skip_sigma: Positive = 6.0  # standard deviations above the mean that are still taken
     freeze_adam_step: bool = False  # the OLMo-core bug that OLMo 2 32B trained with
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -222,22 +245,22 @@ class MeshConfig:
 class TrainConfig:
     """How long, and which loss."""
 
-    seed: int = 0  # of the initial parameters
-    duration: int = 1000
+    seed: Seed = 0  # of the initial parameters
+    duration: SomeUnits = 1000
     duration_unit: Unit = "steps"
-    hard_stop: int | None = None  # end here, without changing the schedule
+    hard_stop: SomeUnits | None = None  # end here, without changing the schedule
     hard_stop_unit: Unit = "steps"
-    skip_steps: tuple[tuple[int, int], ...] = ()  # [start, stop) steps whose batch is not trained
-    z_loss: float | None = None  # coefficient of mean logsumexp(logits)²; None: none
-    load_balancing_loss: float | None = None  # coefficient of the experts' loss; None: none
-    router_z_loss: float | None = None  # coefficient of mean logsumexp(router logits)²
+    skip_steps: tuple[Span, ...] = ()  # [start, stop) steps whose batch is not trained
+    z_loss: Positive | None = None  # coefficient of mean logsumexp(logits)²; None: none
+    load_balancing_loss: Positive | None = None  # coefficient of the experts' loss; None: none
+    router_z_loss: Positive | None = None  # coefficient of mean logsumexp(router logits)²
     router_loss_form: Literal["olmoe", "megablocks", "olmo_core", "hugging_face"] = "olmoe"
     loss_normalization: Literal[
         "global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"
     ] = "global_tokens"
-    loss_ranks: int | None = None  # ranks of per_rank_tokens; None: data-parallel ways
-    max_nonfinite_steps: int = 8  # steps in a row without a finite loss that end the run
-    step_timeout_s: int = 1800  # a step that takes longer ends the run
+    loss_ranks: Count | None = None  # ranks of per_rank_tokens; None: data-parallel ways
+    max_nonfinite_steps: Count = 8  # steps in a row without a finite loss that end the run
+    step_timeout_s: Count = 1800  # a step that takes longer ends the run
     summary: bool = False  # draw curves, compare with gzip and xz, continue a text at the end
 
 
@@ -245,27 +268,27 @@ class TrainConfig:
 class EvalConfig:
     """Held-out loss during training."""
 
-    paths: tuple[str, ...] = ()  # token files; the label in the metrics is the file's stem
-    interval: int | None = None  # steps
+    paths: tuple[File, ...] = ()  # token files; the label in the metrics is the file's stem
+    interval: Count | None = None  # steps
     at_start: bool = False
     at_finish: bool = True
-    seq_len: int | None = None  # None: data.seq_len
-    stride: int | None = None  # tokens scored per row, the rest is context; None: all
-    batch_rows: int = 16
-    max_rows: int | None = None  # for evaluations before the last one
+    seq_len: Row | None = None  # None: data.seq_len
+    stride: Count | None = None  # tokens scored per row, the rest is context; None: all
+    batch_rows: Count = 16
+    max_rows: Count | None = None  # for evaluations before the last one
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """What is saved when, and where a run starts from."""
 
-    interval: int = 1000  # steps between permanent checkpoints
-    ephemeral_interval: int | None = None  # steps; only the newest of these is kept
-    fixed_steps: tuple[int, ...] = ()  # saved too, and never deleted
+    interval: Count = 1000  # steps between permanent checkpoints
+    ephemeral_interval: Count | None = None  # steps; only the newest of these is kept
+    fixed_steps: tuple[Natural, ...] = ()  # saved too, and never deleted
     step0: bool = True  # save before the first step
-    keep: int | None = None  # permanent ones kept besides fixed and newest confirmed; None: all
+    keep: Count | None = None  # permanent ones kept besides fixed and newest confirmed; None: all
     async_save: bool = True  # write behind the training, from a copy in the host's memory
-    load_path: str | None = None  # a checkpoint, or a run's folder, to start from
+    load_path: Folder | None = None  # a checkpoint, or a run's folder, to start from
     load_optimizer: bool = True  # of load_path
     load_position: bool = False  # step, tokens and place in the data of load_path
     allow_changes: tuple[str, ...] = ()  # config keys that may differ from the checkpoint's
@@ -275,27 +298,27 @@ class CheckpointConfig:
 class LogConfig:
     """What is written while training."""
 
-    interval: int = 10  # steps between console lines
+    interval: Count = 10  # steps between console lines
     tensorboard: bool = True
     wandb: bool = False
-    wandb_project: str = "olmo_jax"
-    norms_interval: int | None = None  # steps between per-layer norms
-    device_peak_flops: float | None = None  # FLOP/s for MFU; None: from the chip's name
+    wandb_project: RunName = "olmo_jax"
+    norms_interval: Count | None = None  # steps between per-layer norms
+    device_peak_flops: Positive | None = None  # FLOP/s for MFU; None: from the chip's name
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
     """What is traced, for XProf."""
 
-    steps: tuple[int, int] | None = None  # [start, stop): [10, 13] is 10, 11, 12; from 1
+    steps: Span | None = None  # [start, stop): [10, 13] is 10, 11, 12; from 1
 
 
 @dataclass(frozen=True)
 class Config:
     """A run."""
 
-    name: str = "run"
-    dir: str | None = None  # of checkpoints and logs; None: runs/{name}
+    name: RunName = "run"
+    dir: Folder | None = None  # of checkpoints and logs; None: runs/{name}
     model: ModelConfig = field(default_factory=ModelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -354,69 +377,10 @@ def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
       ConfigError: with every unknown key and wrong type, one line each.
     """
     problems: list[str] = []
-    config = _build(cls, values, name, problems)
+    config = options.build(cls, values, name, problems)
     if problems:
         raise ConfigError(problems, config if cls is Config else None)
     return config
-
-
-def _build(cls: Any, values: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(values, (dict, ConfigDict)):
-        problems.append(f"{path}: expected a group of options, found {values!r}")
-        return cls()
-    hints = typing.get_type_hints(cls)
-    known: dict[str, Any] = {}
-    for name, value in typing.cast(Mapping[str, Any], values).items():
-        if name in hints:
-            before = len(problems)
-            converted = _convert(hints[name], value, f"{path}.{name}", problems)
-            if len(problems) == before or dataclasses.is_dataclass(hints[name]):
-                known[name] = converted
-        else:
-            close = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(hints)}"
-            problems.append(f"{path}.{name}: unknown option{hint}")
-    return cls(**known)
-
-
-def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """`value` as the type that `hint` asks for, or a line in `problems`."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path, problems)
-    if origin in (types.UnionType, typing.Union):  # X | None
-        return None if value is None else _convert(args[0], value, path, problems)
-    if origin is Literal:
-        if value is None and "none" in args:  # so the command line reads the word
-            return "none"
-        if value in args:
-            return value
-        problems.append(f"{path}: found {value!r}, need one of {', '.join(map(str, args))}")
-    elif origin is tuple:
-        if isinstance(value, (tuple, list)):
-            items = _items(value)
-            each = args[:1] * len(items) if args[-1] is Ellipsis else args
-            if len(each) == len(items):
-                pairs = enumerate(zip(each, items, strict=True))
-                return tuple(_convert(h, v, f"{path}[{i}]", problems) for i, (h, v) in pairs)
-        problems.append(f"{path}: found {value!r}, need a list of {_name(hint)}")
-    elif hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif hint is float and isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{path}: found {value!r}, need a finite number")
-    elif hint is str and isinstance(value, (int, float)):  # such as a run called 2024
-        return str(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    else:
-        problems.append(f"{path}: found {value!r}, need {_name(hint)}")
-    return typing.cast(Any, value)
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -431,19 +395,28 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     Raises:
       ConfigError: with every problem at once.
     """
-    if not pathlib.Path(path).is_file():
-        raise ConfigError([f"--config={path}: no such file"])
+    try:
+        path = options.expand(path)
+    except ValueError as error:
+        raise ConfigError([f"--config={error}"]) from error
+    if not os.path.isfile(path):
+        raise ConfigError([f"--config={options.brief(path)}: no such file"])
     try:
         values = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # whatever the file does: it is the user's
+        if hasattr(values, "items"):
+            _refuse_odd_keys(values)
+            values = ConfigDict(values)  # a frozen one cannot be changed
+            for key, text in (overrides or {}).items():
+                _set(values, key.split("."), text)
+            values = values.to_dict()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file does, sys.exit() too: it is the user's
         raise ConfigError([f"--config={path}: {_cause(error, path)}"]) from error
-    if isinstance(values, (dict, ConfigDict)):
-        for key, text in (overrides or {}).items():
-            _set(values, key.split("."), _literal(text))
     return from_dict(values)
 
 
-def _cause(error: Exception, path: str) -> str:
+def _cause(error: BaseException, path: str) -> str:
     """What is wrong in a config file, and in which line, on one line."""
     if isinstance(error, KeyError) and error.args == ("get_config",):
         return "the file defines no get_config()"
@@ -453,26 +426,25 @@ def _cause(error: Exception, path: str) -> str:
     return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _literal(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
+def _refuse_odd_keys(values: Any) -> None:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        are_text = all(isinstance(key, str) for key in values)
+    except TypeError:  # a ConfigDict sorts its keys
+        are_text = False
+    if not are_text:
+        raise TypeError("a key of the options is no text")
+    for value in values.values():
+        if isinstance(value, (dict, ConfigDict)):
+            _refuse_odd_keys(value)
 
 
-def _set(values: Any, keys: list[str], value: Any) -> None:
+def _set(values: ConfigDict, keys: list[str], text: str) -> None:
     """Set a dotted key, making the groups on the way so that `from_dict` can name a wrong one."""
-    for key in keys[:-1]:
-        if not isinstance(values.get(key), (dict, ConfigDict)):
-            values[key] = ConfigDict()
-        values = values[key]
-    old = values.get(keys[-1])
-    # `--config.data.paths=a.npy,b.npy` is a list: quoting brackets in a shell is a nuisance.
-    if isinstance(old, (tuple, list)) and not isinstance(value, (tuple, list)):
-        # [a.npy,b.npy] is no Python either: its words lack quotes.
-        words = re.sub(r"^\s*[\[(](.*)[\])]\s*$", r"\1", value) if isinstance(value, str) else ""
-        items = tuple(word.strip() for word in words.split(",") if word.strip())
-        value = items if isinstance(value, str) else () if value is None else (value,)
-    values[keys[-1]] = value
+    hint: Any = Config
+    for i, key in enumerate(keys):
+        hint = options.hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+        if i < len(keys) - 1:
+            if not isinstance(values.get(key), ConfigDict):
+                values[key] = ConfigDict()
+            values = typing.cast(ConfigDict, values[key])
+    values[keys[-1]] = options.read(hint, text)

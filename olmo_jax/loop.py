@@ -35,6 +35,7 @@ from olmo_jax.config import Config, ConfigError
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
 from olmo_jax.evals.perplexity import Evaluator
+from olmo_jax.options import INT32
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 from olmo_jax.validate import batch_stages, validate
@@ -191,6 +192,9 @@ class Plan:
         self.last = last
         if t.hard_stop is not None:
             self.last = min(last, loader.steps_for(t.hard_stop, t.hard_stop_unit, first))
+        if last > INT32:
+            end = f"config.train.duration={t.duration} {t.duration_unit} is {last} steps"
+            raise ConfigError([f"{end}, more than {INT32}"])
         self._first_batch = batch_stages(config.data)[0][1]
         schedule = config.optim.schedule
         if schedule.t_max is not None:

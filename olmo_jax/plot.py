@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo_jax import records, storage
+from olmo_jax import options, records, storage
 
 COLORS = ("#2f6db5", "#d9722e", "#3a9a5b", "#b5423f", "#7d5ba6", "#8a6d3b", "#c45a9a", "#5f6b76")
 HELD_OUT_MARKERS = "os^Dv"
@@ -50,7 +50,7 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
       FileNotFoundError: if a folder has no records.
       ValueError: if they hold no training step.
     """
-    out = pathlib.Path(out) if isinstance(out, str) else out
+    out = pathlib.Path(options.expand(out)) if isinstance(out, str) else out
     runs = dict(zip(_names(run_dirs), map(_load, run_dirs), strict=True))
     picture = io.BytesIO()
     with _plain_style():
@@ -120,7 +120,8 @@ def _names(run_dirs: list[Any]) -> list[str]:
 
 
 def _load(run_dir: Any) -> Steps:
-    if "://" in os.fspath(run_dir):
+    run_dir = options.expand(run_dir)
+    if "://" in run_dir:
         run_dir = storage.path(run_dir)
     steps = records.read(run_dir)
     for values in steps.values():

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 
 from olmo_jax.config import OptimConfig, ScheduleConfig
+from olmo_jax.options import LARGEST, brief
 
 DECAYING = ("wsd", "power_lr", "cos_with_warmup_and_linear_decay")  # end with a line of `decay`
 STAGED = ("composable", "sequential")
@@ -181,19 +182,7 @@ def problems(cfg: OptimConfig, t_max: float) -> list[str]:
 
 
 def _optimizer(cfg: OptimConfig) -> list[str]:
-    found = [
-        f"{name}={value}: need a number in [0, 1)"
-        for name, value in (("beta1", cfg.beta1), ("beta2", cfg.beta2))
-        if not 0 <= value < 1
-    ]
-    for name in ("weight_decay", "clip_warmup"):
-        if getattr(cfg, name) < 0:
-            found.append(f"{name}={getattr(cfg, name)}: need zero or more")
-    for name in ("max_grad_norm", "clip_warmup_factor", "skip_sigma"):
-        value = getattr(cfg, name)
-        if value is not None and not value > 0:
-            hint = "; none turns clipping off" if name == "max_grad_norm" else ""
-            found.append(f"{name}={value}: need a positive number{hint}")
+    found = []
     if cfg.clip_warmup > 0 and cfg.max_grad_norm is None:
         found.append(f"clip_warmup={cfg.clip_warmup}: max_grad_norm=none clips nothing")
     if cfg.name == "skip_step_adamw" and cfg.skip_window < 6:
@@ -205,22 +194,16 @@ def _optimizer(cfg: OptimConfig) -> list[str]:
 def _schedule(cfg: OptimConfig, t_max: float) -> list[str]:
     s = cfg.schedule
     found = _unused(s)
-    for name, least in (("warmup", 0), ("decay", 1)):
+    for name in ("warmup", "decay"):
         units, fraction = getattr(s, name), getattr(s, f"{name}_fraction")
         if units and fraction is not None:
             found.append(f"{name}={units} and {name}_fraction={fraction}: set one of them")
-        if units is not None and units < least:
-            found.append(f"{name}={units}: need at least {least}")
-        if fraction is not None and not 0 <= fraction <= 1:
-            found.append(f"{name}_fraction={fraction}: need a number in [0, 1]")
         low = getattr(s, f"{name}_min_lr")
-        if not 0 <= low <= cfg.lr:
+        if low > cfg.lr:
             found.append(f"{name}_min_lr={low}: need a number in [0, lr={cfg.lr}]")
-    if s.t_max is not None and s.t_max < 1:
-        found.append(f"t_max={s.t_max}: need at least 1; none is the run's duration")
-    if s.alpha_f < 0:
-        found.append(f"alpha_f={s.alpha_f}: need zero or more")
-    if s.name == "exponential" and not 0 < s.lr_min <= cfg.lr:
+    if (highest := _highest(cfg)) > LARGEST:
+        found.append(f"name={s.name}: reaches a rate of {highest:.0e}; need at most {LARGEST}")
+    if s.name == "exponential" and s.lr_min > cfg.lr:
         found.append(f"lr_min={s.lr_min}: need a number in (0, lr={cfg.lr}]")
     if not found:  # lengths below rest on the values above
         total = s.t_max or t_max
@@ -231,6 +214,14 @@ def _schedule(cfg: OptimConfig, t_max: float) -> list[str]:
         elif s.name not in UNWARMED:
             found = _lengths(s, _warmup(s, total), total, t_max)
     return [f"schedule.{line}" for line in found]
+
+
+def _highest(cfg: OptimConfig) -> float:
+    """A rate that the schedule never exceeds."""
+    s = cfg.schedule
+    ends = (s.alpha_f, *s.period_peaks, *(stage.end for stage in s.stages))
+    chain = math.prod(max(1.0, stage.alpha_f) for stage in s.stages)
+    return cfg.lr * max(1.0, chain, *ends)
 
 
 def _unused(s: ScheduleConfig) -> list[str]:
@@ -274,13 +265,11 @@ def _lengths(s: ScheduleConfig, warmup: float, total: float, run: float) -> list
 
 
 def _periods(s: ScheduleConfig) -> list[str]:
-    if not s.period_lengths or min(s.period_lengths) < 1:
-        return [f"period_lengths={s.period_lengths}: wsds needs the length of every period"]
+    if not s.period_lengths:
+        return ["period_lengths=(): wsds needs the length of every period"]
     found = []
     if s.period_peaks and len(s.period_peaks) != len(s.period_lengths):
         found.append(f"period_peaks={s.period_peaks}: need {len(s.period_lengths)} or none")
-    if any(peak <= 0 for peak in s.period_peaks):
-        found.append(f"period_peaks={s.period_peaks}: need positive factors of lr")
     for i, length in enumerate(s.period_lengths):
         warmup, decay = 0 if i else _warmup(s, length), _decay(s, length)
         if decay < 1 or warmup + decay > length:
@@ -299,11 +288,7 @@ def _stages(s: ScheduleConfig, run: float) -> list[str]:
     for i, stage in enumerate(s.stages):
         at, is_last = f"stages[{i}]", i == len(s.stages) - 1
         if stage.shape not in shapes:
-            found.append(f"{at}.shape={stage.shape}: need one of {', '.join(shapes)}")
-        if min(stage.end, stage.alpha_f) < 0:
-            found.append(f"{at}: end={stage.end}, alpha_f={stage.alpha_f} cannot be negative")
-        if s.name == "composable" and stage.duration < 0:
-            found.append(f"{at}.duration={stage.duration}: need zero or more {s.unit}")
+            found.append(f"{at}.shape={brief(stage.shape)}: need one of {', '.join(shapes)}")
         if s.name == "sequential" and not found:
             if not is_last and not 1 <= stage.duration < run - start:
                 found.append(
@@ -313,11 +298,9 @@ def _stages(s: ScheduleConfig, run: float) -> list[str]:
             part, length = _stage(s, i), run - start if is_last else stage.duration
             found += [f"{at}: {x}" for x in _lengths(part, _warmup(part, length), length, length)]
         start += stage.duration
-    if s.final_decay_start is not None and (s.final_decay_start < 0 or s.final_decay < 1):
+    if s.final_decay_start is not None and s.final_decay < 1:
         found.append(
             f"final_decay={s.final_decay} from final_decay_start={s.final_decay_start}: need at"
-            " least 1 from 0 or later"
+            " least 1"
         )
-    if s.final_decay_lr < 0:
-        found.append(f"final_decay_lr={s.final_decay_lr}: need zero or more")
     return found

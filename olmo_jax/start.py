@@ -9,7 +9,7 @@ import numpy as np
 from jax._src import compilation_cache  # in public it cannot be read
 from jax.sharding import Mesh
 
-from olmo_jax import changes, processes, records, sharding, step, storage, summary
+from olmo_jax import changes, options, processes, records, sharding, step, storage, summary
 from olmo_jax.checkpoint import Source
 from olmo_jax.config import Config, ConfigError, to_dict
 from olmo_jax.convert import native
@@ -58,11 +58,12 @@ def resolve(config: Config) -> Config:
 
 
 def _keep_compiled(name: str) -> None:
-    folder = storage.path(name)
     try:
+        folder = storage.path(name)
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # slower starts are no reason to end a run
-        say(f"compute.compilation_cache: cannot write {folder}: {error.strerror or error}")
+    except (OSError, ValueError, ImportError) as error:  # slower starts are no reason to end a run
+        reason = getattr(error, "strerror", None) or error
+        say(f"compute.compilation_cache: cannot write {options.brief(name)}: {reason}")
         return
     say(f"compilation cache: {folder}")
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -19,6 +19,7 @@ memory; its layout is kept, its code is needed only by the tests that restore it
 import collections
 import contextlib
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from olmo_jax import parsing
+from olmo_jax import options, parsing
 
 CHUNK_BYTES = 64 << 20  # largest chunk
 IN_FLIGHT_BYTES = 128 << 20  # given to TensorStore and not yet on disk
@@ -53,9 +54,23 @@ Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
 
 
 def path(name: str | os.PathLike) -> Path:
-    """The path of a local folder (made absolute) or of a `gs://` one."""
-    text = os.fspath(name)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    """The path of a local folder (made absolute) or of a `gs://` one.
+
+    Raises:
+      ValueError: if there is no such home folder, or no such kind of address.
+      ImportError: if the package for `gs://` is not installed.
+    """
+    text = options.expand(name)
+    is_remote, said = options.is_address(text), options.brief(text)
+    if is_remote and not text.startswith("gs://"):
+        raise ValueError(f"{said}: need a local path or gs://BUCKET/…")
+    if is_remote and not (_has("gcsfs") or _has("tensorflow")):
+        raise ImportError(f"{said}: a folder on gs:// needs gcsfs; pip install gcsfs")
+    return epath.Path(text if is_remote else os.path.abspath(text))
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def names(tree: Any) -> dict[str, Any]:

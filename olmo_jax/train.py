@@ -13,6 +13,7 @@ import traceback
 
 from olmo_jax import command
 from olmo_jax.config import Config, ConfigError, flatten, load, to_dict
+from olmo_jax.options import brief
 from olmo_jax.validate import planned_devices, validate
 
 USAGE = """\
@@ -36,6 +37,7 @@ Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: s
 """
 NUMBERS = ("n_devices", "n_processes", "process_id", "connect_timeout")
 CLUSTER = ("coordinator", "n_processes", "process_id")
+NO_ROOM = "{}; --dry_run says what the state takes, see compute.remat, compute.accumulate and mesh"
 PREEMPTED = 75  # as processes.EXIT_PREEMPTED
 SWITCHES = ("dry_run", "debug")
 
@@ -54,11 +56,15 @@ def main(argv: list[str]) -> int:
         code = _fail(argv, 1, str(error) or type(error).__name__)
     except KeyboardInterrupt:
         code = _fail(argv, 130, "interrupted; the same command goes on from the newest checkpoint")
-    except Exception:
-        if not _is_one_of_several():
+    except Exception as error:
+        if _is_one_of_several():
+            traceback.print_exc()
+            said = "this process ends; another one may have ended before: see its output"
+            code = _fail([], 1, said)
+        elif "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+            code = _fail(argv, 1, NO_ROOM.format(brief(str(error).strip() or "out of memory")))
+        else:
             raise
-        traceback.print_exc()
-        code = _fail([], 1, "this process ends; another one may have ended before: see its output")
     if code not in (0, PREEMPTED) and _is_one_of_several():
         from olmo_jax import distributed
 
@@ -119,18 +125,21 @@ def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
     flags, overrides, problems, known = {}, {}, [], ("config", "coordinator", *NUMBERS)
     for argument in argv:
         name, _, value = argument.removeprefix("--").partition("=")
+        said = brief(argument)
         if not argument.startswith("--"):
-            problems.append(f"{argument}: options begin with --, see --help")
+            problems.append(f"{said}: options begin with --, see --help")
         elif name in SWITCHES and value.lower() in ("", "true"):
             flags[name] = "true"
         elif name in SWITCHES:
-            problems.append(f"{argument}: leave it out, or write --{name}")
+            problems.append(f"{said}: leave it out, or write --{name}")
         elif name not in known and not name.startswith("config."):
-            problems.append(f"{argument}: there is no such flag{_meant(name)}; see --help")
+            problems.append(f"{said}: there is no such flag{_meant(name)}; see --help")
         elif "=" not in argument:
-            problems.append(f"{argument}: needs a value, as in {argument}=…; see --help")
-        elif name in NUMBERS and not value.isdecimal():
-            problems.append(f"{argument}: need a whole number")
+            problems.append(f"{said}: needs a value, as in {said}=…; see --help")
+        elif name in NUMBERS and not re.fullmatch(r"\d{1,9}", value, re.ASCII):
+            problems.append(f"{said}: need a whole number below a billion")
+        elif name in NUMBERS and not int(value) and name != "process_id":
+            problems.append(f"{said}: need 1 or more")
         elif name in known:
             flags[name] = value
         else:
@@ -160,8 +169,8 @@ def _cluster_problems(flags: dict[str, str]) -> list[str]:
         names = " and ".join(f"--{name}" for name in missing)
         return [f"{names} missing: several processes need all of --{', --'.join(CLUSTER)}"]
     problems = []
-    if not re.fullmatch(r".+:\d+", flags["coordinator"]):
-        problems.append(f"--coordinator={flags['coordinator']}: need host:port")
+    if not re.fullmatch(r"[!-~]+:\d{1,5}", flags["coordinator"]):
+        problems.append(f"--coordinator={brief(flags['coordinator'])}: need host:port")
     if int(flags["process_id"]) >= int(flags["n_processes"]):
         problems.append(
             f"--process_id={flags['process_id']} is not below --n_processes={flags['n_processes']}"

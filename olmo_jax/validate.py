@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from olmo_jax import flops, schedules
+from olmo_jax import flops, options, schedules
 from olmo_jax.config import (
     Config,
     ConfigError,
@@ -16,21 +16,7 @@ from olmo_jax.config import (
     flatten,
     to_dict,
 )
-
-# Options that count something; `None` where an option may be off.
-POSITIVE = (
-    "model.vocab_size model.d_model model.n_layers model.n_heads model.n_kv_heads model.head_dim "
-    "model.d_ff model.n_experts_per_token model.max_seq_len model.rope_theta "
-    "model.norm_eps model.clip_qkv model.init_std model.yarn_factor model.yarn_original_len "
-    "model.yarn_beta_fast model.yarn_beta_slow data.filter_max_period data.filter_min_repeats "
-    "model.router_bias_gamma "
-    "compute.accumulate compute.loss_chunk data.seq_len data.threads train.load_balancing_loss "
-    "train.router_z_loss data.prefetch data.max_target_seq_len data.corpus_vocab_size optim.lr "
-    "optim.eps optim.skip_window train.duration train.hard_stop train.step_timeout_s train.z_loss "
-    "train.loss_ranks train.max_nonfinite_steps eval.interval eval.seq_len eval.stride "
-    "eval.batch_rows eval.max_rows checkpoint.interval checkpoint.ephemeral_interval "
-    "checkpoint.keep log.interval log.norms_interval "
-).split()
+from olmo_jax.options import INT32, INT64, brief, shown
 
 
 def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None:
@@ -43,15 +29,10 @@ def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None
     Raises:
       ConfigError: with every problem at once, one line each.
     """
-    problems, unread = [], set(unread)
-    for name in POSITIVE:
-        part, key = name.split(".")
-        value = getattr(getattr(config, part), key)
-        if value is not None and value <= 0:
-            problems.append(f"config.{name}={value}: need a positive number")
-            unread.add(key)  # the relations below divide by it
-            changed = dataclasses.replace(getattr(config, part), **{key: 1})
-            config = dataclasses.replace(config, **{part: changed})
+    config, lines = options.checked(config, "config")
+    # What they are about is at its default now; the relations of that would mean nothing.
+    unread = {name.split(".")[-1] for name in lines} | set(unread)
+    problems = list(lines.values())
     relations = _model(config.model) + _data(config) + _optim(config) + _training(config)
     try:
         relations += _mesh(config, mesh_shape(config.mesh, n_devices))
@@ -76,9 +57,9 @@ def mesh_shape(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
     shape = dataclasses.asdict(mesh)
     free = [axis for axis, n in shape.items() if n == -1]
     problems = [
-        f"config.mesh.{axis}={n}: need a positive number or -1"
+        f"config.mesh.{axis}={n}: need -1, or a number from 1 to {INT32}"
         for axis, n in shape.items()
-        if n < 1 and n != -1
+        if n != -1 and not 1 <= n <= INT32
     ]
     if len(free) > 1:
         problems.append(f"config.mesh: only one axis can be -1, found {', '.join(free)}")
@@ -113,7 +94,7 @@ def _model(m: ModelConfig) -> list[str]:
             f"config.model.layer_types: {len(m.layer_types)} entries do not repeat evenly over"
             f" n_layers={m.n_layers}; write the kind of every layer"
         )
-    if "sliding" in m.layer_types and (m.window is None or m.window < 1):
+    if "sliding" in m.layer_types and m.window is None:
         problems.append(f"config.model.window={m.window}: sliding layers need at least 1 position")
     if m.n_experts and m.n_experts_per_token > m.n_experts:
         problems.append(
@@ -133,6 +114,11 @@ def _model(m: ModelConfig) -> list[str]:
         problems.append(
             f"config.model.padded_vocab_size={m.vocab_rows} is below vocab_size={m.vocab_size}"
         )
+    if 12 * (n := flops.n_params(m).total) > INT64:  # bytes of the state
+        problems.append(
+            f"config.model: d_model={m.d_model}, d_ff={m.d_ff}, n_layers={m.n_layers} and the other"
+            f" sizes make {n:.1e} parameters; need at most {INT64 // 12:.1e}"
+        )
     return problems
 
 
@@ -145,13 +131,13 @@ def _data(c: Config) -> list[str]:
     if len(d.batch_sizes) != len(d.batch_starts) or not rising:
         problems.append(
             "config.data.batch_starts: need one start per batch size, rising, the first 0;"
-            f" found {d.batch_starts} for {d.batch_sizes}"
+            f" found {shown(d.batch_starts)} for {shown(d.batch_sizes)}"
         )
     else:
         problems += [
             f"config.data.global_batch_size={size} tokens is no multiple of seq_len={d.seq_len}"
             for _, size in batch_stages(d)
-            if size < 1 or size % d.seq_len
+            if size % d.seq_len
         ]
     if d.seq_len > c.model.max_seq_len:
         problems.append(
@@ -170,8 +156,18 @@ def _data(c: Config) -> list[str]:
         problems.append(
             f"config.data.eos_id={d.eos_id} is outside model.vocab_size={c.model.vocab_size}"
         )
+    if d.instance_filter and d.filter_max_period > d.seq_len:
+        problems.append(
+            f"config.data.filter_max_period={d.filter_max_period} is above seq_len={d.seq_len}: no"
+            " row repeats so long an n-gram"
+        )
     if not d.paths and d.corpus is None:
         problems.append("config.data.paths: no token files; name some, or set data.corpus=stdlib")
+    if c.eval.batch_rows * (c.eval.seq_len or d.seq_len) > INT32:
+        problems.append(
+            f"config.eval.batch_rows={c.eval.batch_rows} rows of seq_len="
+            f"{c.eval.seq_len or d.seq_len} are more than {INT32} tokens, the most of a batch"
+        )
     if c.eval.stride is not None and c.eval.stride > (c.eval.seq_len or d.seq_len):
         problems.append(
             f"config.eval.stride={c.eval.stride} is above"
@@ -183,7 +179,7 @@ def _data(c: Config) -> list[str]:
 def _optim(c: Config) -> list[str]:
     names = list(flops.weights(c.model))
     problems = [
-        f"config.optim.no_decay: {glob!r} matches no parameter; there are {', '.join(names)}"
+        f"config.optim.no_decay: {shown(glob)} matches no parameter; there are {', '.join(names)}"
         for glob in c.optim.no_decay
         if not fnmatch.filter(names, glob)
     ]
@@ -196,19 +192,14 @@ def _schedule_end(c: Config) -> int | None:
     t, unit = c.train, c.optim.schedule.unit
     if c.optim.schedule.t_max is not None or unit == t.duration_unit:
         return c.optim.schedule.t_max or t.duration
-    if t.duration_unit == "epochs" or c.data.batch_sizes or c.data.global_batch_size < 1:
+    if t.duration_unit == "epochs" or c.data.batch_sizes:
         return None
     size = c.data.global_batch_size
     return -(-t.duration // size) if unit == "steps" else t.duration * size
 
 
 def _training(c: Config) -> list[str]:
-    problems, k = [], c.checkpoint
-    if c.compute.expert_buffer is not None and c.compute.expert_buffer < 1:
-        problems.append(
-            f"config.compute.expert_buffer={c.compute.expert_buffer}: below 1 there is no room even"
-            " for a balanced load"
-        )
+    problems, k = _lengths(c), c.checkpoint
     problems += [
         f"config.train.{name}: only a model with model.n_experts has it"
         for name in ("load_balancing_loss", "router_z_loss")
@@ -221,31 +212,37 @@ def _training(c: Config) -> list[str]:
         for part, n in lengths.items()
         if n is not None and m.router == "expert_choice" and m.n_experts_per_token * n < m.n_experts
     ]
-    unknown = sorted(set(k.allow_changes) - flatten(to_dict(Config())).keys())
-    problems += [f"config.checkpoint.allow_changes: no option {name}" for name in unknown]
-    if min(k.fixed_steps, default=0) < 0:
-        problems.append(f"config.checkpoint.fixed_steps={k.fixed_steps}: steps count from 0")
+    known = flatten(to_dict(Config())) if k.allow_changes else {}
+    unknown = sorted(set(k.allow_changes) - known.keys())
+    problems += [f"config.checkpoint.allow_changes: no option {brief(name)}" for name in unknown]
     if k.ephemeral_interval is not None and k.ephemeral_interval >= k.interval:
         problems.append(
             f"config.checkpoint.ephemeral_interval={k.ephemeral_interval} must be below"
             f" interval={k.interval}"
         )
-    for name, seed in (("data.seed", c.data.seed), ("train.seed", c.train.seed)):
-        if not 0 <= seed < 2**32:
-            problems.append(f"config.{name}={seed}: need 0 to {2**32 - 1}")
     traced = () if c.profile.steps is None else (c.profile.steps,)
     for name, spans in (("train.skip_steps", c.train.skip_steps), ("profile.steps", traced)):
         problems += [
-            f"config.{name}: [{start}, {stop}) is empty; steps start at 1"
-            for start, stop in spans
-            if not 1 <= start < stop
+            f"config.{name}: [{start}, {stop}) is empty" for start, stop in spans if start >= stop
         ]
     problems += [
-        f"config.compute.xla_flags: found {word!r}, need NAME=VALUE as in xla_some_flag=true"
+        f"config.compute.xla_flags: found {shown(word)}, need NAME=VALUE as in xla_some_flag=true;"
+        " a path there without ~"
         for word in c.compute.xla_flags
-        if not re.fullmatch(r"[a-z]\w*=.+", word)
+        if not re.fullmatch(r"[a-z]\w*=[^~].*", word)
     ]
     return problems
+
+
+def _lengths(c: Config) -> list[str]:
+    """Ends of the run that steps, int32, never reach; those in epochs depend on the data."""
+    t, largest = c.train, max(c.data.batch_sizes or (c.data.global_batch_size,))
+    ends = {"duration": (t.duration, t.duration_unit), "hard_stop": (t.hard_stop, t.hard_stop_unit)}
+    return [
+        f"config.train.{name}={n} {unit} is more than {INT32} steps"
+        for name, (n, unit) in ends.items()
+        if n is not None and n > INT32 * (largest if unit == "tokens" else 1)
+    ]
 
 
 def _mesh(c: Config, shape: dict[str, int]) -> list[str]:

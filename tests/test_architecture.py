@@ -15,6 +15,7 @@ FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.r
 
 # A module imports only what stands in a line above its own, and its own folder.
 LEVELS = """
+options
 command config foreign parsing presets records processes distributed xla_flags
 changes schedules flops optim storage
 validate
@@ -47,7 +48,7 @@ HOMES = {
     "yaml": "convert/legacy",
 }
 WITHOUT_JAX = (
-    "command train config validate presets flops schedules records progress metrics data.tokens"
+    "command train config options validate presets flops schedules records progress metrics data.tokens"
     " data.order data.tokenizer data.corpus"
 ).split()
 

@@ -86,10 +86,10 @@ def test_an_error_among_the_steps_ends_the_trace(traced):
 @pytest.mark.parametrize(
     ("steps", "error"),
     [
-        ("[3,3]", "config.profile.steps: [3, 3) is empty; steps start at 1"),
-        ("[0,2]", "config.profile.steps: [0, 2) is empty; steps start at 1"),
+        ("[3,3]", "config.profile.steps: [3, 3) is empty"),
+        ("[0,2]", "config.profile.steps[0]=0: need a number from 1 to 2147483647, or none"),
         ("[3,8]", "config.profile.steps=[3, 8]: the run ends at step 6"),
-        ("3", "config.profile.steps: found 3, need a list of tuple[int, int]"),
+        ("3", "config.profile.steps: found '3', need a list of tuple[int, int]"),
     ],
 )
 def test_steps_that_the_run_does_not_have_are_refused(steps, error, bare, tmp_path):

@@ -163,7 +163,7 @@ def test_the_bias_is_a_group_of_its_own():
             dict(model=dict(router="expert_choice"), mesh=dict(fsdp=1, context=2)),
             "config.mesh.context=2: model.router=expert_choice needs whole sequences",
         ),
-        (dict(compute=dict(expert_buffer=0.9)), "config.compute.expert_buffer=0.9: below 1"),
+        (dict(compute=dict(expert_buffer=0.9)), "config.compute.expert_buffer=0.9: need a number"),
         (
             dict(
                 model=dict(router="expert_choice", n_experts=100, n_experts_per_token=3),

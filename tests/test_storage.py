@@ -518,7 +518,8 @@ def test_what_is_not_provably_a_half_of_ours_is_not_ours_and_not_written_into(tm
     assert os.path.lexists(target)
 
 
-def test_paths_are_local_or_in_a_bucket():
+def test_paths_are_local_or_in_a_bucket(monkeypatch):
+    monkeypatch.setattr(storage, "_has", lambda package: package == "gcsfs")
     assert str(storage.path("runs/a")) == os.path.abspath("runs/a")
     assert str(storage.path("gs://bucket/runs/a")) == "gs://bucket/runs/a"
     assert storage._kvstore(storage.path("gs://bucket/runs/a")) == {
@@ -526,3 +527,9 @@ def test_paths_are_local_or_in_a_bucket():
         "bucket": "bucket",
         "path": "runs/a/",
     }
+    for other in ("http://a/b", "s3://a/b", "gs:/a"):
+        with pytest.raises(ValueError, match=f"^{other}: need a local path or gs://BUCKET/"):
+            storage.path(other)
+    monkeypatch.setattr(storage, "_has", lambda package: False)
+    with pytest.raises(ImportError, match=r"^gs://bucket/a: .* pip install gcsfs"):
+        storage.path("gs://bucket/a")

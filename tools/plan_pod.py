@@ -32,12 +32,13 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     args, overrides = parse(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
-    from olmo_jax import config
+    from olmo_jax import config, options
     from olmo_jax.plan import report
 
     code = 2
     try:
         command.unwind()  # the compiler's process ends with us
+        args.cache = pathlib.Path(options.expand(args.cache))
         machine, what = report.parse(args.topology), config.load(args.config, overrides)
         code = 1
         return report.run(what, machine, args)
@@ -64,8 +65,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     top.add_argument("--compiles", type=int, default=3, metavar="N",
                      help="programs that a search may compile (3; 0: formulas only)")  # fmt: skip
     top.add_argument("--price", type=_price, help="of a chip and hour, for the cost of the run")
-    top.add_argument("--cache", type=pathlib.Path, help="folder for what was compiled",
-                     default=pathlib.Path("~/.cache/olmo_jax/plans").expanduser())  # fmt: skip
+    top.add_argument("--cache", default="~/.cache/olmo_jax/plans",
+                     help="folder for what was compiled")  # fmt: skip
     args, rest = top.parse_known_args(argv)
     wrong = [x for x in rest if not x.startswith("--config.") or "=" not in x]
     if wrong:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 import olmo_jax
+from olmo_jax import options
 
 PART_BYTES = 16 << 20  # of one request; several are under way at once
 THREADS = 8
@@ -75,7 +76,7 @@ class Local:
 
     def __init__(self, src: str):
         self.name = src
-        self.path = pathlib.Path(src).expanduser()
+        self.path = pathlib.Path(options.expand(src))
         self._mapped = functools.lru_cache(maxsize=None)(self._map)
 
     def has(self, file: str) -> bool:

@@ -322,7 +322,7 @@ def _result(dst: str) -> Iterator[Any]:
             storage.remove(folder)
             raise
         return
-    final = pathlib.Path(os.path.abspath(os.path.expanduser(dst)))
+    final = pathlib.Path(storage.path(dst))
     partial = final.with_name(f"{final.name}.partial")
     final.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import numpy as np
 
-from olmo_jax import foreign, storage
+from olmo_jax import foreign, options, storage
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
 
@@ -75,8 +75,8 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
     # The readers use this module.
     from olmo_jax.convert import hf, hub, legacy, native, olmo_core
 
-    folder = src
-    if "://" not in src and not pathlib.Path(src).expanduser().exists():
+    folder = options.expand(src)
+    if "://" not in src and not pathlib.Path(folder).exists():
         if not foreign.is_hub_id(src):
             raise FileNotFoundError(f"{src} does not exist")
         folder = str(hub.download(src, revision))
@@ -85,7 +85,7 @@ def open(src: str, *, optimizer: bool = False, revision: str | None = None) -> W
     for reader in (native, hf, legacy, olmo_core):
         if reader.recognises(folder):
             return reader.read(folder, optimizer=optimizer)
-    what = None if "://" in folder else foreign.describe(pathlib.Path(folder).expanduser())
+    what = None if "://" in folder else foreign.describe(pathlib.Path(folder))
     raise ValueError(
         f"{src} is no checkpoint that is known here: "
         + (

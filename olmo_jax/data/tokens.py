@@ -44,7 +44,7 @@ def resolve_paths(
     """
     files: list[str] = []
     for path in paths:
-        path = os.path.join(os.path.expanduser(root), os.path.expanduser(path))
+        path = os.path.join(root, path)
         if "://" in path:
             raise ValueError(f"{option}: {path} is remote; token files must lie on a local disk")
         if glob.has_magic(path) and not os.path.exists(path):

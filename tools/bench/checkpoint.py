@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from olmo_jax import snapshot, storage
+from olmo_jax import options, snapshot, storage
 
 GIB = 1 << 30
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--folder", default="/tmp/olmo_jax_bench")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    folder = pathlib.Path(args.folder)
+    folder = pathlib.Path(options.expand(args.folder))
     folder.mkdir(parents=True, exist_ok=True)
     layers = {name: jnp.ones((16, 1024, 4096)) * i for i, name in enumerate("abcd")}
     state = jax.block_until_ready({"params": {"layers": layers}})  # 4 leaves of 16 layers of 16 MiB

@@ -20,7 +20,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax import presets
+from olmo_jax import options, presets
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import hf, hf_config, names, safetensors
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--devices", default="1,16")
     parser.add_argument("--folder", default="/tmp/olmo_jax_bench_convert")
     args = parser.parse_args()
-    base = pathlib.Path(args.folder)
+    base = pathlib.Path(options.expand(args.folder))
     base.mkdir(parents=True)
     source, ours, back, copied = (base / name for name in ("hf", "ours", "back", "copied"))
     try:
