@@ -1,10 +1,15 @@
 """Kinds of options: what was typed, where paths lead, which numbers there are, and odd values."""
 
 import dataclasses
+import os
 import pwd
+import random
 import runpy
 import signal
+import subprocess
+import sys
 import time
+import typing
 import warnings
 from typing import Any
 
@@ -349,3 +354,67 @@ def test_a_reference_in_a_config_file_follows_an_override(tmp_path):
         "    c.model.n_kv_heads = c.model.get_ref('n_heads')\n    return c\n"
     )
     assert config.load(str(path), {"model.n_heads": "6"}).model.n_kv_heads == 6
+
+
+# --- a fuzzer -------------------------------------------------------------------------------------
+
+ODD = [
+    "none", "", " ", "a", "a,b", "[]", "()", "{}", "{'a':1}", "{1,2}", "[{'duration':1}]", "[1,2",
+    "((1,2),)", "[[[1]]]", "[None]", "30inplace.npy", "2024_11", "~", "~/x", "~nobody/x", "..", "/",
+    "a/../b", "http://x", "gs://b/x", "gs:/", "-" * 3000, "(" * 3000, "[" * 3000, "{" * 3000,
+    "\0", "\n", "é", "日本", "\udcff", "'", '"', "\\", "*", "embed*", "b'x'", "...", "lambda: 1",
+    "xla_a=1", "optim.lr", "wsds", "nan", "-inf", "9" * 5000, "0x10", "1j", "true", "0.5,2",
+]  # fmt: skip
+NUMBERS = [
+    "0", "1", "2", "3", "8", "64", "512", "1e5", "1e9", "10000000000", "2147483647", "1e18", "1e30",
+    "1e39", "1e309", "-1", "-1e-3", "1e-46", "1e-300", "0.5", "1.10", "-0.0", "9" * 400, "1_000",
+]  # fmt: skip
+
+
+def typed(rng: random.Random, hint: Any) -> str:
+    """Text for an option: of its kind more often than not, but odd."""
+    args = [a for h in (hint, *typing.get_args(hint)) for a in typing.get_args(h)]
+    words = [a for a in args if isinstance(a, str)] or ["true", "false"] * (hint is bool)
+    if rng.random() < 0.3 or (not {int, float, bool} & {hint, *args} and not words):
+        return rng.choice(ODD)
+    n = rng.choice((1, 1, 2, 3)) if "tuple" in str(hint) else 1
+    return ",".join(rng.choice(words or NUMBERS) for _ in range(n))
+
+
+def odd_pairs(seed: int, n: int) -> list[list[str]]:
+    """Arguments of `n` dry runs, each with two odd options; every option comes as often."""
+    rng, hints = random.Random(seed), hints_of()
+    first = [*hints] * -(-n // len(hints))
+    pairs = [(name, rng.choice([*hints])) for name in first[:n]]
+    return [[f"--config.{name}={typed(rng, hints[name])}" for name in pair] for pair in pairs]
+
+
+def test_two_thousand_pairs_of_odd_options_are_accepted_or_refused_in_words():
+    longest, codes = 0.0, set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for arguments in odd_pairs(seed=0, n=2000):
+            began = time.process_time()
+            result = runs.run(*PLAIN, *arguments, "--dry_run")
+            longest = max(longest, time.process_time() - began)
+            codes.add(result.code)
+            assert result.code == (2 if result.errors else 0), arguments
+            assert all(1 < len(line) < 1000 and line.isprintable() for line in result.errors)
+    assert codes == {0, 2}
+    assert longest < 5
+
+
+@pytest.mark.by_hand  # 30 starts of Python; those above are the same in one process
+def test_thirty_pairs_of_odd_options_end_as_commands(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(runs.ROOT), "HOME": str(tmp_path)}
+    words = [a for a in odd_pairs(seed=1, n=60) if not any("\0" in word for word in a)][:30]
+    assert len(words) == 30
+    command = [sys.executable, "-m", "olmo_jax.train", *PLAIN, "--dry_run"]
+    for arguments in words:
+        ended = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, timeout=60
+        )
+        lines = ended.stderr.decode().splitlines()
+        assert ended.returncode == (2 if lines else 0), (arguments, ended.stderr)
+        assert all(line.startswith("error: ") for line in lines), ended.stderr
+    assert list(tmp_path.iterdir()) == []
