@@ -405,7 +405,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
         values = runpy.run_path(path)["get_config"]()
         if hasattr(values, "items"):
             _refuse_odd_keys(values)
-            values = ConfigDict(values)  # a frozen one cannot be changed
+            values = typing.cast(Any, ConfigDict(values))  # a frozen one cannot be changed
             for key, text in (overrides or {}).items():
                 _set(values, key.split("."), text)
             values = values.to_dict()
@@ -423,7 +423,7 @@ def _cause(error: BaseException, path: str) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     lines += [error.lineno] if isinstance(error, SyntaxError) else []
     where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{where}{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _refuse_odd_keys(values: Any) -> None:
@@ -438,7 +438,7 @@ def _refuse_odd_keys(values: Any) -> None:
             _refuse_odd_keys(value)
 
 
-def _set(values: ConfigDict, keys: list[str], text: str) -> None:
+def _set(values: Any, keys: list[str], text: str) -> None:
     """Set a dotted key, making the groups on the way so that `from_dict` can name a wrong one."""
     hint: Any = Config
     for i, key in enumerate(keys):
@@ -446,5 +446,5 @@ def _set(values: ConfigDict, keys: list[str], text: str) -> None:
         if i < len(keys) - 1:
             if not isinstance(values.get(key), ConfigDict):
                 values[key] = ConfigDict()
-            values = typing.cast(ConfigDict, values[key])
+            values = values[key]
     values[keys[-1]] = options.read(hint, text)

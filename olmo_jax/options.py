@@ -4,6 +4,7 @@ The hints of the dataclasses in `config.py` say of which kind each option is. Re
 several options are in `validate.py`.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -14,7 +15,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -301,6 +302,20 @@ def _name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"tuple[{', '.join('...' if a is ... else _name(a) for a in typing.get_args(hint))}]"
     return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def argument(hint: Any) -> Callable[[str], Any]:
+    """The `type` of an argument of argparse that is an option with this hint."""
+
+    def value_of(text: str) -> Any:
+        problems: list[str] = []
+        value = convert(hint, read(hint, text), "value", problems)
+        problems += [] if problems else _problems(hint, value, "value")
+        if problems:
+            raise argparse.ArgumentTypeError(problems[0])
+        return value
+
+    return value_of
 
 
 # --- what a kind does not allow -------------------------------------------------------------------

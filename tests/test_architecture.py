@@ -48,8 +48,8 @@ HOMES = {
     "yaml": "convert/legacy",
 }
 WITHOUT_JAX = (
-    "command train config options validate presets flops schedules records progress metrics data.tokens"
-    " data.order data.tokenizer data.corpus"
+    "command train config options validate presets flops schedules records progress metrics"
+    " data.tokens data.order data.tokenizer data.corpus"
 ).split()
 
 

@@ -506,9 +506,22 @@ OLMO_3 = ["--config=configs/olmo3_7b.py"]
         ([*OLMO_3, "--topology=v9:4x4"], 2, "v9:4x4"),
         ([*OLMO_3, "--topology=h100:8"], 2, "h100:8x16"),
         ([*OLMO_3, "--topology=h100:8x00"], 2, "h100:8x16"),
+        ([*OLMO_3, "--topology=h100:8x99999999999"], 2, "h100:8x16"),
+        ([*OLMO_3, f"--topology=v5p:4x{'4' * 5000}"], 2, "v5p:4x4x8"),
+        ([*OLMO_3, "--topology=h100:8x1", "--compiles=-1"], 2, "--compiles: value=-1: need"),
         ([*OLMO_3, "--topology=h100:8x1", "--price=-1"], 2, "--price"),
         ([*OLMO_3, "--topology=h100:8x1", "--price=nan"], 2, "--price"),
         ([*OLMO_3, "--topology=h100:8x16", "--config.mesh.fsdp=3"], 2, "needs 3 devices"),
+        (
+            [*OLMO_3, "--topology=h100:8x16", "--search", "--config.data.batch_sizes=8192,8192"],
+            2,
+            "config.data.batch_starts: need one start per batch size",
+        ),
+        (
+            [*OLMO_3, "--topology=h100:8x16", "--search", "--config.data.seq_len=0"],
+            2,
+            "config.data.seq_len=0: need a number from 2 to",
+        ),
         ([*OLMO_3, "--topology=h100:8x16", "--config.compute.accumulate=3"], 2, "not divisible"),
         (
             [*OLMO_3, "--topology=h100:8x16", "--search", "--config.mesh.fsdp=8"],

@@ -26,19 +26,21 @@ import argparse
 import os
 import re
 
+from olmo_jax import options
+
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
-    options = vars(parser().parse_args(argv))  # as the verb's function names them
+    given = vars(parser().parse_args(argv))  # as the verb's function names them
     # Conversion needs the host only; an accelerator that is busy or small must not matter.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         from olmo_jax.convert import verbs  # JAX takes a second; a wrong line answers at once
 
         command.unwind()
-        done = getattr(verbs, options.pop("verb"))(**options)
+        done = getattr(verbs, given.pop("verb"))(**given)
         return int(done is False)  # check: they differ
     except (ValueError, OSError, ImportError) as error:
         from olmo_jax import storage
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    count, size = options.argument(options.Count), options.argument(options.NonNegative)
     verbs = top.add_subparsers(required=True, dest="verb", metavar="VERB")
 
     to_jax = verbs.add_parser("to_jax", help="write a checkpoint of olmo_jax", allow_abbrev=False)
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="train needs float32"
     )
     to_jax.add_argument(
-        "--padded_vocab_size", type=int, help="rows of the tables, as model.padded_vocab_size"
+        "--padded_vocab_size", type=count, help="rows of the tables, as model.padded_vocab_size"
     )
     to_jax.add_argument("--revision", help="branch, tag or commit of a Hub id")
 
@@ -87,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="compare two checkpoints", allow_abbrev=False)
     check.add_argument("a", metavar="A")
     check.add_argument("b", metavar="B")
-    check.add_argument("--atol", type=float, default=0.0, help="largest difference that is none")
+    check.add_argument("--atol", type=size, default=0.0, help="largest difference that is none")
 
     average = verbs.add_parser("average", help="the mean of checkpoints", allow_abbrev=False)
     average.add_argument("sources", nargs="+", metavar="A")
@@ -96,17 +99,19 @@ def parser() -> argparse.ArgumentParser:
     upcycle = verbs.add_parser("upcycle", help="experts out of an MLP", allow_abbrev=False)
     upcycle.add_argument("src", metavar="SRC", help="a dense model")
     upcycle.add_argument("dst", metavar="OUT", help="the new checkpoint; must not exist")
-    upcycle.add_argument("--n_experts", type=int, required=True, help="of each layer")
-    upcycle.add_argument("--n_experts_per_token", type=int, default=8, help="that a token takes")
-    upcycle.add_argument("--router_std", type=float, default=0.02, help="of the routers' weights")
-    upcycle.add_argument("--seed", type=int, default=0, help="of the routers")
+    upcycle.add_argument("--n_experts", type=count, required=True, help="of each layer")
+    upcycle.add_argument("--n_experts_per_token", type=count, default=8, help="that a token takes")
+    upcycle.add_argument("--router_std", type=size, default=0.02, help="of the routers' weights")
+    upcycle.add_argument(
+        "--seed", type=options.argument(options.Seed), default=0, help="of the routers"
+    )
     upcycle.add_argument("--revision", help="branch, tag or commit on the Hub")
     return top
 
 
 def n_bytes(text: str) -> int:
     """The bytes of a size such as 5GB or 500MiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]I?B)?", text.upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MiB")

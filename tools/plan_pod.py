@@ -22,8 +22,9 @@ if __name__ == "__main__":
     command.begin()
 
 import argparse
-import math
 import os
+
+from olmo_jax import options
 
 _FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mesh
 
@@ -32,15 +33,15 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     args, overrides = parse(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
-    from olmo_jax import config, options
+    from olmo_jax import config
     from olmo_jax.plan import report
 
     code = 2
     try:
-        command.unwind()  # the compiler's process ends with us
         args.cache = pathlib.Path(options.expand(args.cache))
         machine, what = report.parse(args.topology), config.load(args.config, overrides)
         code = 1
+        command.unwind()  # the compiler's process ends with us
         return report.run(what, machine, args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         for line in getattr(error, "problems", [str(error)]):
@@ -62,32 +63,24 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     top.add_argument("--config", required=True, metavar="FILE", help="as for training")
     top.add_argument("--topology", required=True, help="such as v5p:4x4x8, v5e:16x16, h100:8x16")
     top.add_argument("--search", action="store_true", help="find the best plan, and compile it")
-    top.add_argument("--compiles", type=int, default=3, metavar="N",
+    top.add_argument("--compiles", type=options.argument(options.Natural), default=3, metavar="N",
                      help="programs that a search may compile (3; 0: formulas only)")  # fmt: skip
-    top.add_argument("--price", type=_price, help="of a chip and hour, for the cost of the run")
+    top.add_argument(
+        "--price",
+        type=options.argument(options.NonNegative),
+        help="of a chip and hour, for the cost of the run",
+    )
     top.add_argument("--cache", default="~/.cache/olmo_jax/plans",
                      help="folder for what was compiled")  # fmt: skip
     args, rest = top.parse_known_args(argv)
     wrong = [x for x in rest if not x.startswith("--config.") or "=" not in x]
     if wrong:
         top.error(f"unknown arguments: {' '.join(wrong)}")
-    if args.compiles < 0:
-        top.error("--compiles: need 0 or more")
     overrides = dict(x.removeprefix("--config.").split("=", 1) for x in rest)
     found = [x for x in overrides if x.startswith("mesh.") or x in _FOUND]
     if args.search and found:
         top.error(f"--search finds config.{', config.'.join(found)}: leave it out")
     return args, overrides
-
-
-def _price(text: str) -> float:
-    try:
-        price = float(text)
-    except ValueError:
-        price = math.nan
-    if not 0 <= price < math.inf:
-        raise argparse.ArgumentTypeError(f"need a number of 0 or more, found {text!r}")
-    return price
 
 
 if __name__ == "__main__":

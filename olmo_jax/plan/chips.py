@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from olmo_jax import flops
 from olmo_jax.config import Config, MeshConfig
+from olmo_jax.options import shown
 from olmo_jax.sharding import make_mesh
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
@@ -88,11 +89,11 @@ class Slice:
         Raises:
           ValueError: if no such slice is known.
         """
-        found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+        found = re.fullmatch(r"(\w+):(\d{1,4}(?:x\d{1,4}){1,2})", name)
         if found is None or found[1] not in CHIPS:
             raise ValueError(
-                f"topology {name!r}: needed is CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8, with a"
-                f" chip of {', '.join(CHIPS)}"
+                f"topology {shown(name)}: needed is CHIP:AxB or CHIP:AxBxC, such as v5p:4x4x8, with"
+                f" a chip of {', '.join(CHIPS)}"
             )
         chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
         if (wanted := 2 if chip.hosts else 3) != len(shape):

@@ -6,6 +6,7 @@ import re
 
 from olmo_jax import flops, validate
 from olmo_jax.config import Config
+from olmo_jax.options import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Nodes:
         Raises:
           ValueError: if no such node is known.
         """
-        found = re.fullmatch(r"(\w+):(\d+)x(\d+)", name)
+        found = re.fullmatch(r"(\w+):(\d{1,2})x(\d{1,5})", name)
         if found is None or found[1] not in GPUS or not int(found[2]) * int(found[3]):
             raise ValueError(
-                f"topology {name!r}: needed is GPU:PER_NODExNODES, such as h100:8x16, with a GPU of"
-                f" {', '.join(GPUS)}"
+                f"topology {shown(name)}: needed is GPU:PER_NODExNODES, such as h100:8x16, with a"
+                f" GPU of {', '.join(GPUS)}"
             )
         return cls(name, GPUS[found[1]], int(found[2]), int(found[3]))
 

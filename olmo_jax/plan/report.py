@@ -43,6 +43,8 @@ def run(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -
       ValueError: for a slice that the TPU compiler does not know.
       RuntimeError: if the compiler fails.
     """
+    n_devices = validate.planned_devices(config) if args.search else machine.n_devices
+    validate.validate(config, n_devices)
     largest = max(size for _, size in validate.batch_stages(config.data))
     data = dataclasses.replace(config.data, global_batch_size=largest)
     config = dataclasses.replace(config, data=data)
@@ -50,7 +52,6 @@ def run(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -
         machine.devices()  # is there a compiler?
     if args.search:
         return _search(config, machine, args)
-    validate.validate(config, machine.n_devices)
     shape = validate.mesh_shape(config.mesh, machine.n_devices)  # without a -1
     config = dataclasses.replace(config, mesh=MeshConfig(**shape))
     if isinstance(machine, gpus.Nodes):
