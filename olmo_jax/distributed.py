@@ -36,15 +36,19 @@ def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluste
         return Cluster(flags["coordinator"], int(flags["n_processes"]), int(flags["process_id"]))
     # srun sets all of these; sbatch alone, which starts one process, does not.
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
-    if all(name in environ for name in slurm) and int(environ["SLURM_NTASKS"]) > 1:
-        port = 61_440 + int(environ["SLURM_JOB_ID"]) % 4096
-        return Cluster(
-            f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
-            int(environ["SLURM_NTASKS"]),
-            int(environ["SLURM_PROCID"]),
-            _own_gpu(environ),
-        )
-    return None
+    if any(name not in environ for name in slurm):
+        return None
+    # A shell of salloc is a step of one task, and has the number of tasks of its job too.
+    n_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
+    if n_tasks == 1:
+        return None
+    port = 61_440 + int(environ["SLURM_JOB_ID"]) % 4096
+    return Cluster(
+        f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+        n_tasks,
+        int(environ["SLURM_PROCID"]),
+        _own_gpu(environ),
+    )
 
 
 def _own_gpu(environ: Mapping[str, str]) -> int | None:

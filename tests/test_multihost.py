@@ -380,6 +380,7 @@ def test_a_taken_port_is_named():
 SLURM = {
     "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": "gpu[003-006]", "SLURM_NTASKS": "4",
     "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+    "SLURM_STEP_NUM_TASKS": "4",
 }  # fmt: skip
 
 
@@ -393,9 +394,37 @@ def test_slurm_tells_who_is_there():
     port = 61_440 + 123_456 % 4096
     assert distributed.find_cluster({}, SLURM) == Cluster(f"gpu003:{port}", 4, 2)
     assert 61_440 <= port < 65_536
-    assert distributed.find_cluster({}, SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert distributed.find_cluster({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     batch = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")}
     assert distributed.find_cluster({}, batch) is None  # sbatch without srun
+
+
+@pytest.mark.parametrize(
+    ("n_tasks", "n_in_step", "n_processes"),
+    [
+        ("4", "1", None),  # the shell of `salloc -n4`, and `srun --overlap -n1` in it
+        ("4", "4", 4),  # `srun` in it
+        ("1", "2", 2),  # `srun -n2` in `salloc -n1 --overcommit`, where the job's number stayed
+        ("4", None, 4),  # a SLURM that does not name the step's number
+        ("1", None, None),
+    ],
+)
+def test_the_tasks_of_the_slurm_step_count_and_not_those_of_the_job(
+    n_tasks, n_in_step, n_processes
+):
+    environ = SLURM | {"SLURM_NTASKS": n_tasks, "SLURM_PROCID": "0"}
+    environ.pop("SLURM_STEP_NUM_TASKS")
+    environ |= {} if n_in_step is None else {"SLURM_STEP_NUM_TASKS": n_in_step}
+    cluster = distributed.find_cluster({}, environ)
+    assert (cluster and cluster.n_processes) == n_processes
+
+
+def test_a_shell_of_a_slurm_allocation_waits_for_nobody(monkeypatch):
+    shell = {"SLURM_STEP_NODELIST": socket.gethostname(), "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in (SLURM | shell | {"SLURM_PROCID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    (line,) = runs.run("data.paths=/nowhere.npy", "--connect_timeout=0").errors
+    assert "/nowhere.npy" in line  # it looks for its data
 
 
 @pytest.mark.parametrize(
