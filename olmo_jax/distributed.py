@@ -12,6 +12,9 @@ import time
 from collections.abc import Mapping
 
 import jax
+from jax._src import cloud_tpu_init, xla_bridge  # whether a TPU is here, whether JAX has looked
+from jax._src import distributed as jax_distributed
+from jax._src.clusters import GceTpuCluster, GkeTpuCluster  # what `initialize` asks on a TPU host
 
 WAIT_LINE_S = 10.0  # between lines that say who is missing
 GRACE_S = 3.0
@@ -28,6 +31,7 @@ class Cluster:
     n_processes: int
     process_id: int
     local_device: int | None = None  # the only one of this process; None: all that it sees
+    is_found: bool = False  # SLURM or a TPU pod describes it, and no flags
 
 
 def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
@@ -48,6 +52,7 @@ def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluste
         n_tasks,
         int(environ["SLURM_PROCID"]),
         _own_gpu(environ),
+        is_found=True,
     )
 
 
@@ -68,34 +73,109 @@ def first_host(nodelist: str) -> str:
 
 
 def start(cluster: Cluster | None, timeout_s: float) -> None:
-    """Join the other processes, if there are any: from `cluster`, or a TPU pod's own metadata.
+    """Join the other processes, if there are any: from `cluster`, or those of a TPU pod.
+
+    A process that has joined already stays as it is: a notebook trains more than once.
 
     Raises:
       TimeoutError: if not all have arrived after `timeout_s`; it names the missing ones.
+      OSError: if a TPU host does not learn who is in its pod, or JAX finds no device.
+      ValueError: if there are others, but JAX has met its devices without them.
     """
-    if cluster is not None and cluster.n_processes > 1:
-        meet(cluster, timeout_s)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # Two steps in flight could meet in Gloo in different orders, and wait for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.n_processes,
-            cluster.process_id,
-            None if cluster.local_device is None else [cluster.local_device],
-            # Else JAX asks SLURM itself, and takes one GPU of a node where one process has all.
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(timeout_s),
+    if jax.distributed.is_initialized():
+        return
+    has_devices = xla_bridge.backends_are_initialized()
+    if cluster is None and not has_devices:
+        cluster = find_pod(os.environ, timeout_s)
+    n_processes = 1 if cluster is None else cluster.n_processes
+    if has_devices and max(n_processes, jax.process_count()) > 1:
+        raise ValueError(
+            "JAX has met the devices of this process alone, but the run has several processes, and"
+            " they join before that: start again, and call train.main before anything else of JAX"
         )
-    elif cluster is None and _is_tpu_host():
-        print("joining the TPU pod, if this host is part of one", flush=True)
-        jax.distributed.initialize(initialization_timeout=int(timeout_s))
+    if cluster is not None and n_processes > 1:
+        _join(cluster, timeout_s)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise OSError(
+            f"JAX_PLATFORMS={wanted}: {str(error) or 'no such device is here'}"
+        ) from error
 
 
-def _is_tpu_host() -> bool:
+def _join(cluster: Cluster, timeout_s: float) -> None:
+    meet(cluster, timeout_s)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Two steps in flight could meet in Gloo in different orders, and wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.n_processes,
+        cluster.process_id,
+        None if cluster.local_device is None else [cluster.local_device],
+        # Else JAX asks SLURM itself, and takes one GPU of a node where one process has all.
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(timeout_s),
+    )
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized() and jax_distributed.global_state.num_processes > 1
+
+
+def find_pod(environ: Mapping[str, str], timeout_s: float) -> Cluster | None:
+    """The hosts of this TPU's slices, as JAX finds them; None if there is no TPU or one host.
+
+    Raises:
+      OSError: if neither the environment nor Google's metadata server tells.
+    """
+    if "tpu" not in (jax.config.jax_platforms or "tpu"):  # type: ignore[attr-defined]
+        return None
+    if not cloud_tpu_init.running_in_cloud_tpu_vm:
+        if _looks_like_tpu_host():
+            print(
+                "no TPU is here, though libtpu is and /dev/vfio or /dev/accel0 too: the run takes"
+                " the devices that JAX finds. JAX_PLATFORMS=cpu or cuda says that they"
+                " are meant, JAX_PLATFORMS=tpu that a run without a TPU is to end",
+                flush=True,
+            )
+        return None
+    if _is_single_host(environ):
+        return None
+    print("looking for the other hosts of the TPU pod", flush=True)
+    try:
+        pods = [pod for pod in (GkeTpuCluster, GceTpuCluster) if pod.is_env_present()]
+        if not pods or (n_hosts := pods[0].get_process_count()) == 1:
+            return None
+        port = environ.get("JAX_COORDINATOR_PORT")
+        coordinator = environ.get("JAX_COORDINATOR_ADDRESS") or pods[0].get_coordinator_address(
+            int(timeout_s), port
+        )
+        return Cluster(coordinator, n_hosts, pods[0].get_process_id(), is_found=True)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise OSError(
+            f"this host has a TPU, but does not learn who else is in its pod: {error}. To train on"
+            " its chips alone set TPU_WORKER_HOSTNAMES=localhost; else name the hosts with"
+            " --coordinator, --n_processes and --process_id"
+        ) from error
+
+
+def _looks_like_tpu_host() -> bool:
     devices = os.path.exists("/dev/accel0") or os.path.isdir("/dev/vfio")
-    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-    return devices and wanted and importlib.util.find_spec("libtpu") is not None
+    return devices and importlib.util.find_spec("libtpu") is not None
+
+
+def _is_single_host(environ: Mapping[str, str]) -> bool:
+    """Whether the environment names one host, as Colab, Kaggle and GKE do, and one slice.
+
+    JAX would resolve a name like `local` until its time is up, and ask for the number of slices.
+    """
+    if "TPU_PROCESS_ADDRESSES_PATH" in environ or environ.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return False
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    return bool(hosts) and "," not in hosts
 
 
 def meet(cluster: Cluster, timeout_s: float) -> None:

@@ -73,8 +73,8 @@ def main(argv: list[str]) -> int:
 
 
 def _is_one_of_several() -> bool:
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
+    distributed = sys.modules.get("olmo_jax.distributed")  # without it nobody has joined
+    return distributed is not None and distributed.is_one_of_several()
 
 
 def _fail(argv: list[str], code: int, *lines: str) -> int:

@@ -1,14 +1,19 @@
 """Several processes train as one: they meet, agree, stop together, and never wait for ever."""
 
 import contextlib
+import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
+from unittest.mock import Mock
 
+import jax
 import pytest
 import runs
 
@@ -290,10 +295,16 @@ def test_the_watchdog_says_that_data_are_waited_for(tmp_path, options, monkeypat
     )  # fmt: skip
 
 
+@pytest.fixture
+def no_devices(monkeypatch) -> None:
+    """As in a process of its own, JAX has not met its devices yet."""
+    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: False)
+
+
 # --- meeting --------------------------------------------------------------------------------------
 
 
-def test_a_missing_process_is_named_and_ends_the_wait(capfd, monkeypatch):  # P39
+def test_a_missing_process_is_named_and_ends_the_wait(no_devices, capfd, monkeypatch):  # P39
     assert distributed.WAIT_LINE_S + 1 <= 15
     monkeypatch.setattr(distributed, "WAIT_LINE_S", 0.5)
     port, failures = free_port(), {}
@@ -365,7 +376,7 @@ def test_all_meet_whatever_else_comes_to_the_port():
     assert sorted(met) == [0, 1, 2]
 
 
-def test_a_taken_port_is_named():
+def test_a_taken_port_is_named(no_devices):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         result = runs.run(f"--coordinator=localhost:{port}", "--n_processes=2", "--process_id=0",
@@ -392,7 +403,7 @@ def test_flags_win_over_slurm_and_one_process_needs_neither():
 
 def test_slurm_tells_who_is_there():
     port = 61_440 + 123_456 % 4096
-    assert distributed.find_cluster({}, SLURM) == Cluster(f"gpu003:{port}", 4, 2)
+    assert distributed.find_cluster({}, SLURM) == Cluster(f"gpu003:{port}", 4, 2, is_found=True)
     assert 61_440 <= port < 65_536
     assert distributed.find_cluster({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     batch = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")}
@@ -461,7 +472,7 @@ def test_the_first_host_of_a_node_list(nodes, first):
     assert distributed.first_host(nodes) == first
 
 
-def test_jax_is_told_all_and_asks_nobody(monkeypatch):
+def test_jax_is_told_all_and_asks_nobody(no_devices, monkeypatch):
     calls, update = [], {}
     monkeypatch.setattr(distributed, "meet", lambda *a: calls.append(a))
     monkeypatch.setattr(distributed.jax.config, "update", update.__setitem__)
@@ -482,6 +493,152 @@ def test_jax_is_told_all_and_asks_nobody(monkeypatch):
     distributed.start(Cluster("a:1", 1, 0), 90)  # alone
     distributed.start(None, 90)
     assert calls == []
-    monkeypatch.setattr(distributed, "_is_tpu_host", lambda: True)
+
+
+# --- TPU hosts ------------------------------------------------------------------------------------
+
+POD = ",".join(f"tpu:{i}:10.0.0.{2 + i}" for i in range(4))
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """A host with TPU chips, as far as JAX knows; `tpu(hosts, worker)` plays Google's metadata."""
+    assert jax.device_count() == 8
+    for module in (distributed.cloud_tpu_init, sys.modules[distributed.GceTpuCluster.__module__]):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # JAX sets it where it finds no chips
+    platforms = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "tpu,cpu")
+
+    def describe(hosts: str, worker: int, slices: str = "") -> None:
+        attributes = {
+            "agent-worker-number": str(worker),
+            "worker-network-endpoints": hosts,
+            "tpu-env": f"ACCELERATOR_TYPE: 'v5p-32'\n{slices}",
+        }
+
+        def get(url, **_):
+            return types.SimpleNamespace(status_code=200, text=attributes[url.split("/")[-1]])
+
+        monkeypatch.setitem(sys.modules, "requests", types.SimpleNamespace(get=get))
+
+    yield describe
+    jax.config.update("jax_platforms", platforms)
+
+
+@pytest.fixture
+def calls(no_devices, monkeypatch) -> list:
+    """What a process without devices yet does to join others."""
+    made = []
+    monkeypatch.setattr(distributed, "meet", lambda *a: made.append(("meet", *a)))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: made.append(a))
+    return made
+
+
+def test_a_notebook_on_a_tpu_host_trains_twice_on_the_chips_that_it_sees(bare, tpu):
+    tpu(POD, 0)  # which has asked JAX for devices, as the notebook does; nobody joins after that
+    for said in ("training steps 1 to 1", "done already: step 1 of 1"):
+        result = runs.run(*bare, "train.hard_stop=1")
+        assert (result.code, result.errors) == (0, [])
+        assert said in result.out
+    assert not jax.distributed.is_initialized()
+
+
+def test_who_has_joined_joins_once(calls, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    distributed.start(Cluster("a:1", 2, 0), 90)
+    assert calls == []
+    assert not distributed.is_one_of_several()  # joined by itself: an error ends no notebook
+    monkeypatch.setattr(distributed.jax_distributed.global_state, "num_processes", 2)
+    assert distributed.is_one_of_several()
+
+
+@pytest.mark.parametrize("port", [None, "8476"])
+def test_the_hosts_of_a_pod_join_before_jax_looks_for_devices(tpu, calls, port, monkeypatch):
+    tpu(POD, 2)
+    if port:
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", port)
     distributed.start(None, 90)
-    assert calls == [((), {"initialization_timeout": 90})]  # a pod describes itself
+    place = f"10.0.0.2:{port or 8482}"
+    assert calls == [
+        ("meet", Cluster(place, 4, 2, is_found=True), 90),
+        (place, 4, 2, None),
+    ]
+
+
+def test_pods_of_several_slices_and_of_gke_are_found(tpu, monkeypatch):
+    slices = {"NUM_SLICES": "2", "SLICE_ID": "1", "COORDINATOR_ADDRESS": "10.0.0.9:80"}
+    tpu(POD, 3, "\n".join(f"MEGASCALE_{name}: '{value}'" for name, value in slices.items()))
+    found = distributed.find_pod({}, 90)
+    assert found == Cluster("10.0.0.9:8482", 8, 7, is_found=True)
+    assert distributed.find_pod({"JAX_COORDINATOR_ADDRESS": "a:1"}, 90).coordinator == "a:1"
+
+    tpu("", 0)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "10.0.1.1,10.0.1.2")
+    monkeypatch.setenv("TPU_WORKER_ID", "1")
+    assert distributed.find_pod(os.environ, 90) == Cluster("10.0.1.1:8482", 2, 1, is_found=True)
+
+
+def test_one_tpu_host_joins_nobody(tpu, calls):
+    for name in (
+        "TPU_PROCESS_ADDRESSES",
+        "TPU_WORKER_HOSTNAMES",
+    ):  # Kaggle and Colab; nobody is asked
+        assert distributed.find_pod({name: "local"}, 90) is None
+    tpu("tpu:0:10.0.0.2", 0)
+    distributed.start(None, 90)
+    jax.config.update("jax_platforms", "cpu")
+    tpu(POD, 0)
+    distributed.start(None, 90)
+    assert calls == []
+
+
+def test_a_tpu_host_that_learns_nothing_says_how_to_go_on(tpu, calls, bare, monkeypatch):
+    failing = types.SimpleNamespace(get=Mock(side_effect=OSError("no route")))
+    monkeypatch.setitem(sys.modules, "requests", failing)
+    result = runs.run(*bare)
+    assert result.code == 1
+    assert result.errors == [
+        "this host has a TPU, but does not learn who else is in its pod: no route. To train on its"
+        " chips alone set TPU_WORKER_HOSTNAMES=localhost; else name the hosts with --coordinator,"
+        " --n_processes and --process_id"
+    ]
+    assert calls == []
+
+
+@pytest.mark.parametrize("cluster", [Cluster("a:1", 2, 0), None], ids=["flags", "pod"])
+def test_devices_that_jax_has_met_alone_are_refused_to_several(cluster, calls, monkeypatch):
+    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 1 if cluster else 4)
+    with pytest.raises(ValueError, match=r"before anything else of JAX$"):
+        distributed.start(cluster, 90)
+    assert calls == []
+
+
+def test_without_a_tpu_a_host_that_looks_like_one_trains_and_says_so(calls, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_looks_like_tpu_host", lambda: True)
+    assert distributed.find_pod({}, 90) is None
+    assert capsys.readouterr().out == ""  # JAX_PLATFORMS=cpu
+    jax.config.update("jax_platforms", None)
+    try:
+        distributed.start(None, 90)
+    finally:
+        jax.config.update("jax_platforms", "cpu")
+    assert calls == []
+    assert capsys.readouterr().out == (
+        "no TPU is here, though libtpu is and /dev/vfio or /dev/accel0 too: the run takes the"
+        " devices that JAX finds. JAX_PLATFORMS=cpu or cuda says that they are meant,"
+        " JAX_PLATFORMS=tpu that a run without a TPU is to end\n"
+    )
+
+
+def test_platforms_without_a_device_are_one_line(bare, monkeypatch):
+    for error, said in (
+        (RuntimeError("no chips"), "no chips"),
+        (AssertionError(), "no such device"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "devices", Mock(side_effect=error))
+            result = runs.run(*bare)
+        assert result.code == 1
+        assert result.errors[0].startswith(f"JAX_PLATFORMS=cpu: {said}"), result
