@@ -46,7 +46,7 @@ def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluste
     n_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"])
     if n_tasks == 1:
         return None
-    port = 61_440 + int(environ["SLURM_JOB_ID"]) % 4096
+    port = environ.get("JAX_COORDINATOR_PORT") or 61_440 + int(environ["SLURM_JOB_ID"]) % 4096
     return Cluster(
         f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
         n_tasks,
@@ -191,6 +191,18 @@ def meet(cluster: Cluster, timeout_s: float) -> None:
         _report(cluster, host, int(port), deadline)
 
 
+def _how(cluster: Cluster, process: int) -> str:
+    return _port_advice(cluster) or f" with --process_id={process}"
+
+
+def _port_advice(cluster: Cluster) -> str:
+    """What helps a cluster that no flags describe if its port is closed."""
+    if not cluster.is_found:
+        return ""
+    port = cluster.coordinator.rsplit(":", 1)[1]
+    return f"; if a firewall closes port {port}, set JAX_COORDINATOR_PORT to an open one for all"
+
+
 def _listen(cluster: Cluster, port: int, deadline: float) -> None:
     everyone = set(range(1, cluster.n_processes))
     waiting: list[tuple[int, socket.socket]] = []  # process and connection
@@ -198,7 +210,9 @@ def _listen(cluster: Cluster, port: int, deadline: float) -> None:
     try:
         server = socket.create_server(("", port), backlog=cluster.n_processes)
     except OSError as error:
-        raise OSError(f"--coordinator={cluster.coordinator}: cannot listen: {error}") from error
+        place = f"{'' if cluster.is_found else '--coordinator='}{cluster.coordinator}"
+        advice = "; set JAX_COORDINATOR_PORT to a free one for all" if cluster.is_found else ""
+        raise OSError(f"{place}: cannot listen: {error}{advice}") from error
     with server, contextlib.ExitStack() as peers:
         server.settimeout(0.5)
         while missing := sorted(everyone - {process for process, _ in waiting}):
@@ -213,12 +227,13 @@ def _listen(cluster: Cluster, port: int, deadline: float) -> None:
             if missing and time.monotonic() > deadline:
                 raise TimeoutError(
                     f"only {count} came to {cluster.coordinator}; missing: process {names}. Start"
-                    f" the same command there with --process_id={missing[0]}"
+                    f" the same command there{_how(cluster, missing[0])}"
                 )
             if missing and time.monotonic() - last_line > WAIT_LINE_S:
                 last_line = time.monotonic()
                 print(
-                    f"waiting at {cluster.coordinator}: {count} are here, missing: process {names}",
+                    f"waiting at {cluster.coordinator}: {count} are here, missing: process {names}"
+                    f"{_port_advice(cluster)}",
                     flush=True,
                 )
         for _, peer in waiting:
@@ -259,12 +274,15 @@ def _report(cluster: Cluster, host: str, port: int, deadline: float) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"process {cluster.process_id} found no process 0 at {cluster.coordinator}; start"
-                " the same command there with --process_id=0"
+                f" the same command there{_how(cluster, 0)}"
             )
         if time.monotonic() - last_line > WAIT_LINE_S:
             last_line = time.monotonic()
-            print(f"process {cluster.process_id} waits for process 0 at {cluster.coordinator}")
-            sys.stdout.flush()
+            print(
+                f"process {cluster.process_id} waits for process 0 at {cluster.coordinator}"
+                f"{_port_advice(cluster)}",
+                flush=True,
+            )
         time.sleep(0.5)
 
 

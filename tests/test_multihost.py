@@ -408,6 +408,8 @@ def test_slurm_tells_who_is_there():
     assert distributed.find_cluster({}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     batch = {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")}
     assert distributed.find_cluster({}, batch) is None  # sbatch without srun
+    other = SLURM | {"JAX_COORDINATOR_PORT": "8476"}
+    assert distributed.find_cluster({}, other).coordinator == "gpu003:8476"
 
 
 @pytest.mark.parametrize(
@@ -630,6 +632,27 @@ def test_without_a_tpu_a_host_that_looks_like_one_trains_and_says_so(calls, monk
         " devices that JAX finds. JAX_PLATFORMS=cpu or cuda says that they are meant,"
         " JAX_PLATFORMS=tpu that a run without a TPU is to end\n"
     )
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_closed_port_of_a_pod_is_named_with_its_remedy(process, capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "WAIT_LINE_S", 0)  # a round takes half a second
+    place = f"localhost:{free_port()}"
+    advice = (
+        f"; if a firewall closes port {place[10:]}, set JAX_COORDINATOR_PORT to an open one for all"
+    )
+    with pytest.raises(TimeoutError) as caught:
+        distributed.meet(Cluster(place, 2, process, is_found=True), 0.6)
+    said = {
+        0: f"waiting at {place}: 1 of 2 processes are here, missing: process 1",
+        1: f"process 1 waits for process 0 at {place}",
+    }
+    assert capsys.readouterr().out.splitlines()[0] == said[process] + advice
+    ended = {
+        0: f"only 1 of 2 processes came to {place}; missing: process 1. Start",
+        1: f"process 1 found no process 0 at {place}; start",
+    }
+    assert str(caught.value) == f"{ended[process]} the same command there{advice}"
 
 
 def test_platforms_without_a_device_are_one_line(bare, monkeypatch):

@@ -244,6 +244,22 @@ def test_tpu_pod_hands_arguments_over_unchanged(stand_ins, tmp_path, monkeypatch
     assert subprocess.check_output(shell, cwd=tmp_path, text=True) == f"{option}\n"
 
 
+@pytest.mark.parametrize("port", ["", "8476"])
+def test_tpu_pod_tells_the_workers_on_which_port_they_meet(stand_ins, tmp_path, monkeypatch, port):
+    remote = "unset JAX_COORDINATOR_PORT; cd $HOME; command=${!#}"
+    stand_ins(gcloud=remote + '; eval "${command#--command=}"; wait')
+    settings = {"TPU": "pod", "ZONE": "zone", "HOME": str(tmp_path), "JAX_COORDINATOR_PORT": port}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    python = tmp_path / "olmo_jax/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\necho "$JAX_COORDINATOR_PORT: $*"\n')
+    python.chmod(0o755)
+    subprocess.run([ROOT / "tools/launch/tpu_pod.sh", "start", "--config=a b"], check=True)
+    log = (tmp_path / "olmo_jax/train.log").read_text()
+    assert log == f"{port}: -m olmo_jax.train --config=a b\n"
+
+
 def test_tpu_pod_without_arguments_explains_itself():
     run = subprocess.run([ROOT / "tools/launch/tpu_pod.sh"], capture_output=True, text=True)
     assert (run.returncode, run.stdout.split("\n")[0][:5]) == (2, "Train")

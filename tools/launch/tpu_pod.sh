@@ -10,6 +10,8 @@
 #
 # `start` also goes on with a run that was stopped or preempted. All workers must see the same
 # config.dir (a bucket) and the same token files (on disk or in a mounted bucket).
+# JAX_COORDINATOR_PORT=8476 tools/launch/tpu_pod.sh start ... meets there instead of on port 8482,
+# which the firewalls of some pods close; a run that waits says so.
 # PYTHON=python3.12 takes another Python than python3.11; it is installed where it is missing.
 
 set -euo pipefail
@@ -45,10 +47,11 @@ case "$action" in
     ;;
   start)
     [[ $# -ge 1 ]] || usage
+    port="${JAX_COORDINATOR_PORT:+JAX_COORDINATOR_PORT=$JAX_COORDINATOR_PORT}"
     # The run outlives this connection; a second one on the same chips is refused.
     on_workers all "cd $REMOTE
       if kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then echo 'runs already'; exit 1; fi
-      nohup .venv/bin/python -m olmo_jax.train $(printf '%q ' "$@") >>train.log 2>&1 </dev/null &
+      $port nohup .venv/bin/python -m olmo_jax.train $(printf '%q ' "$@") >>train.log 2>&1 </dev/null &
       echo \$! >train.pid"
     ;;
   log) on_workers 0 "tail -n 50 -f $REMOTE/train.log" ;;
