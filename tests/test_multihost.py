@@ -32,6 +32,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def until_somebody_listens(port: int, words: bytes = b"") -> None:
+    """Say these words there."""
+    for _ in range(600):
+        try:
+            with socket.create_connection(("localhost", port), timeout=5) as stranger:
+                return stranger.sendall(words)
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError(f"nobody listens at {port}")
+
+
 @contextlib.contextmanager
 def pair(
     *options: str, code: str = "", n_devices: int = 1, n_threads: int = 1
@@ -309,11 +320,12 @@ def test_a_missing_process_is_named_and_ends_the_wait(no_devices, capfd, monkeyp
     monkeypatch.setattr(distributed, "WAIT_LINE_S", 0.5)
     port, failures = free_port(), {}
 
-    def meet(number: int, port: int, seconds: float) -> None:
+    def meet(number: int, at: int, seconds: float) -> None:
+        until_somebody_listens(port)
         try:
-            distributed.meet(Cluster(f"localhost:{port}", 4, number), seconds)
+            distributed.meet(Cluster(f"localhost:{at}", 4, number), seconds)
         except TimeoutError as error:
-            failures[number, port] = str(error)
+            failures[number, at] = str(error)
 
     alone = free_port()
     threads = [threading.Thread(target=meet, args=a) for a in ((2, port, 1.8), (1, alone, 1.5))]
@@ -362,13 +374,7 @@ def test_all_meet_whatever_else_comes_to_the_port():
     for thread in threads:
         thread.start()
     for words in (b"GET / HTTP/1.1", b"", b"\xff\xfe", b"1", b"7"):  # strangers, and one that died
-        for _ in range(50):
-            try:
-                with socket.create_connection(("localhost", port), timeout=5) as stranger:
-                    stranger.sendall(words)
-                    break
-            except OSError:
-                time.sleep(0.1)
+        until_somebody_listens(port, words)
     assert met == []
     meet(2)
     for thread in threads:
