@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import math
 import time
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ from olmo_jax.options import INT32
 from olmo_jax.processes import say
 from olmo_jax.step import TrainState
 from olmo_jax.validate import batch_stages, validate
+
+T = TypeVar("T")
 
 
 def train(config: Config) -> int:
@@ -178,6 +181,14 @@ def _device_memory() -> dict[str, float]:
     return {f"{name} (GiB)": peak / 2**30, f"{name} (%)": 100 * peak / limit}
 
 
+def _or_rescue(batches: Iterable[T], rescue: Callable[[], str]) -> Iterator[T]:
+    """The batches; an error of reading them also says what `rescue` returns."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; {rescue()}") from error
+
+
 class Plan:
     """The numbers that follow from a step alone: where the run ends, and its learning rate."""
 
@@ -249,6 +260,7 @@ class Run:
 
         Raises:
           Stopped: after a signal.
+          ValueError: if batches cannot be read any more; what was trained is saved.
         """
         c, at = self.config, first
         update = program.Program(c, self.mesh, self.log)
@@ -259,10 +271,16 @@ class Run:
         if self.due_eval(first) and start.lacks_eval(c, first):
             self.evaluate_between(state, first, self.loader.order.start)
         self.loader.n_steps = self.plan.last - first
-        seen = self.loader.order.start.tokens
+        position = self.loader.order.start
+        seen = position.tokens
         pending: Any = None  # the step before, whose metrics the host has not read
         self.watchdog.beat(f"the data of step {at + 1}")
-        for batch, position in self.loader:
+
+        def rescue() -> str:
+            self.record(pending)
+            return self.rescue(state, at, position) if at > first else self.saved()
+
+        for batch, position in _or_rescue(self.loader, rescue):
             at += 1
             self.watchdog.beat(f"step {at}")
             if self.trace.begins_at(at):
@@ -420,6 +438,16 @@ class Run:
         with self.log.pause(at, "checkpoint/save_duration_s"):
             self.checkpointer.save(at, state, meta, kind, self.kept.files)
 
+    def rescue(self, state: TrainState, at: int, position: Position) -> str:
+        """Save what was trained before an error of this process; says which step is saved.
+
+        Several processes cannot meet for it: the others wait in a step that will not end.
+        """
+        if jax.process_count() == 1:
+            with contextlib.suppress(OSError):  # the first error is what has to be said
+                self.save(state, at, position, "ephemeral")
+        return self.saved()
+
     def settle(self, at: int) -> None:
         """Wait for the save under way, and write down at step `at` how long it took."""
         seconds = self.checkpointer.finish()
@@ -431,12 +459,15 @@ class Run:
 
         Raises:
           Stopped: after a signal.
+          ValueError: if a file cannot be read any more.
         """
         try:
             self.evaluate(state, at, self.config.eval.max_rows)
         except Stopped:
             self.save(state, at, position, "ephemeral")
             raise
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; {self.rescue(state, at, position)}") from error
 
     def evaluate(self, state: TrainState, at: int, max_rows: int | None) -> dict[str, float]:
         """Score the held-out files and write the result down.

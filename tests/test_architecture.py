@@ -49,7 +49,7 @@ HOMES = {
 }
 WITHOUT_JAX = (
     "command train config options validate presets flops schedules records progress metrics"
-    " data.tokens data.order data.tokenizer data.corpus"
+    " data.files data.checks data.tokens data.order data.tokenizer data.corpus"
 ).split()
 
 

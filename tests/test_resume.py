@@ -22,7 +22,7 @@ from test_metrics import Tracker, scalars
 
 from olmo_jax import loop, processes, records, schedules, start, storage, train
 from olmo_jax.config import ScheduleConfig, load
-from olmo_jax.data import corpus
+from olmo_jax.data import corpus, loader
 from tools import plot_run
 
 pytestmark = pytest.mark.slow  # each is a run or two
@@ -695,6 +695,54 @@ def test_a_signal_ends_an_evaluation_and_the_next_run_makes_it(
     assert values(folder) == values(whole)
     assert "done already" in (final := runs.run(*options, f"dir={folder}")).out
     assert "eval heldout" not in final.out
+
+
+def test_a_token_file_that_shrinks_ends_the_run_which_keeps_what_it_trained(
+    tmp_path, whole, options, monkeypatch
+):
+    folder, (paths, heldout) = tmp_path / "run", options[:2]
+    tokens, held = (shutil.copy(o.partition("=")[2], tmp_path) for o in (paths, heldout))
+    sizes = {path: os.path.getsize(path) for path in (tokens, held)}
+    own = [
+        *options,
+        f"data.paths={tokens}",
+        f"eval.paths={held}",
+        "data.threads=1",
+        f"dir={folder}",
+    ]
+    read, score = loader.Loader.batch, loop.Run.evaluate
+
+    def shrinking(self, i):
+        if i == 7:
+            os.truncate(tokens, 100)
+        return read(self, i)
+
+    def shrinking_too(self, state, step, max_rows):
+        if step == 15:
+            os.truncate(held, 100)
+        return score(self, state, step, max_rows)
+
+    for target, name, change, path, step in (
+        (loader.Loader, "batch", shrinking, tokens, 7),
+        (loop.Run, "evaluate", shrinking_too, held, 15),
+    ):
+        content = pathlib.Path(path).read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, change)
+            result = runs.run(*own)
+        option = "config.data.paths" if path == tokens else "config.eval.paths"
+        assert (result.code, result.errors) == (
+            1,
+            [
+                f"{option}: {path} shrank while it was read: found 100 bytes, need {sizes[path]};"
+                f" step {step} is saved"
+            ],
+        )
+        assert max(records.read(folder)) == step
+        pathlib.Path(path).write_bytes(content)
+    assert runs.run(*own).code == 0
+    assert runs.arrays(folder / "checkpoints/step20") == runs.arrays(whole / "checkpoints/step20")
+    assert values(folder) == values(whole)
 
 
 def test_records_whose_checkpoints_are_gone_are_kept_aside(half, options):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from olmo_jax import parsing
-from olmo_jax.data import tokens
+from olmo_jax.data import files, tokens
 from olmo_jax.data.tokenizer import Tokenizer
 
 RECIPE = 1  # raise it when the code below makes other files of the same inputs
@@ -75,7 +75,7 @@ def prepare(
     began = time.perf_counter()
     root = pathlib.Path(root or sysconfig.get_paths()["stdlib"])
     sources = read_sources(root)
-    dtype = tokens.token_dtype(dtype, vocab_size).name
+    dtype = files.token_dtype(dtype, vocab_size).name
     if vocab_size - 1 > np.iinfo(dtype).max:
         raise ValueError(f"config.data.dtype={dtype} cannot hold {vocab_size} ids")
     inputs = {

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from olmo_jax.config import DataConfig, Unit
-from olmo_jax.data import tokens
+from olmo_jax.data import checks, files, tokens
 from olmo_jax.data.order import DataOrder, Position
 
 Batch = dict[str, np.ndarray]  # each [rows, seq_len]
@@ -60,15 +60,15 @@ class Loader:
         Raises:
           ValueError, FileNotFoundError: one line that names file or field, found and needed.
         """
-        paths = tokens.resolve_paths(data.paths, data.root, data.source_permutation_seed)
-        self.files = tokens.TokenFiles(paths, tokens.token_dtype(data.dtype, vocab_size))
+        paths = files.resolve_paths(data.paths, data.root, data.source_permutation_seed)
+        self.files = files.TokenFiles(paths, files.token_dtype(data.dtype, vocab_size))
         by_eos = data.document_mask == "eos"
-        tokens.check(self.files, vocab_size, data.eos_id if by_eos else None)
+        checks.check(self.files, vocab_size, data.eos_id if by_eos else None)
         self.instances = tokens.Instances(self.files, data.seq_len, data.max_target_seq_len)
         self.order = DataOrder(data, len(self.instances), position)
         self.n_steps = n_steps
         self.wait_s = 0.0
-        self.fingerprint = tokens.fingerprint(
+        self.fingerprint = files.fingerprint(
             self.files, vocab_size, data.eos_id, max_target_seq_len=data.max_target_seq_len
         )
         self._data = data

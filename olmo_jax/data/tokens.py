@@ -1,193 +1,22 @@
-"""Token files: headerless arrays of ids, cut into rows, with their documents and labels.
+"""The tokens of files cut into rows, with their documents and labels.
 
-A file `X.npy` is a plain little-endian array (no NumPy header) of documents that each end with the
-EOS id; beside it `X.csv.gz` may hold one line per document: start,end,id,source,line.
-Source: OLMo-core data/numpy_dataset.py and data/utils.py; dolma's tokenizer.
+Beside a token file `X.npy` there may be `X.csv.gz` with one line per document:
+start,end,id,source,line. Source: OLMo-core data/numpy_dataset.py and data/utils.py; dolma's
+tokenizer.
 """
 
 import bisect
 import csv
-import functools
-import glob
 import gzip
-import hashlib
 import io
 import os
 import pathlib
-import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-SAMPLE_BYTES = 2**20  # read at start from the beginning, the middle and the end of each file ...
-SAMPLE_BUDGET = 2**29  # ... or less, so that all files together cost at most about this
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def resolve_paths(
-    paths: Sequence[str],
-    root: str = "",
-    permutation_seed: int | None = None,
-    option: str = "config.data.paths",
-) -> list[str]:
-    """The token files that paths and globs name, in the order that the data order counts them in.
-
-    Args:
-      paths: files or globs; the matches of a glob are sorted, without `.csv.gz`.
-      root: put before every relative path.
-      permutation_seed: shuffles the resulting list as OLMo-core does (Python's generator).
-      option: the name of `paths` in errors.
-    Raises:
-      FileNotFoundError: if a path or glob matches no file.
-    """
-    files: list[str] = []
-    for path in paths:
-        path = os.path.join(root, path)
-        if "://" in path:
-            raise ValueError(f"{option}: {path} is remote; token files must lie on a local disk")
-        if glob.has_magic(path) and not os.path.exists(path):
-            matches = sorted(glob.glob(path, recursive=True))
-            found = [m for m in matches if os.path.isfile(m) and not m.endswith(".csv.gz")]
-            if not found:
-                raise FileNotFoundError(f"{option}: no token file matches {path}")
-            files += found
-        elif os.path.isfile(path):
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"{option}: no such token file: {path}")
-    if permutation_seed is not None:
-        random.Random(permutation_seed).shuffle(files)
-    return files
-
-
-def token_dtype(name: str | None, vocab_size: int) -> np.dtype:
-    """The type of a token on disk; None for the smallest that holds `vocab_size` ids."""
-    if name is None:
-        bits = (vocab_size - 1).bit_length()
-        name = "uint8" if bits <= 8 else "uint16" if bits <= 16 else "uint32"
-    return np.dtype(name).newbyteorder("<")
-
-
-class TokenFiles:
-    """Token files, checked when listed and mapped into memory when first read."""
-
-    def __init__(self, paths: Sequence[str], dtype: np.dtype, option: str = "config.data.paths"):
-        """List files.
-
-        Raises:
-          ValueError: if there is none, or one is empty, cut within a token, or has a NumPy header.
-        """
-        if not paths:
-            raise ValueError(f"{option}: no token files")
-        self.paths = list(paths)
-        self.dtype = np.dtype(dtype)
-        self.option = option
-        self.lengths = np.array([self._length(path) for path in self.paths], np.int64)  # tokens
-        # A map holds no open file, but the kernel allows a process some 65,000 of them.
-        self._map = functools.lru_cache(maxsize=16_384)(self._open)
-
-    def _length(self, path: str) -> int:
-        size = os.path.getsize(path)
-        if not size:
-            raise ValueError(f"{self.option}: {path} is empty; need at least one row of tokens")
-        if size % self.dtype.itemsize:
-            raise ValueError(
-                f"{self.option}: {path} has {size} bytes, no multiple of the"
-                f" {self.dtype.itemsize} of {self.dtype.name}; truncated, or another"
-                " config.data.dtype?"
-            )
-        with open(path, "rb") as file:
-            if file.read(6) == b"\x93NUMPY":
-                raise ValueError(
-                    f"{self.option}: {path} has a NumPy header; need the bare array, as written by"
-                    " ndarray.tofile"
-                )
-        return size // self.dtype.itemsize
-
-    def _open(self, file: int) -> np.ndarray:
-        shape = (int(self.lengths[file]),)
-        return np.memmap(self.paths[file], self.dtype, mode="r", shape=shape).view(np.ndarray)
-
-    def read(self, file: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a file, a view in its own type."""
-        return self._map(file)[start:stop]
-
-    def samples(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(file, offset, tokens) from the beginning, the middle and the end of each file."""
-        size = min(SAMPLE_BYTES, max(SAMPLE_BUDGET // (3 * len(self.paths)), 4096))
-        size //= self.dtype.itemsize
-        for file, length in enumerate(self.lengths.tolist()):
-            if length <= 3 * size:
-                yield file, 0, self.read(file, 0, length)
-            else:
-                for start in (0, (length - size) // 2, length - size):
-                    yield file, start, self.read(file, start, start + size)
-
-    def check_ids(self, file: int, offset: int, tokens: np.ndarray, vocab_size: int) -> None:
-        """Check that ids [n], read from `offset` of a file, are of the vocabulary.
-
-        Raises:
-          ValueError: with file, token offset and id.
-        """
-        if tokens.max() >= vocab_size:
-            at = int(np.argmax(tokens >= vocab_size))
-            raise ValueError(
-                f"{self.option}: {self.paths[file]} has id {tokens[at]} at token {offset + at},"
-                f" need ids below config.model.vocab_size={vocab_size}; wrong config.data.dtype?"
-                f" (read as {self.dtype.name})"
-            )
-
-
-def check(files: TokenFiles, vocab_size: int, eos_id: int | None = None) -> None:
-    """Look for a wrong type or tokenizer in a sample of each file, before the first step.
-
-    Args:
-      eos_id: an id that must occur, since documents are told apart by it; None for no such check.
-    Raises:
-      ValueError: if an id is outside the vocabulary, every second one is 0, as in a file of a wider
-        type, or `eos_id` never occurs.
-    """
-    n_tokens, has_eos = 0, eos_id is None
-    for file, offset, tokens in files.samples():
-        files.check_ids(file, offset, tokens, vocab_size)
-        if tokens.size > 64 and tokens[::2].any() != tokens[1::2].any():
-            raise ValueError(
-                f"{files.option}: in {files.paths[file]} every second id is 0; need another"
-                f" config.data.dtype? (read as {files.dtype.name})"
-            )
-        n_tokens += tokens.size
-        has_eos = has_eos or bool((tokens == eos_id).any())
-    if not has_eos:
-        raise ValueError(
-            f"config.data.eos_id={eos_id} never occurs in the {n_tokens} tokens that were sampled"
-            f" from {files.option}, but config.data.document_mask=eos needs it at the end of each"
-            " document"
-        )
-
-
-def fingerprint(
-    files: TokenFiles,
-    vocab_size: int,
-    eos_id: int | None,
-    pad_id: int | None = None,
-    bos_id: int | None = None,
-    max_target_seq_len: int | None = None,
-) -> str:
-    """OLMo-core's fingerprint 2.0 of a fixed-length data set: names and sizes, not contents.
-
-    Source: OLMo-core data/numpy_dataset.py, NumpyDatasetBase.fingerprint.
-    """
-    dtype = files.dtype.newbyteorder("=").type
-    text = (
-        f"class=NumpyFSLDatasetvocab_size={vocab_size},pad_token_id={pad_id},eos_token_id={eos_id},"
-        f"dtype={dtype},max_target_sequence_length={max_target_seq_len},bos_token_id={bos_id},"
-    )
-    for path, length in zip(files.paths, files.lengths.tolist(), strict=True):
-        text += f"path={os.path.basename(path)},size={length * files.dtype.itemsize},"
-    return hashlib.sha256(text.encode()).hexdigest()
-
+from olmo_jax.data.files import TokenFiles
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -227,7 +56,7 @@ class Instances:
         tokens = np.empty((len(rows), self.seq_len), self.files.dtype)
         for out, row in zip(tokens, rows, strict=True):
             file, start = self.locate(row)
-            out[:] = self.files.read(file, start, start + self.seq_len)
+            self.files.read_into(out, file, start)
         if tokens.size and tokens.max() >= vocab_size:
             for out, row in zip(tokens, rows, strict=True):
                 self.files.check_ids(*self.locate(row), out, vocab_size)

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from olmo_jax import sharding, step
 from olmo_jax.config import Config
-from olmo_jax.data import tokens as token_files
+from olmo_jax.data.files import TokenFile, TokenFiles, resolve_paths, token_dtype
 from olmo_jax.data.tokenizer import Tokenizer
+from olmo_jax.data.tokens import read_boundaries, segments
 
 EvalStep = Callable[[Any, Any], dict[str, Any]]
 
@@ -52,14 +53,14 @@ class Stream:
     """One held-out text as tokens.
 
     Args:
-      tokens: [n], may be memory-mapped.
+      tokens: [n], or a file, of which only the rows that are scored are in memory.
       eos_id: stands before the first token; None: the first token is not scored.
       document_starts: sorted offsets, the first 0, that attention does not look behind; None: it
         looks across documents.
       byte_lengths: bytes of text per id, [vocab_size]; None: not known.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | TokenFile
     eos_id: int | None = None
     document_starts: np.ndarray | None = None
     byte_lengths: np.ndarray | None = None
@@ -120,16 +121,14 @@ def _batches(
     stream: Stream, rows: np.ndarray, seq_len: int, stride: int, batch_rows: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches `[batch_rows, seq_len]` of numbered rows of the stream."""
-    tokens, eos_id = stream.tokens, stream.eos_id
-    columns = np.arange(seq_len + 1)[None] - (eos_id is not None)  # -1: the EOS in front
+    columns = np.arange(seq_len + 1)[None] - (stream.eos_id is not None)  # -1: the EOS in front
     for first in range(0, len(rows), batch_rows):
         chosen = rows[first : first + batch_rows]
         filled = np.pad(chosen, (0, batch_rows - len(chosen)), mode="edge")[:, None]
         place = filled * stride + columns  # [batch_rows, seq_len + 1]
-        ids = tokens[np.clip(place, 0, len(tokens) - 1)].astype(np.int32)
-        if eos_id is not None:
-            ids = np.where(place < 0, np.int32(eos_id), ids)
-        scored = (place[:, 1:] < len(tokens)) & (np.arange(batch_rows)[:, None] < len(chosen))
+        ids = np.stack([_row(stream, begin, seq_len + 1) for begin in place[:, 0].tolist()])
+        scored = place[:, 1:] < len(stream.tokens)
+        scored &= np.arange(batch_rows)[:, None] < len(chosen)
         scored &= (filled == 0) | (np.arange(seq_len)[None] >= seq_len - stride)
         batch = {
             "tokens": ids[:, :-1],
@@ -139,8 +138,20 @@ def _batches(
         if (starts := stream.document_starts) is not None:
             last = starts.searchsorted(place[:, :-1], "right") - 1
             is_start = starts[last] == place[:, :-1]
-            batch["segment_ids"], batch["positions"] = token_files.segments(is_start)
+            batch["segment_ids"], batch["positions"] = segments(is_start)
         yield batch
+
+
+def _row(stream: Stream, first: int, width: int) -> np.ndarray:
+    """The tokens from `first` on, [width] int32: -1 is the EOS in front, the last one repeats."""
+    row = np.empty(width, np.int32)
+    if first < 0:
+        row[0] = stream.eos_id
+    there = stream.tokens[max(first, 0) : first + width]
+    at = max(-first, 0)
+    row[at : at + len(there)] = there
+    row[at + len(there) :] = there[-1]
+    return row
 
 
 class Evaluator:
@@ -156,18 +167,19 @@ class Evaluator:
         self._config, self._mesh = config, mesh
         self._eval_step = step.make_eval_step(config, mesh)
         option, vocab_size = "config.eval.paths", config.model.vocab_size
-        paths = token_files.resolve_paths(config.eval.paths, config.data.root, option=option)
-        dtype = token_files.token_dtype(config.data.dtype, vocab_size)
-        files = token_files.TokenFiles(paths, dtype, option)
+        paths = resolve_paths(config.eval.paths, config.data.root, option=option)
+        dtype = token_dtype(config.data.dtype, vocab_size)
+        files = TokenFiles(paths, dtype, option)
         lengths = _byte_lengths(config)
         self.streams: dict[str, Stream] = {}
         for i, path in enumerate(paths):
-            tokens = files.read(i, 0, int(files.lengths[i]))
-            files.check_ids(i, 0, tokens, vocab_size)
+            for start, ids in files.pieces(i):
+                files.check_ids(i, start, ids, vocab_size)
             if Path(path).stem in self.streams:
                 raise ValueError(f"{option}: two files are called {Path(path).stem}")
-            starts = _document_starts(config, path, tokens)
-            self.streams[Path(path).stem] = Stream(tokens, config.data.eos_id, starts, lengths)
+            starts = _document_starts(config, files, i)
+            stream = Stream(TokenFile(files, i), config.data.eos_id, starts, lengths)
+            self.streams[Path(path).stem] = stream
 
     def scores(
         self,
@@ -216,12 +228,11 @@ def _byte_lengths(config: Config) -> np.ndarray | None:
     return np.pad(lengths, (0, max(0, config.model.vocab_size - len(lengths))))
 
 
-def _document_starts(config: Config, path: str, tokens: np.ndarray) -> np.ndarray | None:
-    """Where documents start, if training masks them; found in the same way."""
+def _document_starts(config: Config, files: TokenFiles, file: int) -> np.ndarray | None:
+    """Where documents of a file start, if training masks them; found in the same way."""
     if config.data.document_mask == "none":
         return None
     if config.data.document_mask == "boundaries":
-        ends = token_files.read_boundaries(path, len(tokens))
-    else:
-        ends = np.flatnonzero(tokens == config.data.eos_id) + 1
-    return np.concatenate([[0], ends])
+        return np.append(0, read_boundaries(files.paths[file], int(files.lengths[file])))
+    ends = [at + np.flatnonzero(ids == config.data.eos_id) + 1 for at, ids in files.pieces(file)]
+    return np.concatenate([[0], *ends])

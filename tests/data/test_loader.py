@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from olmo_jax.config import DataConfig
-from olmo_jax.data import tokens
+from olmo_jax.data import files, tokens
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import DataOrder, Position
 
@@ -141,7 +141,7 @@ def test_durations_and_fingerprint_come_with_the_loader(data, shared, tmp_path):
     data = dataclasses.replace(data, seq_len=4, global_batch_size=4, dtype="uint16", eos_id=5)
     loader = Loader(data, 32_000)
     assert loader.n_instances == len(toy["instances"])
-    assert loader.fingerprint == tokens.fingerprint(loader.files, 32_000, 5)
+    assert loader.fingerprint == files.fingerprint(loader.files, 32_000, 5)
     assert loader.fingerprint != Loader(dataclasses.replace(data, eos_id=6), 32_000).fingerprint
 
 

@@ -6,8 +6,9 @@ import resource
 import numpy as np
 import pytest
 
-from olmo_jax.data import tokens
-from olmo_jax.data.tokens import Boundaries, Instances, TokenFiles
+from olmo_jax.data import checks, tokens
+from olmo_jax.data.files import TokenFiles
+from olmo_jax.data.tokens import Boundaries, Instances
 
 U16 = np.dtype("<u2")
 
@@ -26,108 +27,6 @@ def write(folder, dtype=np.uint16, **files):
 
 def lengths_of(segment_ids):
     return [np.bincount(row).tolist() for row in segment_ids]
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def test_the_source_permutation_is_that_of_olmo_core(golden, tmp_path):
-    for case in golden["source_permutation"]:
-        names = write(tmp_path, **{f"p{i:02}": [1] for i in range(case["n"])})
-        found = tokens.resolve_paths(names, permutation_seed=case["seed"])
-        assert found == [names[i] for i in case["order"]]
-
-
-def test_globs_are_sorted_in_place_and_leave_side_files_out(tmp_path):
-    write(tmp_path, b=[1], a=[1], z=[1])
-    (tmp_path / "a.csv.gz").touch()
-    (tmp_path / "part[0].npy").write_bytes(b"\1\0")
-    paths = ["z.npy", "[ab].*", "part[0].npy", str(tmp_path / "b.npy")]
-    found = tokens.resolve_paths(paths, root=str(tmp_path))
-    names = ["z.npy", "a.npy", "b.npy", "part[0].npy", "b.npy"]
-    assert found == [str(tmp_path / name) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("none.npy", r"config\.data\.paths: no such token file: .*none\.npy"),
-        ("none*.npy", r"config\.data\.paths: no token file matches .*none\*\.npy"),
-        (".", r"config\.data\.paths: no such token file"),
-    ],
-)
-def test_a_missing_file_is_named(tmp_path, path, message):
-    with pytest.raises(FileNotFoundError, match=message):
-        tokens.resolve_paths([path], root=str(tmp_path))
-
-
-def test_no_files_are_refused():
-    with pytest.raises(ValueError, match=r"config\.data\.paths: no token files"):
-        TokenFiles([], U16)
-
-
-def test_a_remote_file_is_refused():
-    with pytest.raises(ValueError, match=r"config\.data\.paths: gs://b/a\.npy is remote"):
-        tokens.resolve_paths(["a.npy"], root="gs://b")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", r"config\.data\.paths: .*a\.npy is empty"),
-        (b"\0" * 7, r"a\.npy has 7 bytes, no multiple of the 2 of uint16.*config\.data\.dtype"),
-        (b"\x93NUMPY\1\0" * 16, r"a\.npy has a NumPy header; need the bare array"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_fault(tmp_path, content, message):
-    (tmp_path / "a.npy").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        TokenFiles([str(tmp_path / "a.npy")], U16)
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "name"),
-    [(200, "uint8"), (256, "uint8"), (257, "uint16"), (50_280, "uint16"), (65_536, "uint16"),
-     (65_537, "uint32"), (100_278, "uint32")],
-)  # fmt: skip
-def test_the_type_of_tokens_is_the_smallest_that_holds_the_vocabulary(vocab_size, name):
-    assert tokens.token_dtype(None, vocab_size) == np.dtype(name)
-    assert tokens.token_dtype("uint32", vocab_size) == np.uint32
-
-
-def test_the_fingerprint_is_that_of_olmo_core(golden, tmp_path):
-    case = golden["core_fsl_toy"]
-    files = TokenFiles(write(tmp_path, a=case["files"]["a.npy"], b=case["files"]["b.npy"]), U16)
-    found = tokens.fingerprint(files, case["vocab_size"], case["eos_token_id"], pad_id=1)
-    assert found == case["fingerprint"]
-
-
-def test_a_wrong_type_is_told_at_start_by_file_offset_and_id(tmp_path):
-    (path,) = write(tmp_path, np.uint32, a=[5, 6, 70_000, 7])
-    tokens.check(TokenFiles([path], np.dtype("<u4")), 100_000)
-    with pytest.raises(ValueError, match=r"a\.npy has id 4464 at token 4.*config\.data\.dtype"):
-        tokens.check(TokenFiles([path], U16), 100)
-
-
-def test_a_type_that_is_too_narrow_is_told_at_start_though_all_ids_are_valid(tmp_path):
-    (path,) = write(tmp_path, np.uint32, a=np.arange(1, 100))
-    with pytest.raises(ValueError, match=r"a\.npy every second id is 0.*config\.data\.dtype"):
-        tokens.check(TokenFiles([path], U16), 50_280)
-
-
-def test_the_sample_takes_the_beginning_the_middle_and_the_end_of_each_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "SAMPLE_BYTES", 20)
-    paths = write(tmp_path, a=np.arange(30), b=np.arange(101))
-    found = [(f, start, len(ids)) for f, start, ids in TokenFiles(paths, U16).samples()]
-    assert found == [(0, 0, 30), (1, 0, 10), (1, 45, 10), (1, 91, 10)]
-
-
-def test_an_eos_that_never_occurs_is_told_with_both_options(tmp_path):
-    files = TokenFiles(write(tmp_path, a=[1, 2, 3], b=[4, 9]), U16)
-    tokens.check(files, 10, eos_id=9)
-    message = r"config\.data\.eos_id=0 never occurs in the 5 .*config\.data\.document_mask=eos"
-    with pytest.raises(ValueError, match=message):
-        tokens.check(files, 10, eos_id=0)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -170,7 +69,7 @@ def test_tokens_beyond_two_to_the_31st_are_found_with_little_memory(tmp_path):  
         known.tofile(file)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     files = TokenFiles([str(path)], U16)
-    tokens.check(files, 65_536)
+    checks.check(files, 65_536)
     rows = Instances(files, 64)
     assert len(rows) == 2**25 + 64
     row = np.uint32(first // 64)

@@ -1,0 +1,224 @@
+"""Token files: headerless arrays of ids on a local disk, found, opened and read.
+
+A file `X.npy` is a plain little-endian array (no NumPy header) of documents that each end with the
+EOS id. Source: OLMo-core data/numpy_dataset.py; dolma's tokenizer.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import random
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+import numpy as np
+
+PIECE_BYTES = 2**20  # read at once by who passes through a whole file
+MOST_OPEN = 16_384  # files of a list, or a quarter of what the process may have open
+
+
+# --- found ----------------------------------------------------------------------------------------
+
+
+def resolve_paths(
+    paths: Sequence[str],
+    root: str = "",
+    permutation_seed: int | None = None,
+    option: str = "config.data.paths",
+) -> list[str]:
+    """The token files that paths and globs name, in the order that the data order counts them in.
+
+    Args:
+      paths: files or globs; the matches of a glob are sorted, without `.csv.gz`.
+      root: put before every relative path.
+      permutation_seed: shuffles the resulting list as OLMo-core does (Python's generator).
+      option: the name of `paths` in errors.
+    Raises:
+      FileNotFoundError: if a path or glob matches no file.
+    """
+    files: list[str] = []
+    for path in paths:
+        path = os.path.join(root, path)
+        if "://" in path:
+            raise ValueError(f"{option}: {path} is remote; token files must lie on a local disk")
+        if glob.has_magic(path) and not os.path.exists(path):
+            matches = sorted(glob.glob(path, recursive=True))
+            found = [m for m in matches if os.path.isfile(m) and not m.endswith(".csv.gz")]
+            if not found:
+                raise FileNotFoundError(f"{option}: no token file matches {path}")
+            files += found
+        elif os.path.isfile(path):
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"{option}: no such token file: {path}")
+    if permutation_seed is not None:
+        random.Random(permutation_seed).shuffle(files)
+    return files
+
+
+def token_dtype(name: str | None, vocab_size: int) -> np.dtype:
+    """The type of a token on disk; None for the smallest that holds `vocab_size` ids."""
+    if name is None:
+        bits = (vocab_size - 1).bit_length()
+        name = "uint8" if bits <= 8 else "uint16" if bits <= 16 else "uint32"
+    return np.dtype(name).newbyteorder("<")
+
+
+# --- opened and read ------------------------------------------------------------------------------
+
+
+class TokenFiles:
+    """Token files, looked at when listed and opened when first read.
+
+    They are read by position and not mapped into memory: a map of a file that somebody shortens
+    ends the process without a word. Threads may read at the same time.
+    """
+
+    def __init__(self, paths: Sequence[str], dtype: np.dtype, option: str = "config.data.paths"):
+        """List files.
+
+        Raises:
+          OSError: if one cannot be read.
+          ValueError: if there is none, or one is empty, cut within a token, or has a NumPy header.
+        """
+        if not paths:
+            raise ValueError(f"{option}: no token files")
+        self.paths = list(paths)
+        self.dtype = np.dtype(dtype)
+        self.option = option
+        lengths = [self._length(file) for file in range(len(self.paths))]
+        self.lengths = np.array(lengths, np.int64)  # tokens
+        self._opened = functools.lru_cache(maxsize=_most_open())(self._open)
+
+    def _length(self, file: int) -> int:
+        path, opened = self.paths[file], self._open(file)
+        try:
+            size, head = os.fstat(opened.number).st_size, os.pread(opened.number, 6, 0)
+        except OSError as error:
+            self._refuse(file, error)
+        if not size:
+            raise ValueError(f"{self.option}: {path} is empty; need at least one row of tokens")
+        if size % self.dtype.itemsize:
+            raise ValueError(
+                f"{self.option}: {path} has {size} bytes, no multiple of the"
+                f" {self.dtype.itemsize} of {self.dtype.name}; truncated, or another"
+                " config.data.dtype?"
+            )
+        if head == b"\x93NUMPY":
+            raise ValueError(
+                f"{self.option}: {path} has a NumPy header; need the bare array, as written by"
+                " ndarray.tofile"
+            )
+        return size // self.dtype.itemsize
+
+    def _open(self, file: int) -> "_Opened":
+        try:
+            return _Opened(os.open(self.paths[file], os.O_RDONLY))
+        except OSError as error:
+            self._refuse(file, error)
+
+    def _refuse(self, file: int, error: OSError) -> NoReturn:
+        raise OSError(f"{self.option}: cannot read {self.paths[file]}: {error.strerror}") from error
+
+    def read(self, file: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a file, in its own type; see `read_into`."""
+        out = np.empty(stop - start, self.dtype)
+        self.read_into(out, file, start)
+        return out
+
+    def read_into(self, out: np.ndarray, file: int, start: int) -> None:
+        """Fill `out` [n], of the files' type, with the tokens of a file from `start` on.
+
+        Raises:
+          OSError: if the file cannot be read any more.
+          ValueError: if it is shorter than it was when it was listed.
+        """
+        opened, at = self._opened(file), start * self.dtype.itemsize
+        try:
+            done = n = os.preadv(opened.number, [out], at)
+            while n and done < out.nbytes:  # the system may give less than there is
+                n = os.preadv(opened.number, [out.view(np.uint8)[done:]], at + done)
+                done += n
+            if done < out.nbytes:
+                size = os.fstat(opened.number).st_size
+                need = int(self.lengths[file]) * self.dtype.itemsize
+                raise ValueError(
+                    f"{self.option}: {self.paths[file]} shrank while it was read: found {size}"
+                    f" bytes, need {need}"
+                )
+        except OSError as error:
+            self._refuse(file, error)
+
+    def pieces(self, file: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A whole file, piece after piece: (offset, tokens)."""
+        length, n = int(self.lengths[file]), PIECE_BYTES // self.dtype.itemsize
+        for start in range(0, length, n):
+            yield start, self.read(file, start, min(start + n, length))
+
+    def check_ids(self, file: int, offset: int, tokens: np.ndarray, vocab_size: int) -> None:
+        """Check that ids [n], read from `offset` of a file, are of the vocabulary.
+
+        Raises:
+          ValueError: with file, token offset and id.
+        """
+        if tokens.max() >= vocab_size:
+            at = int(np.argmax(tokens >= vocab_size))
+            raise ValueError(
+                f"{self.option}: {self.paths[file]} has id {tokens[at]} at token {offset + at},"
+                f" need ids below config.model.vocab_size={vocab_size}; wrong config.data.dtype?"
+                f" (read as {self.dtype.name})"
+            )
+
+
+class _Opened:
+    """An open file, closed with its last reference: one thread may drop what another reads."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)
+
+
+def _most_open() -> int:
+    """How many files of a list stay open; the rest of the process needs some too."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 4))
+
+
+class TokenFile:
+    """One of the files as a sequence: its length, and slices of step 1, read when asked for."""
+
+    def __init__(self, files: TokenFiles, file: int):
+        self._files, self._file = files, file
+
+    def __len__(self) -> int:
+        return int(self._files.lengths[self._file])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        return self._files.read(self._file, start, max(start, stop))
+
+
+def fingerprint(
+    files: TokenFiles,
+    vocab_size: int,
+    eos_id: int | None,
+    pad_id: int | None = None,
+    bos_id: int | None = None,
+    max_target_seq_len: int | None = None,
+) -> str:
+    """OLMo-core's fingerprint 2.0 of a fixed-length data set: names and sizes, not contents.
+
+    Source: OLMo-core data/numpy_dataset.py, NumpyDatasetBase.fingerprint.
+    """
+    dtype = files.dtype.newbyteorder("=").type
+    text = (
+        f"class=NumpyFSLDatasetvocab_size={vocab_size},pad_token_id={pad_id},eos_token_id={eos_id},"
+        f"dtype={dtype},max_target_sequence_length={max_target_seq_len},bos_token_id={bos_id},"
+    )
+    for path, length in zip(files.paths, files.lengths.tolist(), strict=True):
+        text += f"path={os.path.basename(path)},size={length * files.dtype.itemsize},"
+    return hashlib.sha256(text.encode()).hexdigest()

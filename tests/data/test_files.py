@@ -1,0 +1,186 @@
+import concurrent.futures
+import errno
+import json
+import os
+import re
+import resource
+
+import numpy as np
+import pytest
+
+from olmo_jax.data import files
+from olmo_jax.data.files import TokenFile, TokenFiles
+
+U16 = np.dtype("<u2")
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    return json.loads((shared / "golden/data_order.json").read_text())
+
+
+def write(folder, dtype=np.uint16, **named):
+    """Token files `name.npy` in `folder`, as their makers write them."""
+    for name, ids in named.items():
+        np.asarray(ids, dtype).tofile(folder / f"{name}.npy")
+    return [str(folder / f"{name}.npy") for name in named]
+
+
+def test_the_source_permutation_is_that_of_olmo_core(golden, tmp_path):
+    for case in golden["source_permutation"]:
+        names = write(tmp_path, **{f"p{i:02}": [1] for i in range(case["n"])})
+        found = files.resolve_paths(names, permutation_seed=case["seed"])
+        assert found == [names[i] for i in case["order"]]
+
+
+def test_globs_are_sorted_in_place_and_leave_side_files_out(tmp_path):
+    write(tmp_path, b=[1], a=[1], z=[1])
+    (tmp_path / "a.csv.gz").touch()
+    (tmp_path / "part[0].npy").write_bytes(b"\1\0")
+    paths = ["z.npy", "[ab].*", "part[0].npy", str(tmp_path / "b.npy")]
+    found = files.resolve_paths(paths, root=str(tmp_path))
+    names = ["z.npy", "a.npy", "b.npy", "part[0].npy", "b.npy"]
+    assert found == [str(tmp_path / name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none.npy", r"config\.data\.paths: no such token file: .*none\.npy"),
+        ("none*.npy", r"config\.data\.paths: no token file matches .*none\*\.npy"),
+        (".", r"config\.data\.paths: no such token file"),
+    ],
+)
+def test_a_missing_file_is_named(tmp_path, path, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        files.resolve_paths([path], root=str(tmp_path))
+
+
+def test_no_files_are_refused():
+    with pytest.raises(ValueError, match=r"config\.data\.paths: no token files"):
+        TokenFiles([], U16)
+
+
+def test_a_remote_file_is_refused():
+    with pytest.raises(ValueError, match=r"config\.data\.paths: gs://b/a\.npy is remote"):
+        files.resolve_paths(["a.npy"], root="gs://b")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"config\.data\.paths: .*a\.npy is empty"),
+        (b"\0" * 7, r"a\.npy has 7 bytes, no multiple of the 2 of uint16.*config\.data\.dtype"),
+        (b"\x93NUMPY\1\0" * 16, r"a\.npy has a NumPy header; need the bare array"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_fault(tmp_path, content, message):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        TokenFiles([str(tmp_path / "a.npy")], U16)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "name"),
+    [(200, "uint8"), (256, "uint8"), (257, "uint16"), (50_280, "uint16"), (65_536, "uint16"),
+     (65_537, "uint32"), (100_278, "uint32")],
+)  # fmt: skip
+def test_the_type_of_tokens_is_the_smallest_that_holds_the_vocabulary(vocab_size, name):
+    assert files.token_dtype(None, vocab_size) == np.dtype(name)
+    assert files.token_dtype("uint32", vocab_size) == np.uint32
+
+
+def test_the_fingerprint_is_that_of_olmo_core(golden, tmp_path):
+    case = golden["core_fsl_toy"]
+    listed = TokenFiles(write(tmp_path, a=case["files"]["a.npy"], b=case["files"]["b.npy"]), U16)
+    found = files.fingerprint(listed, case["vocab_size"], case["eos_token_id"], pad_id=1)
+    assert found == case["fingerprint"]
+
+
+# --- files that change under the run --------------------------------------------------------------
+
+
+def test_a_file_that_shrinks_is_one_error_with_its_sizes(tmp_path):
+    (path,) = write(tmp_path, a=np.arange(100))
+    listed = TokenFiles([path], U16)
+    assert listed.read(0, 90, 100).tolist() == [*range(90, 100)]
+    os.truncate(path, 51)
+    assert listed.read(0, 20, 25).tolist() == [*range(20, 25)]  # what is left is what it was
+    message = f"config.data.paths: {path} shrank while it was read: found 51 bytes, need 200"
+    for start in (25, 90):  # within it, and behind its new end
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            listed.read(0, start, start + 1)
+
+
+def test_a_file_that_is_replaced_or_deleted_is_told_where_it_is_not_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_OPEN", 1)
+    paths = write(tmp_path, a=[1, 2, 3], b=[4, 5, 6], c=[7])
+    listed = TokenFiles(paths, U16)
+    assert listed.read(0, 0, 3).tolist() == [1, 2, 3]
+    np.array([9], np.uint16).tofile(tmp_path / "new.npy")
+    os.replace(tmp_path / "new.npy", paths[0])
+    os.remove(paths[1])
+    assert listed.read(0, 0, 3).tolist() == [1, 2, 3]  # it is still open
+    with pytest.raises(OSError, match=rf"^config\.data\.paths: cannot read {paths[1]}: No such f"):
+        listed.read(1, 0, 3)
+    assert listed.read(2, 0, 1).tolist() == [7]
+    with pytest.raises(ValueError, match=rf"{paths[0]} shrank .* found 2 bytes, need 6$"):
+        listed.read(0, 0, 3)
+
+
+def test_what_the_disk_cannot_give_is_told_with_the_file(tmp_path, monkeypatch):
+    (path,) = write(tmp_path, a=[1, 2, 3])
+    listed = TokenFiles([path], U16, "config.eval.paths")
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(OSError, match=rf"^config\.eval\.paths: cannot read {path}: Input/output e"):
+        listed.read(0, 0, 3)
+
+
+def test_threads_read_more_files_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_OPEN", 2)
+    paths = write(tmp_path, **{f"f{i}": np.arange(100 * i, 100 * i + 100) for i in range(20)})
+    listed = TokenFiles(paths, U16)
+
+    def read(i):
+        file, start = divmod(i * 37 % 2000, 100)
+        return listed.read(file, start, 100).tolist() == [
+            *range(100 * file + start, 100 * file + 100)
+        ]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read, range(2000)))
+    if os.path.exists("/proc/self/fd"):
+        numbers = os.listdir("/proc/self/fd")
+        assert sum(os.path.realpath(f"/proc/self/fd/{n}") in paths for n in numbers) == 2
+
+
+def test_few_files_stay_open_where_the_process_may_have_few(monkeypatch):
+    for limit, expected in ((1024, 256), (2, 1), (2**20, 16_384), (resource.RLIM_INFINITY, 16_384)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert files._most_open() == expected
+
+
+def test_a_read_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):
+    (path,) = write(tmp_path, a=np.arange(1000))
+    listed, whole = TokenFiles([path], U16), os.preadv
+
+    def a_little(number, buffers, at):
+        return whole(number, [memoryview(buffers[0]).cast("B")[:701]], at)
+
+    monkeypatch.setattr(os, "preadv", a_little)
+    assert listed.read(0, 1, 1000).tolist() == [*range(1, 1000)]
+
+
+def test_a_file_is_read_by_slices_and_by_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_BYTES", 8)
+    listed = TokenFiles(write(tmp_path, a=[5], b=np.arange(10)), U16)
+    one = TokenFile(listed, 1)
+    assert len(one) == 10
+    for part in (slice(0, 3), slice(8, 20), slice(20, 25), slice(5, 5), slice(5, 2), slice(None)):
+        assert one[part].tolist() == [*range(10)][part]
+    found = [(start, ids.tolist()) for start, ids in listed.pieces(1)]
+    assert found == [(0, [0, 1, 2, 3]), (4, [4, 5, 6, 7]), (8, [8, 9])]
