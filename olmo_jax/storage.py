@@ -222,11 +222,8 @@ def read_part(
     Raises:
       ValueError: if the leaf is damaged.
     """
-    spec = _spec(folder, name)
-    if spec["kvstore"]["driver"] == "file":  # half of the copies
-        spec["kvstore"]["file_io_mode"] = {"mode": "memmap"}
     try:
-        part = ts.open(spec, open=True, read=True).result()[index]
+        part = ts.open(_spec(folder, name), open=True, read=True).result()[index]
         out = np.empty(part.shape, part.dtype.numpy_dtype)
         ts.array(out).write(part).result()
         if once:

@@ -15,7 +15,7 @@ FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix(): p for p in PACKAGE.r
 
 # A module imports only what stands in a line above its own, and its own folder.
 LEVELS = """
-options
+disk options
 command config foreign parsing presets records processes distributed xla_flags
 changes schedules flops optim storage
 validate

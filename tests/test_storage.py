@@ -288,6 +288,43 @@ def test_a_small_file_that_says_nothing_sound_is_refused_by_name(saved, name, da
     assert "\n" not in str(caught.value)
 
 
+SHRINK = """
+import os, pathlib, sys, threading
+import jax, numpy as np
+from olmo_jax import storage
+folder, leaf = storage.path(sys.argv[1]), np.arange(2**23, dtype=np.float32).reshape(2048, 4096)
+writer = storage.Writer(folder, {"w": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
+writer.write("w", (0, 0), leaf)
+writer.commit({})
+chunk, done, outcomes = pathlib.Path(sys.argv[1]) / "w/c/0/0", False, set()
+whole = chunk.read_bytes()
+def shrink():
+    while not done:
+        os.truncate(chunk, len(whole) // 2)
+        with chunk.open("r+b") as file:
+            file.write(whole)
+thread = threading.Thread(target=shrink)
+thread.start()
+for _ in range(300):
+    try:
+        part = storage.read_part(folder, "w", (slice(None), slice(None)))
+        outcomes.add(str(np.array_equal(part, leaf)))
+    except ValueError as error:
+        outcomes.add(str(error).split(": ")[1])
+done = True
+thread.join()
+print(sorted(outcomes - {"True"}))
+"""
+
+
+@pytest.mark.by_hand
+def test_a_chunk_that_shrinks_while_it_is_read_is_damaged_and_not_the_end_of_the_process(tmp_path):
+    command = [sys.executable, "-c", SHRINK, str(tmp_path / "step1")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "['leaf w is damaged']\n"
+
+
 def test_another_tree_shape_or_dtype_is_refused_with_every_leaf_named(saved):
     wanted = abstract(state())
     params = wanted["params"]

@@ -32,6 +32,7 @@ class Padded(Weights):
         self._source, self.line = source, f"{source.line}, {rows} rows"
         self.model = dataclasses.replace(source.model, padded_vocab_size=rows)
         self.files, self.meta, self.torch_layout = source.files, source.meta, source.torch_layout
+        self.is_remote = source.is_remote
         self.leaves = dict(source.leaves)
         for name, leaf in source.leaves.items():
             if name.endswith("/embed"):
@@ -65,6 +66,7 @@ class Mean(Weights):
         self.meta = {"token_ids": first.meta.get("token_ids", {})}  # no dtype: a mean is float32
         # Ours can be read across; what lies across our rows would come once for each block of them.
         self.torch_layout = any(source.torch_layout for source in sources)
+        self.is_remote = any(source.is_remote for source in sources)
         self.leaves = {
             name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype("float32"))
             for name, leaf in first.leaves.items()
@@ -127,6 +129,7 @@ class Upcycled(Weights):
         routers = f"routers of seed {seed} and std {router_std}"
         self.line = f"{source.line}; each MLP as {n_experts} experts, {routers}"
         self.files, self.meta, self.torch_layout = source.files, source.meta, source.torch_layout
+        self.is_remote = source.is_remote
         self._source, self._router_std, self._seed = source, router_std, seed
         self.leaves: Leaves = {}
         for name, leaf in source.leaves.items():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from olmo_jax.convert.folders import Folder, at_once
-from olmo_jax.convert.stacked import Shapes
+from olmo_jax.convert.stacked import Shapes, narrowed
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
 from olmo_jax.parsing import is_inside
 
@@ -126,10 +126,9 @@ class Distributed:
                 f"{archive.where} is damaged: the part of {key} at byte {chunk.start:,} is not the"
                 f" {dtype} {list(chunk.sizes)} of .metadata"
             )
-        inside = [slice(a - o, b - o) for (a, b), o in zip(common, chunk.offsets, strict=True)]
-        if not inside:
-            return archive.read(tensor)
-        return archive.read(tensor, inside[0])[(slice(None), *inside[1:])]
+        ends = zip(common, chunk.offsets, strict=True)
+        inside = tuple(slice(a - o, b - o) for (a, b), o in ends)
+        return narrowed(functools.partial(archive.read, tensor), inside, tensor.shape, dtype)
 
     def _open(self, chunk: _Chunk) -> Archive:
         return Archive(self._folder, chunk.file, chunk.start, chunk.stop)

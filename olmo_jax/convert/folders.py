@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 import olmo_jax
-from olmo_jax import options
+from olmo_jax import disk, options
 
 PART_BYTES = 16 << 20  # of one request; several are under way at once
 THREADS = 8
@@ -72,12 +72,12 @@ def text(folder: Folder, file: str) -> str:
 
 
 class Local:
-    """A folder of this machine, read through the page cache without copies."""
+    """A folder of this machine."""
 
     def __init__(self, src: str):
         self.name = src
         self.path = pathlib.Path(options.expand(src))
-        self._mapped = functools.lru_cache(maxsize=None)(self._map)
+        self._opened = functools.lru_cache(maxsize=disk.most_open())(self._open)
 
     def has(self, file: str) -> bool:
         """Whether the file is there."""
@@ -90,21 +90,23 @@ class Local:
         return (self.path / file).stat().st_size
 
     def read(self, file: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The bytes `start` to `stop` of a file, read-only."""
+        """The bytes `start` to `stop` of a file."""
         size = self.size(file)
         stop = size if stop is None else stop
         if stop > size:
             raise ValueError(_short(self.name, file, size, stop))
-        return self._mapped(file)[start:stop] if size else np.zeros(0, np.uint8)
+        out, opened = np.empty(stop - start, np.uint8), self._opened(file)
+        if opened.read_into(out, start) < out.nbytes:
+            raise ValueError(_short(self.name, file, opened.size, stop))
+        return out
 
     def inside(self, folder: str) -> list[str]:
         """The files of a folder in it, by name; none where it is not there."""
         files = (self.path / folder).iterdir() if (self.path / folder).is_dir() else ()
         return sorted(f"{folder}/{file.name}" for file in files if file.is_file())
 
-    def _map(self, file: str) -> np.ndarray:
-        # A plain array over the map: slices of np.memmap take microseconds each.
-        return np.asarray(np.memmap(self.path / file, np.uint8, mode="r"))
+    def _open(self, file: str) -> disk.OpenFile:
+        return disk.OpenFile(self.path / file)
 
 
 class Remote:

@@ -17,7 +17,7 @@ from olmo_jax import parsing
 from olmo_jax.convert import compare, folders, hf_config, names, resume, safetensors, torch_files
 from olmo_jax.convert.folders import Folder
 from olmo_jax.convert.names import Row
-from olmo_jax.convert.stacked import Stacked, is_same
+from olmo_jax.convert.stacked import Stacked, is_same, narrowed
 from olmo_jax.convert.weights import Index, Weights, ahead, parts, pieces, size
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -38,12 +38,30 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Tensor(NamedTuple):
-    """A tensor in one of the files; `load` gives some of its rows."""
+    """A tensor in one of the files, or some rows of one."""
 
     file: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    load: Callable[[slice], np.ndarray]
+    place: Any  # a safetensors.Entry, or a torch_files.Tensor
+    read: Callable[[Any, slice], np.ndarray]
+    first: int = 0
+    n_rows: int | None = None  # None: all
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its elements."""
+        return self.place.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its own, as it is read."""
+        return self.place.shape if self.n_rows is None else (self.n_rows, *self.place.shape[1:])
+
+    def load(self, rows: slice) -> np.ndarray:
+        """Some of its rows; no more is read."""
+        if self.shape:
+            start, stop, _ = rows.indices(self.shape[0])
+            rows = slice(self.first + start, self.first + stop)
+        return self.read(self.place, rows)
 
 
 # --- in -------------------------------------------------------------------------------------------
@@ -72,7 +90,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     if optimizer:
         raise ValueError(f"{src}: a Hugging Face folder has no optimizer state; leave --optimizer")
     store = Store(folder, is_tied=model.tie_embeddings)
-    weights = Stacked(model)
+    weights = Stacked(model, is_remote=isinstance(folder, folders.Remote))
     rows = names.rows(model, "Hugging Face")
     weights.add("params/", store, rows, lambda key: key, store.shapes)
     n_files = len({tensor.file for tensor in store.tensors.values()})
@@ -128,8 +146,9 @@ class Store:
             self.shapes.setdefault(EMBED, self.shapes.pop(HEAD))
 
     def read(self, key: str, index: Index) -> np.ndarray:
-        """A part of a tensor, without a copy where the file is on this machine."""
-        return self.tensors[key].load(index[0])[(slice(None), *index[1:])]
+        """A part of a tensor."""
+        tensor = self.tensors[key]
+        return narrowed(tensor.load, index, tensor.shape, tensor.dtype)
 
 
 def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -138,18 +157,14 @@ def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
     if match is None or len(tensor.shape) != 3:
         return {key: tensor}
     prefix, name = match.groups()
-    n_experts, n_rows, width = tensor.shape
+    n_experts, n_rows, _ = tensor.shape
     parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
     size, rest = divmod(n_rows, len(parts))
     if rest:  # does not fit, which is said with all that does not
         return {key: tensor}
-
-    def load(expert: int, first: int, rows: slice) -> np.ndarray:
-        return tensor.load(slice(expert, expert + 1))[0][first : first + size][rows]
-
     return {
-        f"{prefix}.{e}.{part}.weight": Tensor(
-            tensor.file, tensor.dtype, (size, width), functools.partial(load, e, i * size)
+        f"{prefix}.{e}.{part}.weight": tensor._replace(
+            place=tensor.place.part(e), first=i * size, n_rows=size
         )
         for e in range(n_experts)
         for i, part in enumerate(parts)
@@ -209,14 +224,14 @@ def _of_shards(folder: Folder, index: str) -> dict[str, Tensor]:
 def _of_file(folder: Folder, file: str) -> dict[str, Tensor]:
     if file.endswith(".safetensors"):
         return {
-            key: Tensor(file, e.dtype, e.shape, functools.partial(safetensors.load, folder, e))
-            for key, e in safetensors.entries(folder, file).items()
+            key: Tensor(file, entry, functools.partial(safetensors.load, folder))
+            for key, entry in safetensors.entries(folder, file).items()
         }
     archive = torch_files.Archive(folder, file)
     if not isinstance(archive.tree, dict) or not all(isinstance(key, str) for key in archive.tree):
         raise ValueError(f"{archive.where} holds no tensors by name")
     return {
-        key: Tensor(file, t.dtype, t.shape, functools.partial(archive.read, t))
+        key: Tensor(file, t, archive.read)
         for key, t in archive.tree.items()
         if isinstance(t, torch_files.Tensor)
     }

@@ -6,6 +6,7 @@ safetensors_util.py.
 """
 
 import base64
+import functools
 import math
 import reprlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from olmo_jax.config import ModelConfig
 from olmo_jax.convert import folders, names, resume, safetensors
 from olmo_jax.convert.fields import MOST, Fields, odd_ids, real
 from olmo_jax.convert.folders import Folder
-from olmo_jax.convert.stacked import Shapes, Stacked
+from olmo_jax.convert.stacked import Shapes, Stacked, narrowed
 from olmo_jax.convert.torch_files import Archive, Tensor, unpickle
 from olmo_jax.convert.weights import Index
 
@@ -62,7 +63,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
         raise FileNotFoundError(f"{folder.name}: need {' or '.join(kinds)}, found neither")
     state = _File(folder, file)
     store = _Store(state, state.tree)
-    weights = Stacked(model)
+    weights = Stacked(model, is_remote=isinstance(folder, folders.Remote))
     rows = names.rows(model, "OLMo")
     weights.add("params/", store, rows, lambda key: key, store.shapes)
     if optimizer:
@@ -318,5 +319,6 @@ class _Store:
         self.shapes: Shapes = {k: (tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
 
     def read(self, key: str, index: Index) -> np.ndarray:
-        """A part of a tensor: rows are read, the rest is cut off here."""
-        return self._file.read(self._tensors[key], index[0])[(slice(None), *index[1:])]
+        """A part of a tensor."""
+        load = functools.partial(self._file.read, self._tensors[key])
+        return narrowed(load, index, *self.shapes[key])

@@ -1,18 +1,18 @@
 """A checkpoint of any kind as a model and its parameters on a mesh."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from olmo_jax import sharding, storage
 from olmo_jax.config import ComputeConfig, MeshConfig
-from olmo_jax.convert import weights
+from olmo_jax.convert import names, weights
 from olmo_jax.convert.derived import Padded
-from olmo_jax.convert.weights import Index, Weights, whole
+from olmo_jax.convert.weights import Index, Weights, parts, pieces, whole
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Params, Transformer
+
+Ranges = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 
 def load(
@@ -60,14 +60,41 @@ def _leaf(
     dtype: np.dtype,
     where: jax.sharding.Sharding,
 ) -> jax.Array:
-    """A leaf on its devices; each reads its own part."""
-    blocks: dict[Any, np.ndarray] = {}  # replicas share one read
+    """A leaf on its devices; what those of this process have between them is read once."""
+    needed = {
+        _ranges(index, shape) for index in where.addressable_devices_indices_map(shape).values()
+    }
+    blocks = {key: np.empty([stop - start for start, stop in key], dtype) for key in needed}
+    box = tuple(
+        (min(along)[0], max(stop for _, stop in along)) for along in zip(*needed, strict=True)
+    )
+    for part in parts(name, source.leaves[name]):
+        for piece in pieces(source, name, part):
+            wanted = _common(_ranges(piece, shape), box)
+            if wanted is None:
+                continue
+            values = source.view(name, tuple(slice(*along) for along in wanted))
+            for key, block in blocks.items():
+                if (common := _common(wanted, key)) is not None:
+                    names.assign(block[_within(common, key)], values[_within(common, wanted)])
 
     def block(index: Index | None) -> np.ndarray:
-        index = whole(shape, index)
-        key = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
-        if key not in blocks:
-            blocks[key] = source.read(name, index).astype(dtype, copy=False)
-        return blocks[key]
+        return blocks[_ranges(index, shape)]
 
     return jax.make_array_from_callback(shape, where, block, dtype=dtype)
+
+
+def _ranges(index: Index | None, shape: tuple[int, ...]) -> Ranges:
+    ends = zip(whole(shape, index), shape, strict=True)
+    return tuple(along.indices(n)[:2] for along, n in ends)
+
+
+def _common(one: Ranges, other: Ranges) -> Ranges | None:
+    ends = zip(one, other, strict=True)
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in ends)
+    return None if any(start >= stop for start, stop in common) else common
+
+
+def _within(inner: Ranges, outer: Ranges) -> Index:
+    ends = zip(inner, outer, strict=True)
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in ends)

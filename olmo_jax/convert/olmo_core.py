@@ -48,7 +48,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     config = parsing.json_object(folder.read("config.json").tobytes(), where)
     model, is_fused = olmo_core_config.read(config, where)
     stored = Distributed(folder, _state(folder) or "")
-    weights = Stacked(model)
+    weights = Stacked(model, is_remote=isinstance(folder, folders.Remote))
     rows = names.rows(model, "OLMo-core")
     if is_fused:
         part = {"w_q": 0, "w_k": 1, "w_v": 2}

@@ -42,6 +42,11 @@ class Entry(NamedTuple):
         """Its size."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def part(self, i: int) -> "Entry":
+        """Where an element of its first dimension is."""
+        part = self._replace(shape=self.shape[1:])
+        return part._replace(start=self.start + i * part.n_bytes)
+
 
 def entries(folder: Folder, file: str) -> dict[str, Entry]:
     """The tensors of a file by name, after a look whether all of them are there.
@@ -101,15 +106,13 @@ def _refuse_gaps(where: str, found: Mapping[str, Entry], begin: int, size: int) 
 
 
 def load(folder: Folder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
-    """A tensor, or some rows of it, without a copy where the folder is on this machine."""
+    """A tensor, or some rows of it; only these are read."""
     if not entry.shape:
         rows = slice(0, 1)
     first, last, _ = rows.indices(entry.shape[0] if entry.shape else 1)
     row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     data = folder.read(entry.file, entry.start + first * row, entry.start + last * row)
     shape = (last - first, *entry.shape[1:]) if entry.shape else ()
-    if entry.start % entry.dtype.itemsize:  # written without alignment
-        data = data.copy()
     return data.view(entry.dtype).reshape(shape)
 
 

@@ -15,6 +15,7 @@ from olmo_jax.convert.weights import Index, Leaves, Weights, whole
 
 SHOWN = 3  # problems of one kind in an error
 COMPARED_ROWS = 4096  # at once
+BAND_BYTES = 32 << 20  # read at once of rows that are narrowed
 
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # and dtypes, by key
 
@@ -47,8 +48,8 @@ class Stacked(Weights):
 
     torch_layout = True
 
-    def __init__(self, model: ModelConfig):
-        self.model = model
+    def __init__(self, model: ModelConfig, *, is_remote: bool = False):
+        self.model, self.is_remote = model, is_remote
         self.line = ""
         self.leaves: Leaves = {}
         self.files: dict[str, Any] = {}
@@ -194,6 +195,28 @@ def count(row: Row, model: ModelConfig) -> int:
     """How many keys of PyTorch's a parameter has."""
     layers = model.n_layers if row.is_layered else 1
     return layers * model.n_experts if row.is_per_expert else layers
+
+
+def narrowed(
+    load: Callable[[slice], np.ndarray], index: Index, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """A part of a tensor of which `load` reads whole rows; what it cuts off does not add up.
+
+    Args:
+      load: gives some rows.
+      index: a slice of step 1 for each dimension.
+      shape, dtype: of the tensor.
+    """
+    ranges = [along.indices(n)[:2] for along, n in zip(index, shape, strict=True)]
+    if all(along == (0, n) for along, n in zip(ranges[1:], shape[1:], strict=True)):
+        return load(index[0] if index else slice(None))
+    out = np.empty([stop - start for start, stop in ranges], dtype)
+    first, last = ranges[0]
+    step = max(1, BAND_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+    for at in range(first, last, step):
+        rows = slice(at, min(at + step, last))
+        out[at - first : rows.stop - first] = load(rows)[(slice(None), *index[1:])]
+    return out
 
 
 def is_same(store: Store, one: str, other: str) -> bool:

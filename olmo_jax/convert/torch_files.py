@@ -15,7 +15,7 @@ import pickle
 import pickletools
 import reprlib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -58,6 +58,11 @@ class Tensor:
         want = [math.prod(self.shape[i + 1 :]) for i in range(len(self.shape))]
         triples = zip(self.shape, self.strides, want, strict=True)
         return all(size == 1 or stride == need for size, stride, need in triples)
+
+    def part(self, i: int) -> "Tensor":
+        """Where an element of its first dimension is."""
+        offset = self.offset + i * self.strides[0]
+        return replace(self, offset=offset, shape=self.shape[1:], strides=self.strides[1:])
 
 
 class Record:
@@ -252,17 +257,17 @@ class Archive:
           rows: of its first dimension; ignored for a scalar.
         """
         itemsize, shape = tensor.dtype.itemsize, tensor.shape
-        if not tensor.is_contiguous:
-            spread = zip(shape, tensor.strides, strict=True)
-            last = tensor.offset + sum((size - 1) * stride for size, stride in spread)
-            flat = self._bytes(tensor.storage, 0, (last + 1) * itemsize).view(tensor.dtype)
-            strides = [stride * itemsize for stride in tensor.strides]
-            flat = flat[tensor.offset :]
-            return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False)[rows]
         first, end = 0, 1
         if shape:
             first, end, _ = rows.indices(shape[0])
             shape = (end - first, *shape[1:])
+        if not tensor.is_contiguous:
+            at = tensor.offset + first * tensor.strides[0]
+            spread = zip(shape, tensor.strides, strict=True)
+            stop = at + sum((size - 1) * stride for size, stride in spread) + 1
+            flat = self._bytes(tensor.storage, at * itemsize, stop * itemsize).view(tensor.dtype)
+            strides = [stride * itemsize for stride in tensor.strides]
+            return np.lib.stride_tricks.as_strided(flat, shape, strides, writeable=False)
         row = math.prod(shape[1:]) * itemsize
         at = tensor.offset * itemsize + first * row
         data = self._bytes(tensor.storage, at, at + (end - first) * row)

@@ -22,6 +22,7 @@ from olmo_jax.convert import compare, hf, names, native, tokenizer_config, weigh
 from olmo_jax.convert.derived import Mean, Padded, Upcycled
 from olmo_jax.convert.logits import logits
 from olmo_jax.convert.weights import (
+    PIECE_BYTES,
     Index,
     Leaves,
     Weights,
@@ -30,7 +31,6 @@ from olmo_jax.convert.weights import (
     is_by_rows,
     parts,
     size,
-    whole,
 )
 from olmo_jax.progress import Bar
 
@@ -206,15 +206,17 @@ def _write_native(source: Weights, folder: storage.Path, dtype: str) -> Checksum
 def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[], Block]]]:
     """Bytes and maker of each block, in order; what they are made from is read ahead of them.
 
-    A source that lies across our rows is read a part at a time, and blocks are cut out of it.
+    A source that lies across our rows is passed through once for several blocks: as many as make
+    a piece, or all of a part that is remote.
     """
     reads: list[tuple[str, Index, list[Index]]] = []
     for name, leaf in leaves.items():
         for part in parts(name, leaf):
-            rows = blocks(name, leaf, part)
-            one_by_one = [(name, row, [row]) for row in rows]
-            together = [(name, whole(leaf.shape, part), rows)]
-            reads += one_by_one if is_by_rows(source, name) else together
+            rows, n_bytes = blocks(name, leaf, part), size(source.leaves[name], part)
+            n = len(rows) if source.is_remote else max(1, PIECE_BYTES * len(rows) // n_bytes)
+            n = 1 if is_by_rows(source, name) else n
+            groups = [rows[i : i + n] for i in range(0, len(rows), n)]
+            reads += [(name, _together(group, len(part)), group) for group in groups]
 
     def make(name: str, index: Index, values: np.ndarray) -> Block:
         out = np.empty(values.shape, leaves[name].dtype)
@@ -235,6 +237,14 @@ def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[],
             )
             make_it = functools.partial(make, name, row, values[(*cut, ...)])
             yield size(leaves[name], row), make_it
+
+
+def _together(rows: list[Index], axis: int) -> Index:
+    """What blocks make together that follow each other along an axis, if they have it."""
+    first, last = rows[0], rows[-1]
+    if len(first) == axis:
+        return first
+    return (*first[:axis], slice(first[axis].start, last[axis].stop), *first[axis + 1 :])
 
 
 def _check_native(copy: Weights, written: Checksums) -> None:

@@ -19,7 +19,7 @@ from olmo_jax.config import ModelConfig
 from olmo_jax.convert import names
 
 PIECE_BYTES = 128 << 20
-AHEAD_BYTES = 384 << 20  # of arrays that are made while another is used
+AHEAD_BYTES = 192 << 20  # of arrays that are made while another is used
 THREADS = 4  # that make them: half of their time is the disk's
 
 T = TypeVar("T")
@@ -44,6 +44,8 @@ class Weights(Protocol):
     # Whether big matrices lie there as [outputs, inputs]: parts are then cheap to read along our
     # last dimension, otherwise along our first.
     torch_layout: bool
+    # Whether it comes over a network: what is read twice, comes twice.
+    is_remote: bool = False
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A leaf, or a part of it such as one layer; reads no more of the source than that needs.

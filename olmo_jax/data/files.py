@@ -9,15 +9,15 @@ import glob
 import hashlib
 import os
 import random
-import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
 
-PIECE_BYTES = 2**20  # read at once by who passes through a whole file
-MOST_OPEN = 16_384  # files of a list, or a quarter of what the process may have open
+from olmo_jax import disk
+from olmo_jax.disk import OpenFile
 
+PIECE_BYTES = 2**20  # read at once by who passes through a whole file
 
 # --- found ----------------------------------------------------------------------------------------
 
@@ -72,8 +72,7 @@ def token_dtype(name: str | None, vocab_size: int) -> np.dtype:
 class TokenFiles:
     """Token files, looked at when listed and opened when first read.
 
-    They are read by position and not mapped into memory: a map of a file that somebody shortens
-    ends the process without a word. Threads may read at the same time.
+    Threads may read at the same time.
     """
 
     def __init__(self, paths: Sequence[str], dtype: np.dtype, option: str = "config.data.paths"):
@@ -90,12 +89,13 @@ class TokenFiles:
         self.option = option
         lengths = [self._length(file) for file in range(len(self.paths))]
         self.lengths = np.array(lengths, np.int64)  # tokens
-        self._opened = functools.lru_cache(maxsize=_most_open())(self._open)
+        self._opened = functools.lru_cache(maxsize=disk.most_open())(self._open)
 
     def _length(self, file: int) -> int:
-        path, opened = self.paths[file], self._open(file)
+        path, opened, head = self.paths[file], self._open(file), np.zeros(6, np.uint8)
         try:
-            size, head = os.fstat(opened.number).st_size, os.pread(opened.number, 6, 0)
+            size = opened.size
+            opened.read_into(head, 0)
         except OSError as error:
             self._refuse(file, error)
         if not size:
@@ -106,16 +106,16 @@ class TokenFiles:
                 f" {self.dtype.itemsize} of {self.dtype.name}; truncated, or another"
                 " config.data.dtype?"
             )
-        if head == b"\x93NUMPY":
+        if head.tobytes() == b"\x93NUMPY":
             raise ValueError(
                 f"{self.option}: {path} has a NumPy header; need the bare array, as written by"
                 " ndarray.tofile"
             )
         return size // self.dtype.itemsize
 
-    def _open(self, file: int) -> "_Opened":
+    def _open(self, file: int) -> OpenFile:
         try:
-            return _Opened(os.open(self.paths[file], os.O_RDONLY))
+            return OpenFile(self.paths[file])
         except OSError as error:
             self._refuse(file, error)
 
@@ -135,21 +135,18 @@ class TokenFiles:
           OSError: if the file cannot be read any more.
           ValueError: if it is shorter than it was when it was listed.
         """
-        opened, at = self._opened(file), start * self.dtype.itemsize
+        opened = self._opened(file)
         try:
-            done = n = os.preadv(opened.number, [out], at)
-            while n and done < out.nbytes:  # the system may give less than there is
-                n = os.preadv(opened.number, [out.view(np.uint8)[done:]], at + done)
-                done += n
-            if done < out.nbytes:
-                size = os.fstat(opened.number).st_size
-                need = int(self.lengths[file]) * self.dtype.itemsize
-                raise ValueError(
-                    f"{self.option}: {self.paths[file]} shrank while it was read: found {size}"
-                    f" bytes, need {need}"
-                )
+            n = opened.read_into(out, start * self.dtype.itemsize)
+            size = opened.size if n < out.nbytes else 0
         except OSError as error:
             self._refuse(file, error)
+        if n < out.nbytes:
+            need = int(self.lengths[file]) * self.dtype.itemsize
+            raise ValueError(
+                f"{self.option}: {self.paths[file]} shrank while it was read: found {size} bytes,"
+                f" need {need}"
+            )
 
     def pieces(self, file: int) -> Iterator[tuple[int, np.ndarray]]:
         """A whole file, piece after piece: (offset, tokens)."""
@@ -170,22 +167,6 @@ class TokenFiles:
                 f" need ids below config.model.vocab_size={vocab_size}; wrong config.data.dtype?"
                 f" (read as {self.dtype.name})"
             )
-
-
-class _Opened:
-    """An open file, closed with its last reference: one thread may drop what another reads."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.number)
-
-
-def _most_open() -> int:
-    """How many files of a list stay open; the rest of the process needs some too."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 4))
 
 
 class TokenFile:

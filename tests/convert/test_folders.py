@@ -1,6 +1,7 @@
 """Any stretch of a file, from a folder or from a web server that behaves badly."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -59,6 +60,19 @@ def test_a_missing_file_is_named(opened):
 def test_reading_behind_the_end_says_that_the_file_is_truncated(opened):
     with pytest.raises(ValueError, match=r"a\.bin is truncated: it has 100,000 bytes, 100,001"):
         opened.read("sub/a.bin", 99_000, 100_001)
+
+
+def test_a_file_that_shrinks_is_an_error_and_not_the_end_of_the_process(folder, monkeypatch):
+    opened = folders.open(str(folder))
+    before = opened.read("sub/a.bin")
+    os.truncate(folder / "sub" / "a.bin", 50_000)
+    np.testing.assert_array_equal(before, DATA)
+    message = r"sub/a\.bin is truncated: it has 50,000 bytes, 60,000 are needed$"
+    with pytest.raises(ValueError, match=message):
+        opened.read("sub/a.bin", 40_000, 60_000)
+    monkeypatch.setattr(folders.Local, "size", lambda *_: 100_000)  # as it was a moment ago
+    with pytest.raises(ValueError, match=message):
+        opened.read("sub/a.bin", 40_000, 60_000)
 
 
 def test_a_stretch_costs_its_bytes_and_no_more(server):

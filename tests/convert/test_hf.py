@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import runs
 import torch
 import transformers
 import web
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import olmo_jax
 from olmo_jax import sharding, storage
 from olmo_jax.config import MeshConfig
-from olmo_jax.convert import compare, hf, native, verbs, weights
+from olmo_jax.convert import compare, hf, native, safetensors, stacked, verbs, weights
 from olmo_jax.convert.logits import logits
 
 TOKENS = np.random.default_rng(0).integers(2, 97, (2, 29))
@@ -339,6 +340,7 @@ def test_nothing_is_downloaded_twice(tmp_path, monkeypatch, verb):
     ours = str(tmp_path / "ours")
     verbs.to_jax(str(folder), ours, say=quiet)
     monkeypatch.setattr(storage, "CHUNK_BYTES", 4000)  # a quarter of a matrix
+    monkeypatch.setattr(verbs, "PIECE_BYTES", 1)
     monkeypatch.setattr(compare, "LOGIT_BYTES", 0)
     monkeypatch.setattr(verbs, "logits", lambda checkpoint, tokens: np.ones((1, 1, 1)))
     new = str(tmp_path / "new")
@@ -353,7 +355,29 @@ def test_nothing_is_downloaded_twice(tmp_path, monkeypatch, verb):
         assert server.n_bytes < 1.1 * size
 
 
-def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path):
+def test_large_tensors_are_read_in_parts_that_make_the_same_checkpoint(tmp_path, monkeypatch):
+    folder = save(tmp_path, "olmo2 grouped")
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 4000)
+    verbs.to_jax(str(folder), str(tmp_path / "whole"), say=quiet)
+    monkeypatch.setattr(verbs, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(stacked, "BAND_BYTES", 1000)
+    most, load = [], safetensors.load
+
+    def watched(*args):
+        most.append(load(*args).nbytes)
+        return load(*args)
+
+    monkeypatch.setattr(safetensors, "load", watched)
+    source = weights.open(str(folder))
+    verbs._write_native(source, storage.path(tmp_path / "parts"), "float32")
+    assert max(most) <= 4000  # a matrix has 16,384 bytes
+    assert runs.arrays(tmp_path / "parts", ("params",)) == runs.arrays(
+        tmp_path / "whole", ("params",)
+    )
+
+
+def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(stacked, "BAND_BYTES", 700)
     folder = save(tmp_path, "olmo2 grouped", max_shard_size="40KB")
     verbs.to_jax(str(folder), str(tmp_path / "ours"), say=quiet)
     rng = np.random.default_rng(1)

@@ -1,6 +1,7 @@
 """Hugging Face folders that cannot be right are refused by name, and nothing is left behind."""
 
 import json
+import os
 import pathlib
 import re
 
@@ -53,6 +54,21 @@ def test_a_truncated_file_is_named(tmp_path, keep):
     file = save(tmp_path, "olmo2") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     refused(file.parent, tmp_path, r"model\.safetensors is truncated")
+
+
+def test_a_file_that_shrinks_under_way_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    file = save(tmp_path, "olmo2") / "model.safetensors"
+    assign, size = verbs.names.assign, file.stat().st_size
+
+    def shrinking(out, values):  # what was read before is used after
+        os.truncate(file, size - 100)
+        assign(out, values)
+
+    monkeypatch.setattr(verbs.names, "assign", shrinking)
+    message = rf"{file} is truncated: it has {size - 100:,} bytes, {size:,} are needed"
+    with pytest.raises(ValueError, match=message):
+        verbs.to_jax(str(file.parent), str(tmp_path / "new"), say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == [file.parent.name]
 
 
 def test_a_tensor_that_no_shard_has_is_named(tmp_path):

@@ -111,7 +111,7 @@ def test_blocks_are_whole_chunks_and_all_of_the_part(name, shape, part):
 class Torch:
     """A head as PyTorch has it, on the disk."""
 
-    line, torch_layout, model = "a head", True, ModelConfig(vocab_size=20_000)
+    line, torch_layout, is_remote, model = "a head", True, False, ModelConfig(vocab_size=20_000)
     values = np.random.default_rng(0).standard_normal((20_000, 64), np.float32)
 
     def __init__(self):

@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import pytest
 
+from olmo_jax import disk
 from olmo_jax.data import files
 from olmo_jax.data.files import TokenFile, TokenFiles
 
@@ -113,7 +114,7 @@ def test_a_file_that_shrinks_is_one_error_with_its_sizes(tmp_path):
 
 
 def test_a_file_that_is_replaced_or_deleted_is_told_where_it_is_not_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_OPEN", 1)
+    monkeypatch.setattr(disk, "MOST_OPEN", 1)
     paths = write(tmp_path, a=[1, 2, 3], b=[4, 5, 6], c=[7])
     listed = TokenFiles(paths, U16)
     assert listed.read(0, 0, 3).tolist() == [1, 2, 3]
@@ -141,7 +142,7 @@ def test_what_the_disk_cannot_give_is_told_with_the_file(tmp_path, monkeypatch):
 
 
 def test_threads_read_more_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_OPEN", 2)
+    monkeypatch.setattr(disk, "MOST_OPEN", 2)
     paths = write(tmp_path, **{f"f{i}": np.arange(100 * i, 100 * i + 100) for i in range(20)})
     listed = TokenFiles(paths, U16)
 
@@ -161,7 +162,7 @@ def test_threads_read_more_files_than_may_be_open(tmp_path, monkeypatch):
 def test_few_files_stay_open_where_the_process_may_have_few(monkeypatch):
     for limit, expected in ((1024, 256), (2, 1), (2**20, 16_384), (resource.RLIM_INFINITY, 16_384)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert files._most_open() == expected
+        assert disk.most_open() == expected
 
 
 def test_a_read_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):
