@@ -415,17 +415,17 @@ class Run:
         known = "no step had a finite loss"
         if self.last_finite is not None:
             known = f"the last finite loss is that of step {self.last_finite}"
-        raise ValueError(f"{why}; {known}. None of them changed the parameters; {self.saved()}")
+        saved = self.saved()
+        if (confirmed := self.checkpointer.confirmed()) not in (None, self.checkpointer.latest()):
+            saved += f", and step {confirmed}, the newest that a finite loss has confirmed"
+        raise ValueError(f"{why}; {known}. None of them changed the parameters; {saved}")
 
     def saved(self) -> str:
         """Which step the next run starts from, in words for an error."""
         with contextlib.suppress(OSError):
             self.checkpointer.finish()
-        newest, confirmed = self.checkpointer.latest(), self.checkpointer.confirmed()
-        words = f"{'no checkpoint' if newest is None else f'step {newest}'} is saved"
-        if newest == confirmed or confirmed is None:
-            return words
-        return f"{words}, and step {confirmed}, the newest that a finite loss has confirmed"
+        newest = self.checkpointer.latest()
+        return f"{'no checkpoint' if newest is None else f'step {newest}'} is saved"
 
     def save(self, state: TrainState, at: int, position: Position, kind: str) -> None:
         """Save the state after step `at`."""

@@ -16,7 +16,7 @@ IDS = {"eos_token_id": [7, 9], "bos_token_id": None, "pad_token_id": 3}
 def source(folder: pathlib.Path, meta: dict, files: dict, *, is_resume: bool = False) -> Source:
     """A checkpoint without arrays."""
     path = storage.path(folder / "source")
-    storage.Writer(path, {}).commit(meta, files=files)
+    storage.Writer(path, {}).commit({"model": {}, "config": {}} | meta, files=files)
     return Source(path, ("params",), is_resume, "")
 
 
