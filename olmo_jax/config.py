@@ -149,6 +149,7 @@ class DataConfig:
     corpus_vocab_size: Annotated[int, Range(257, INT32)] = 4096
     corpus_dir: File = "data"  # where prepared corpora are kept
     dtype: Literal["uint8", "uint16", "uint32"] | None = None  # None: smallest for vocab_size
+    check_dtype: bool = True  # refuse files that look like another type, though all ids are valid
     tokenizer: File | None = None  # tokenizer.json or sentencepiece .model that made the tokens
     eos_id: Natural | None = None  # where documents end; a checkpoint's own special tokens stay
     seq_len: Row = 4096  # tokens per row

@@ -315,7 +315,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(
 def test_ids_that_the_look_at_start_misses_are_told_in_training_and_nothing_is_lost(
     place, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("olmo_jax.data.checks.check", lambda *_: None)
+    monkeypatch.setattr("olmo_jax.data.checks.check", lambda *_, **__: None)
     path = runs.write_tokens(tmp_path / "late.npy", 4000)
     ids = np.fromfile(path, "<u2")
     ids[3300] = 60_000
@@ -325,7 +325,7 @@ def test_ids_that_the_look_at_start_misses_are_told_in_training_and_nothing_is_l
     (line,) = result.errors
     assert f"{path} has id 60000 at token 3300, need ids below config.model.vocab_size=512" in line
     last = max(records.read(tmp_path / "run"))
-    assert line.endswith(f"; step {last} is saved")
+    assert f"; step {last} is saved" in line
     assert storage.is_complete(storage.path(tmp_path / f"run/checkpoints/step{last}"))
 
 

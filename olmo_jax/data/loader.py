@@ -63,7 +63,8 @@ class Loader:
         paths = files.resolve_paths(data.paths, data.root, data.source_permutation_seed)
         self.files = files.TokenFiles(paths, files.token_dtype(data.dtype, vocab_size))
         by_eos = data.document_mask == "eos"
-        checks.check(self.files, vocab_size, data.eos_id if by_eos else None)
+        eos_id = data.eos_id if by_eos else None
+        checks.check(self.files, vocab_size, eos_id, check_dtype=data.check_dtype)
         self.instances = tokens.Instances(self.files, data.seq_len, data.max_target_seq_len)
         self.order = DataOrder(data, len(self.instances), position)
         self.n_steps = n_steps
@@ -75,6 +76,8 @@ class Loader:
         self._vocab_size = vocab_size
         self._rows_of = rows_of
         by_file = data.document_mask == "boundaries"
+        if data.check_dtype and not by_file:
+            checks.check_side_files(self.files)
         self._boundaries = tokens.Boundaries(self.files) if by_file else None
 
     @property

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from olmo_jax import sharding, step
 from olmo_jax.config import Config
+from olmo_jax.data import checks
 from olmo_jax.data.files import TokenFile, TokenFiles, resolve_paths, token_dtype
 from olmo_jax.data.tokenizer import Tokenizer
 from olmo_jax.data.tokens import read_boundaries, segments
@@ -170,6 +171,10 @@ class Evaluator:
         paths = resolve_paths(config.eval.paths, config.data.root, option=option)
         dtype = token_dtype(config.data.dtype, vocab_size)
         files = TokenFiles(paths, dtype, option)
+        data = config.data
+        checks.check(files, vocab_size, check_dtype=data.check_dtype)
+        if data.check_dtype and data.document_mask != "boundaries":
+            checks.check_side_files(files)
         lengths = _byte_lengths(config)
         self.streams: dict[str, Stream] = {}
         for i, path in enumerate(paths):

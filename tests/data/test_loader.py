@@ -136,9 +136,12 @@ def test_durations_and_fingerprint_come_with_the_loader(data, shared, tmp_path):
     assert loader.steps_for(1000, "tokens") == 8
     assert Loader(data, 200, position=loader.order.position(3)).steps_for(2, "epochs", 3) == 34
     toy = json.loads((shared / "golden/data_order.json").read_text())["core_fsl_toy"]
+    (tmp_path / "toy").mkdir()
     for name, ids in toy["files"].items():
-        np.array(ids, np.uint16).tofile(tmp_path / name)
-    data = dataclasses.replace(data, seq_len=4, global_batch_size=4, dtype="uint16", eos_id=5)
+        np.array(ids, np.uint16).tofile(tmp_path / "toy" / name)
+    data = dataclasses.replace(
+        data, root=str(tmp_path / "toy"), seq_len=4, global_batch_size=4, dtype="uint16", eos_id=5
+    )
     loader = Loader(data, 32_000)
     assert loader.n_instances == len(toy["instances"])
     assert loader.fingerprint == files.fingerprint(loader.files, 32_000, 5)

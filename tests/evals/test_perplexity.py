@@ -224,3 +224,16 @@ def test_problems_are_named(tmp_path, mesh):
         open_files("bad.npy")
     with pytest.raises(ValueError, match=r"config.eval.paths: two files are called x"):
         open_files("x.npy", "a/x.npy")
+
+
+def test_held_out_files_of_another_type_are_refused_unless_they_are_to_be_read(tmp_path, mesh):
+    tokens.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint16")
+    paths = config.EvalConfig(paths=(str(tmp_path / "x.npy"),))
+    with pytest.raises(ValueError, match=r"config\.eval\.paths: in .*x\.npy every second id is 0"):
+        Evaluator(dataclasses.replace(cfg(), eval=paths), mesh)
+    read = Evaluator(dataclasses.replace(cfg(check_dtype=False), eval=paths), mesh)
+    assert len(read.streams["x"].tokens) == 192
+    tokens.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint8")
+    np.arange(1, 96, dtype=np.uint8).tofile(tmp_path / "x.npy")
+    with pytest.raises(ValueError, match=r"eval\.paths: .*x\.csv\.gz ends at token 96, but .* 95 "):
+        Evaluator(dataclasses.replace(cfg(), eval=paths), mesh)
