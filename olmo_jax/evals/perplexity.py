@@ -66,6 +66,11 @@ class Stream:
     document_starts: np.ndarray | None = None
     byte_lengths: np.ndarray | None = None
 
+    @property
+    def n_targets(self) -> int:
+        """Tokens that are scored."""
+        return len(self.tokens) - (self.eos_id is None)
+
 
 def evaluate(
     eval_step: EvalStep,
@@ -96,10 +101,9 @@ def evaluate(
     stride = seq_len if stride is None else stride
     if not 1 <= stride <= seq_len:
         raise ValueError(f"config.eval.stride={stride}: need 1 to seq_len={seq_len}")
-    n_targets = len(stream.tokens) - (stream.eos_id is None)
-    if n_targets < 1:
+    if stream.n_targets < 1:
         raise ValueError(f"config.eval.paths: {len(stream.tokens)} tokens hold nothing to score")
-    n_rows = 1 + -(-max(0, n_targets - seq_len) // stride)
+    n_rows = 1 + -(-max(0, stream.n_targets - seq_len) // stride)
     rows = np.arange(n_rows)
     if max_rows is not None and max_rows < n_rows:
         rows = np.linspace(0, n_rows - 1, max_rows).astype(np.int64)
@@ -183,7 +187,12 @@ class Evaluator:
             if Path(path).stem in self.streams:
                 raise ValueError(f"{option}: two files are called {Path(path).stem}")
             starts = _document_starts(config, files, i)
-            stream = Stream(TokenFile(files, i), config.data.eos_id, starts, lengths)
+            stream = Stream(TokenFile(files, i), data.eos_id, starts, lengths)
+            if not stream.n_targets:
+                raise ValueError(
+                    f"{option}: {path} has one token and nothing to score: the first one needs"
+                    " config.data.eos_id before it"
+                )
             self.streams[Path(path).stem] = stream
 
     def scores(

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,31 @@ def test_problems_are_named(tmp_path, mesh):
         open_files("bad.npy")
     with pytest.raises(ValueError, match=r"config.eval.paths: two files are called x"):
         open_files("x.npy", "a/x.npy")
+
+
+@pytest.mark.parametrize("mask", ["none", "boundaries"])
+def test_a_held_out_file_without_anything_to_score_is_refused_at_start(tmp_path, mesh, mask):
+    for name, n in (("one", 1), ("two", 2)):
+        tokens.write_documents(tmp_path / f"{name}.npy", [[5] * n], "uint8")
+
+    def open_files(*names, eos_id=None):
+        paths = config.EvalConfig(paths=tuple(str(tmp_path / name) for name in names))
+        return Evaluator(
+            dataclasses.replace(cfg(eos_id=eos_id, document_mask=mask), eval=paths), mesh
+        )
+
+    message = (
+        f"config.eval.paths: {tmp_path}/one.npy has one token and nothing to score: the first one"
+        " needs config.data.eos_id before it"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        open_files("two.npy", "one.npy")
+    for eos_id, names in ((EOS, ("one.npy", "two.npy")), (None, ("two.npy",))):
+        opened = open_files(*names, eos_id=eos_id)
+        for stream in opened.streams.values():  # the fewest tokens, rows and columns that may be
+            for options in ({"seq_len": 1}, {"seq_len": SEQ, "stride": 1, "max_rows": 1}):
+                score = evaluate(Recorder(), None, mesh, stream, **options)
+                assert score.n_tokens == stream.n_targets
 
 
 def test_held_out_files_of_another_type_are_refused_unless_they_are_to_be_read(tmp_path, mesh):
