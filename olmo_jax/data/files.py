@@ -8,16 +8,33 @@ import functools
 import glob
 import hashlib
 import os
+import pathlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import numpy as np
 
-from olmo_jax import disk
+from olmo_jax import disk, foreign
 from olmo_jax.disk import OpenFile
 
 PIECE_BYTES = 2**20  # read at once by who passes through a whole file
+DOCUMENTS = re.compile(r"\.(parquet|arrow|jsonl?|csv|txt)(\.(gz|zst|bz2|xz))?$")
+# How files begin that are no bare arrays. Ids that do are one in 2^32.
+MAGIC = {
+    b"\x93NUMPY": "has a NumPy header",
+    b"PAR1": "is a Parquet file",
+    b"ARROW1": "is an Arrow file",
+    b"PK\x03\x04": "is a zip file",
+    b"\x1f\x8b\x08\0": "is a gzip file",
+    b"\x1f\x8b\x08\x08": "is a gzip file",
+    b"(\xb5/\xfd": "is a zstd file",
+    b"\xfd7zXZ\0": "is an xz file",
+    b"\x89HDF": "is an HDF5 file",
+    b"GGUF": "is a GGUF file",
+    b"MMIDIDX": "is Megatron's index, whose ids are in the .bin file beside it",
+}
 
 # --- found ----------------------------------------------------------------------------------------
 
@@ -36,26 +53,54 @@ def resolve_paths(
       permutation_seed: shuffles the resulting list as OLMo-core does (Python's generator).
       option: the name of `paths` in errors.
     Raises:
-      FileNotFoundError: if a path or glob matches no file.
+      FileNotFoundError: if a path or glob matches no file, or something else, which is named.
     """
     files: list[str] = []
     for path in paths:
         path = os.path.join(root, path)
         if "://" in path:
             raise ValueError(f"{option}: {path} is remote; token files must lie on a local disk")
-        if glob.has_magic(path) and not os.path.exists(path):
+        found = [path]
+        if glob.has_magic(path) and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True))
-            found = [m for m in matches if os.path.isfile(m) and not m.endswith(".csv.gz")]
+            found = [m for m in matches if not os.path.isdir(m) and not m.endswith(".csv.gz")]
             if not found:
-                raise FileNotFoundError(f"{option}: no token file matches {path}")
-            files += found
-        elif os.path.isfile(path):
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"{option}: no such token file: {path}")
+                hint = f", but {matches[0]}{_instead(matches[0], option)}" if matches else ""
+                raise FileNotFoundError(f"{option}: no token file matches {path}{hint}")
+        for file in found:
+            if not os.path.isfile(file):
+                hint = _instead(file, option)
+                raise FileNotFoundError(f"{option}: no such token file: {file}{hint}")
+        files += found
     if permutation_seed is not None:
         random.Random(permutation_seed).shuffle(files)
     return files
+
+
+def _instead(path: str, option: str) -> str:
+    """What is there that is no token file, and who takes it, as the end of a sentence."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f", a link to {os.readlink(path)}, which leads nowhere"
+    if not os.path.isdir(path):
+        return ", which is no regular file" if os.path.exists(path) else ""
+    return f", {_folder(path).replace('config.data.paths', option)}"
+
+
+def _folder(path: str) -> str:
+    """What a folder is."""
+    names = sorted(os.listdir(path))
+    if {"commit_success.txt", "checkpoints"} & {*names}:
+        return "a run or a checkpoint of olmo_jax; it goes to config.checkpoint.load_path"
+    if what := foreign.describe(pathlib.Path(path)):
+        return what
+    if next(glob.iglob(f"{glob.escape(path)}/**/*.npy", recursive=True), None):
+        return f"a folder with token files further below: config.data.paths={path}/**/*.npy"
+    documents = [name for name in names if DOCUMENTS.search(name)]
+    if documents:
+        return (
+            f"a folder of documents such as {documents[0]}; a tokenizer makes token files of them"
+        )
+    return "a folder without token files"
 
 
 def token_dtype(name: str | None, vocab_size: int) -> np.dtype:
@@ -92,12 +137,17 @@ class TokenFiles:
         self._opened = functools.lru_cache(maxsize=disk.most_open())(self._open)
 
     def _length(self, file: int) -> int:
-        path, opened, head = self.paths[file], self._open(file), np.zeros(6, np.uint8)
+        path, opened, head = self.paths[file], self._open(file), np.zeros(10, np.uint8)
         try:
             size = opened.size
             opened.read_into(head, 0)
         except OSError as error:
             self._refuse(file, error)
+        if kind := _other_kind(head.tobytes()):
+            raise ValueError(
+                f"{self.option}: {path} {kind}; need the bare array of ids, as written by"
+                " ndarray.tofile"
+            )
         if not size:
             raise ValueError(f"{self.option}: {path} is empty; need at least one row of tokens")
         if size % self.dtype.itemsize:
@@ -105,11 +155,6 @@ class TokenFiles:
                 f"{self.option}: {path} has {size} bytes, no multiple of the"
                 f" {self.dtype.itemsize} of {self.dtype.name}; truncated, or another"
                 " config.data.dtype?"
-            )
-        if head.tobytes() == b"\x93NUMPY":
-            raise ValueError(
-                f"{self.option}: {path} has a NumPy header; need the bare array, as written by"
-                " ndarray.tofile"
             )
         return size // self.dtype.itemsize
 
@@ -167,6 +212,13 @@ class TokenFiles:
                 f" need ids below config.model.vocab_size={vocab_size}; wrong config.data.dtype?"
                 f" (read as {self.dtype.name})"
             )
+
+
+def _other_kind(head: bytes) -> str | None:
+    """What begins with these bytes and is no bare array."""
+    if head[4:] == b'\0\0\0\0{"':
+        return "is a safetensors file"
+    return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
 
 
 class TokenFile:

@@ -1,5 +1,6 @@
 import concurrent.futures
 import errno
+import gzip
 import json
 import os
 import re
@@ -73,6 +74,10 @@ def test_a_remote_file_is_refused():
         (b"", r"config\.data\.paths: .*a\.npy is empty"),
         (b"\0" * 7, r"a\.npy has 7 bytes, no multiple of the 2 of uint16.*config\.data\.dtype"),
         (b"\x93NUMPY\1\0" * 16, r"a\.npy has a NumPy header; need the bare array"),
+        (gzip.compress(b"0,5,x\n"), r"a\.npy is a gzip file; need the bare array of ids"),
+        (b"PAR1\x15\4\x15", r"a\.npy is a Parquet file"),  # whatever its size
+        (b'\x40\1\0\0\0\0\0\0{"__met', r"a\.npy is a safetensors file"),
+        (b"MMIDIDX\0\0\1", r"a\.npy is Megatron's index, whose ids are in the \.bin file"),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path, content, message):
@@ -96,6 +101,96 @@ def test_the_fingerprint_is_that_of_olmo_core(golden, tmp_path):
     listed = TokenFiles(write(tmp_path, a=case["files"]["a.npy"], b=case["files"]["b.npy"]), U16)
     found = files.fingerprint(listed, case["vocab_size"], case["eos_token_id"], pad_id=1)
     assert found == case["fingerprint"]
+
+
+# --- what is there instead ------------------------------------------------------------------------
+
+
+def folder_of(tmp_path, *names):
+    for name in names:
+        path = tmp_path / "there" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}")
+    return tmp_path / "there"
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["a.npy", "b.npy"], "a folder of token files: config.eval.paths={}/*.npy"),
+        (["dolma/a.npy"], "a folder with token files further below: config.eval.paths={}/**/*.npy"),
+        (["commit_success.txt"], "a run or a checkpoint of olmo_jax; it goes to config.checkpoint"),
+        (["checkpoints/step1/x"], "a run or a checkpoint of olmo_jax; it goes to config.checkpoin"),
+        (["adapter_config.json"], "an adapter (PEFT) of a model, no model by itself"),
+        (
+            ["models--allenai--OLMo-2-1124-7B/refs/main"],
+            "the Hub's cache of allenai/OLMo-2-1124-7B",
+        ),
+        (["config.json", "model_and_optim/.metadata"], "a checkpoint of OLMo-core, taken by: pyth"),
+        (["0000.parquet", "dataset_info.json"], "a folder of documents such as 0000.parquet; a to"),
+        (["part.jsonl.zst"], "a folder of documents such as part.jsonl.zst; a tokenizer makes tok"),
+        (["x.py"], "a folder without token files"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["{}", "{}[e]"])
+def test_a_folder_is_told_with_what_takes_it(tmp_path, names, what, pattern):
+    folder = folder_of(tmp_path, *names)
+    path = pattern.format(str(folder)[:-1] if "[" in pattern else folder)
+    begin = "no token file matches {}, but {}, " if "[" in pattern else "no such token file: {}, "
+    message = f"config.eval.paths: {begin.format(path, folder)}{what.format(folder)}"
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}") as caught:
+        files.resolve_paths([path], option="config.eval.paths")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hugging_face_folder_is_told_with_the_command_that_takes_it(tmp_path):
+    folder = folder_of(tmp_path, "model.safetensors")
+    (folder / "config.json").write_text('{"architectures": ["Olmo2ForCausalLM"]}')
+    message = (
+        f"config.data.paths: no such token file: {folder}, a Hugging Face folder"
+        f" (Olmo2ForCausalLM), taken by: python tools/convert.py to_jax {folder} OUT"
+    )
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+        files.resolve_paths([str(folder)])
+
+
+@pytest.mark.parametrize("pattern", ["x.npy", "*.npy"])
+def test_what_is_no_regular_file_is_refused_and_never_left_out(tmp_path, pattern):
+    write(tmp_path, a=[1])
+    odd = tmp_path / "x.npy"
+    os.mkfifo(odd)
+    makers = {
+        "which is no regular file": lambda: os.mkfifo(odd),
+        "a link to gone.npy, which leads nowhere": lambda: odd.symlink_to("gone.npy"),
+        "a link to x.npy, which leads nowhere": lambda: odd.symlink_to("x.npy"),  # in a circle
+    }
+    for what, make in makers.items():
+        odd.unlink()
+        make()
+        message = f"config.data.paths: no such token file: {odd}, {what}"
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
+            files.resolve_paths([pattern], root=str(tmp_path))
+    odd.unlink()
+    odd.symlink_to("a.npy")
+    assert str(odd) in files.resolve_paths([pattern], root=str(tmp_path))
+    odd.unlink()
+    odd.mkdir()
+    if pattern == "x.npy":
+        with pytest.raises(FileNotFoundError, match=r"x\.npy, an empty folder$"):
+            files.resolve_paths([pattern], root=str(tmp_path))
+    else:  # folders beside token files are none of them
+        assert files.resolve_paths([pattern], root=str(tmp_path)) == [str(tmp_path / "a.npy")]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (path,) = write(tmp_path, a=[1])
+
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", closed)
+    with pytest.raises(OSError, match=rf"^config\.data\.paths: cannot read {path}: Permission den"):
+        TokenFiles([path], U16)
 
 
 # --- files that change under the run --------------------------------------------------------------
