@@ -1,6 +1,7 @@
 # make train    the quickstart: set up, train a small model on this machine, look at the result
 # make check    lint, types and the fast tests
-# make test     the whole test suite
+# make test     the test suite
+# make prove    what `make test` leaves out: longer proofs, and second ones (tests marked by_hand)
 # PYTHON=python3.12 make …    with another Python (3.11 or newer)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 TRAIN_ARGS ?=
 
-.PHONY: train check test clean
+.PHONY: train check test prove clean
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "olmo_jax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0])'
@@ -33,6 +34,9 @@ check: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	$(BIN)/pytest -n 2 -m 'not by_hand'
+
+prove: $(VENV)/.ready-test
+	$(BIN)/pytest -n 2 -m by_hand
 
 clean:
 	rm -rf $(VENV)

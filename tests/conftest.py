@@ -13,6 +13,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         "--xla_force_host_platform_device_count=8"
         # Optimizing code that runs for milliseconds would take half of the suite's time.
         " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+        # And MLIR between HLO and LLVM half of what is left.
+        " --xla_cpu_use_fusion_emitters=false"
     )
 
 import jax

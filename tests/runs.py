@@ -51,6 +51,13 @@ def run(*options: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def xla_flags(n_devices: int) -> str:
+    """`XLA_FLAGS` of another process: those of the tests, with so many virtual devices."""
+    count = "--xla_force_host_platform_device_count="
+    others = [f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(count)]
+    return " ".join([*others, f"{count}{n_devices}"])
+
+
 def start(
     *arguments: str, code: str = "", n_devices: int = 8, n_threads: int = 16, **keywords
 ) -> subprocess.Popen:
@@ -63,14 +70,12 @@ def start(
       n_threads: of XLA; a thread per core would not do, each device blocks one in a collective.
       keywords: of Popen.
     """
-    count = "--xla_force_host_platform_device_count="
-    others = [f for f in os.environ["XLA_FLAGS"].split() if not f.startswith(count)]
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
         "NPROC": str(n_threads),
-        "XLA_FLAGS": " ".join([*others, f"{count}{n_devices}"]),
+        "XLA_FLAGS": xla_flags(n_devices),
     }
     command = [sys.executable, "-m", "olmo_jax.train"]
     if code:

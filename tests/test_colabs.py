@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+import runs
 import small_run
 
 nbclient = pytest.importorskip("nbclient")
@@ -31,7 +32,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     notebook.cells.remove(tagged(notebook, "install"))
     values = small_run.STEPS, str(tmp_path / "run"), options
     tagged(notebook, "parameters").source += f"\nSTEPS, RUN, OPTIONS = {values!r}"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", runs.xla_flags(1))
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compiles faster
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT}}).execute()
     shown = [o for cell in notebook.cells for o in cell.get("outputs", ())]

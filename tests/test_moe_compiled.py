@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 D_MODEL, D_FF, N_EXPERTS = 512, 256, 8
 TINY = ("configs/tiny_olmoe.py", f"model.d_model={D_MODEL}", f"model.d_ff={D_FF}")
 CPU = pytest.param("cpu", marks=pytest.mark.slow)
-TPU = pytest.param("v5p:2x2x2", marks=[pytest.mark.slow, pytest.mark.tpu])
+# The TPU compiler comes to the same collectives, within a quarter of a minute each.
+TPU = pytest.param("v5p:2x2x2", marks=[pytest.mark.by_hand, pytest.mark.tpu])
 
 
 @functools.cache
@@ -73,7 +74,7 @@ def test_weights_of_experts_are_gathered_over_fsdp_only(topology):
 
 
 # Of the full OLMoE-1B-7B: rows of 4,096 tokens on a chip, and GiB that a chip has. A compilation
-# takes minutes of a core, so they are left to `pytest -m by_hand`.
+# takes minutes of a core, so they are left to `make prove`.
 SLICES = [
     ("v5e:4x8", 32, 1, 15.75, ()),
     ("v5p:2x2x4", 16, 2, 95.7, ("mesh.expert=8", "compute.expert_buffer=2.0")),

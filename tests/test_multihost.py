@@ -93,13 +93,9 @@ from olmo_jax import loop
 from olmo_jax.config import MeshConfig
 run = loop.train
 def stages(config):
-    for stop, accumulate, mesh in (
-        (4, 2, MeshConfig(fsdp=4)),
-        (8, 1, MeshConfig(fsdp=1, tensor=4)),
-        (12, 1, MeshConfig(fsdp=1, context=4)),
-    ):
+    for stop, accumulate, mesh in {stages}:
         code = run(dataclasses.replace(
-            config, mesh=mesh,
+            config, mesh=MeshConfig(**mesh),
             train=dataclasses.replace(config.train, hard_stop=stop),
             compute=dataclasses.replace(config.compute, accumulate=accumulate),
         ))
@@ -109,8 +105,18 @@ loop.train = stages
 """
 
 
+# Last step, micro-batches, mesh. In the first context lies across processes of two devices each.
+MIXED = [(12, 2, dict(fsdp=1, context=2, tensor=2))]
+EACH = [(4, 2, dict(fsdp=4)), (8, 1, dict(fsdp=1, tensor=4)), (12, 1, dict(fsdp=1, context=4))]
+
+
 @pytest.mark.slow
-def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, options):  # P28
+@pytest.mark.parametrize(
+    "stages", [MIXED, pytest.param(EACH, marks=pytest.mark.by_hand)], ids=["mixed", "each"]
+)
+def test_fsdp_tensor_and_context_across_processes_equal_one_process(  # P28
+    tmp_path, options, stages
+):
     alone, together = tmp_path / "alone", tmp_path / "together"
     rich = [*options, *RICH.split()]
     assert runs.run(*rich, f"dir={alone}").code == 0
@@ -122,20 +128,26 @@ def test_fsdp_tensor_and_context_across_processes_equal_one_process(tmp_path, op
     outputs, codes = ["", ""], set()
     for _ in range(5):
         with pair(*rich, f"dir={together}", "train.step_timeout_s=60",
-                  code=ONE_MESH_AFTER_THE_OTHER, n_devices=2, n_threads=16) as both:  # fmt: skip
+                  code=ONE_MESH_AFTER_THE_OTHER.format(stages=stages), n_devices=2,
+                  n_threads=16) as both:  # fmt: skip
             ended = [process.communicate(timeout=600) for process in both]
         outputs = [said + out for said, (out, _) in zip(outputs, ended, strict=True)]
         codes = {process.returncode for process in both}
         if 74 not in codes:
             break
     assert codes == {0}, ended[0][1][-3000:] + ended[1][1][-3000:]
-    for words in (
-        "4 cpu (fsdp 4)\nattention: blocked\n", "new run in", "training steps 1 to 4",
-        "4 cpu (tensor 4)\nattention: blocked\nresuming after step 4", "training steps 5 to 8",
-        "4 cpu (context 4)\nattention: blocked in a ring of 4\nresuming after step 8",
-        "training steps 9 to 12",
-    ):  # fmt: skip
-        assert words in outputs[0]
+    assert "new run in" in outputs[0]
+    first = 1
+    for last, _, mesh in stages:
+        shape = " x ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1)
+        ring = f" in a ring of {mesh['context']}" if "context" in mesh else ""
+        begins = "" if first == 1 else f"resuming after step {first - 1}"
+        for words in (
+            f"4 cpu ({shape})\nattention: blocked{ring}\n{begins}",
+            f"training steps {first} to {last}",
+        ):
+            assert words in outputs[0]
+        first = last + 1
     others = [line for line in outputs[1].splitlines() if "Gloo" not in line]
     assert not others  # one of them speaks
 

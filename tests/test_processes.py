@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import runs
 from small_state import abstract, bits, state
 
 from olmo_jax import processes, snapshot, storage
@@ -35,7 +36,7 @@ def start_two(code: str, *args: object) -> list[subprocess.Popen]:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": runs.xla_flags(2),
     }
     return [
         subprocess.Popen(
@@ -59,6 +60,7 @@ def ends(started: list[subprocess.Popen]) -> list[str]:
 
 SAVE = """
 import tensorstore as ts
+import runs
 from small_state import abstract, bits, state
 folder = storage.path(sys.argv[3])
 

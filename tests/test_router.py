@@ -201,7 +201,7 @@ def test_biases_on_a_mesh_and_of_micro_batches_are_those_of_one_device():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand  # it is a leaf like others, which `test_resume.py` stops and compares
 def test_a_resumed_run_has_the_same_bias(tmp_path):
     tokens = runs.write_tokens(tmp_path / "tokens.npy")
     options = [

@@ -70,13 +70,14 @@ def run(config, batch, n=1):
 MESHES = [
     (dict(), 4),
     (dict(data=2, fsdp=2), 2),
-    (dict(fsdp=8), 1),
-    (dict(context=4), 2),
     (dict(data=4), 2),  # each device for itself
     (dict(fsdp=2, context=2, tensor=2), 4),
     (dict(data=2, fsdp=2, expert=2), 1),
+    # More ways of an axis above; rings of four and sums over eight devices are in other tests too.
+    (dict(fsdp=8), 1),
+    (dict(context=4), 2),
 ]
-FAST = 2  # of them, for `make check`
+MARKS = [[], [], *[[pytest.mark.slow]] * 3, *[[pytest.mark.by_hand]] * 2]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def whole():
 
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
-    [*MESHES[:FAST], *(pytest.param(*m, marks=pytest.mark.slow) for m in MESHES[FAST:])],
+    [pytest.param(*m, marks=marks) for m, marks in zip(MESHES, MARKS, strict=True)],
     ids=str,
 )
 def test_sharded_and_accumulated_steps_equal_one_device(whole, mesh, accumulate):

@@ -392,7 +392,11 @@ def test_optimizer_state_without_names_is_refused(tmp_path, models):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "form"),
-    [("olmo1 tied", "pt"), ("olmo1 clipped", "safetensors"), ("olmo2 grouped", "pt")],
+    [
+        ("olmo1 clipped", "safetensors"),
+        ("olmo2 grouped", "pt"),
+        pytest.param("olmo1 tied", "pt", marks=pytest.mark.by_hand),  # its weights are compared
+    ],
 )
 def test_a_forked_run_goes_on_as_olmo_does(tmp_path, ai2_packages, model, form):
     np.save(tmp_path / "batches.npy", BATCHES)
