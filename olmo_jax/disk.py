@@ -38,9 +38,10 @@ class OpenFile:
           OSError: with the file.
         """
         try:
-            done = n = os.preadv(self._number, [out], start)
+            rest = out.view(np.uint8).data
+            done = n = os.preadv(self._number, [rest], start)
             while n and done < out.nbytes:  # the system may give less than there is
-                n = os.preadv(self._number, [out.view(np.uint8)[done:]], start + done)
+                n = os.preadv(self._number, [rest[done:]], start + done)
                 done += n
         except OSError as error:
             error.filename = self._path  # the system says only what is wrong

@@ -78,10 +78,9 @@ def _leaf(
                 if (common := _common(wanted, key)) is not None:
                     names.assign(block[_within(common, key)], values[_within(common, wanted)])
 
-    def block(index: Index | None) -> np.ndarray:
-        return blocks[_ranges(index, shape)]
-
-    return jax.make_array_from_callback(shape, where, block, dtype=dtype)
+    return jax.make_array_from_callback(
+        shape, where, lambda index: blocks[_ranges(index, shape)], dtype=dtype
+    )
 
 
 def _ranges(index: Index | None, shape: tuple[int, ...]) -> Ranges:

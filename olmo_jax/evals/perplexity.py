@@ -151,6 +151,7 @@ def _row(stream: Stream, first: int, width: int) -> np.ndarray:
     """The tokens from `first` on, [width] int32: -1 is the EOS in front, the last one repeats."""
     row = np.empty(width, np.int32)
     if first < 0:
+        assert stream.eos_id is not None  # nothing else is in front
         row[0] = stream.eos_id
     there = stream.tokens[max(first, 0) : first + width]
     at = max(-first, 0)
