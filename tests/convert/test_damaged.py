@@ -29,7 +29,7 @@ from olmo_jax.convert import compare, verbs, weights  # noqa: E402
 
 SECONDS = 5  # that a damaged checkpoint may take, on a busy machine too
 N_BYTES = 60  # damages of the bytes of each file
-CASES = 20  # of each kind of checkpoint, where not all are tried
+CASES, MANY = 20, 2000  # damages of each kind of checkpoint; by hand
 LOST, TWICE, NUMBER = object(), object(), 10**400
 ODD = [None, True, -1, 0, 0.5, 3, 1e300, NUMBER, "x", "../x", [], {}, [None], {"x": 1}, [[1]], LOST]
 DEEP = "[" * 100_000
@@ -240,5 +240,7 @@ def test_some_damages_of_any_file_are_met_with_a_line(folders, kind):
 
 @pytest.mark.by_hand
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_damages_of_any_file_are_met_with_a_line(folders, kind):
-    assert complaints(folders[kind], list(damages(folders[kind]))) == []
+def test_many_damages_of_any_file_are_met_with_a_line(folders, kind):
+    found = list(damages(folders[kind]))
+    chosen = random.Random(16).sample(found, min(MANY, len(found)))
+    assert complaints(folders[kind], chosen) == []
