@@ -59,16 +59,19 @@ def _canonical(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are in use, each in the one form that others with its meaning have too."""
     values, unused = dict(flat), set[str]()
 
-    kinds, n_layers = values.get("model.layer_types"), values.get("model.n_layers")
-    if kinds and n_layers:  # a short list repeats
-        values["model.layer_types"] = list(kinds) * (n_layers // len(kinds))
+    kinds = values.get("model.layer_types")
+    if not isinstance(kinds, list):  # of a damaged checkpoint: a change, whatever it is
+        kinds = []
+    if kinds:  # a short list repeats
+        values["model.layer_types"] = shortest(kinds)
     if kinds and "sliding" not in kinds:
         unused |= {"model.window"}
-    if values.get("model.yarn_factor") is None or (kinds and "full" not in kinds):
+    factor = values.get("model.yarn_factor")
+    if factor is None or (kinds and "full" not in kinds):
         unused |= {key for key in values if key.startswith("model.yarn_")} - {"model.yarn_factor"}
     elif not values.get("model.yarn_attention_factor"):
-        factor = yarn_attention(values["model.yarn_factor"])
-        values["model.yarn_attention_factor"] = factor
+        is_sound = isinstance(factor, (int, float)) and factor > 0
+        values["model.yarn_attention_factor"] = yarn_attention(factor) if is_sound else None
     if not values.get("model.padded_vocab_size"):
         values["model.padded_vocab_size"] = values.get("model.vocab_size")
     if not values.get("model.n_experts"):
@@ -76,6 +79,12 @@ def _canonical(flat: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("optim.name") == "adamw":
         unused |= {"optim.skip_window", "optim.skip_sigma"}
     return {key: value for key, value in values.items() if key not in unused}
+
+
+def shortest(kinds: list[str]) -> tuple[str, ...]:
+    """The shortest list that gives `kinds` when it is repeated."""
+    n = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
+    return tuple(kinds[:n])
 
 
 def refuse(changes: Sequence[Change], allow: Iterable[str], parts: Iterable[str] = ()) -> None:

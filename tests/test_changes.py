@@ -1,5 +1,7 @@
 """Which options differ from a checkpoint's, whatever way they are written, and what is refused."""
 
+import re
+
 import pytest
 
 from olmo_jax.changes import between, refuse
@@ -94,6 +96,19 @@ def test_another_function_is_one_change_in_the_words_of_the_config(old, new, fou
     old, new = ({"model": to_dict(from_dict({"model": model}).model)} for model in (old, new))
     key, *values = found
     assert [tuple(c) for c in between(old, new)] == [(f"model.{key}", *values)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"yarn_factor": -8.0}, {"yarn_factor": "8"}, {"layer_types": 5}, {"layer_types": "full"},
+     {"n_layers": None}, {"n_layers": "4"}, {"layer_types": []}],
+)  # fmt: skip
+def test_what_a_damaged_checkpoint_says_is_a_change(wrong):
+    (key, value), sound = next(iter(wrong.items())), to_dict(from_dict({"model": YARN}).model)
+    found = between({"model": sound | wrong}, {"model": sound})
+    assert (f"model.{key}", value) in [(c.key, c.old) for c in found]
+    with pytest.raises(ValueError, match=f"trained with {re.escape(repr(value))}"):
+        refuse(found, ())
 
 
 def test_options_of_a_guard_that_is_off_are_no_change_of_the_state():

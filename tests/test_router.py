@@ -228,7 +228,7 @@ def test_biases_begin_at_0_where_a_run_takes_weights_without_them(tmp_path, caps
     writer = storage.Writer(storage.path(tmp_path / "step3"), tree)
     for name, x in tree.items():
         writer.write(name, (0,) * x.ndim, jax.device_get(x))
-    writer.commit({"model": to_dict(plain.model)})
+    writer.commit({"model": to_dict(plain.model), "config": to_dict(plain)})
     parts = "step", "params", "opt_state"
     source = checkpoint.Source(storage.path(tmp_path / "step3"), parts, False, "")
     state = start.initial_state(biased, mesh, source, 0)

@@ -9,11 +9,11 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from olmo_jax.changes import shortest
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert import hf_rope
 from olmo_jax.convert.fields import LARGEST, MOST, number, odd_ids
 from olmo_jax.convert.hf_rope import KINDS
-from olmo_jax.convert.stacked import shortest
 
 Fields = dict[str, Any]
 

@@ -9,9 +9,9 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from olmo_jax.changes import shortest
 from olmo_jax.config import ModelConfig
 from olmo_jax.convert.fields import MOST, Fields, find, odd_ids
-from olmo_jax.convert.stacked import shortest
 
 OPTIMIZERS = {"SkipStepAdamWConfig": "skip_step_adamw", "AdamWConfig": "adamw"}
 ROUTER_LOSSES = (

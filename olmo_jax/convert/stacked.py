@@ -229,12 +229,6 @@ def is_same(store: Store, one: str, other: str) -> bool:
     return all(np.array_equal(store.read(one, part), store.read(other, part)) for part in parts)
 
 
-def shortest(kinds: list[str]) -> tuple[str, ...]:
-    """The shortest list that gives `kinds` when it is repeated."""
-    n = next(n for n in range(1, len(kinds) + 1) if kinds[:n] * (len(kinds) // n) == kinds)
-    return tuple(kinds[:n])
-
-
 def _stacked(tree: _Tree, row: Row) -> list[Row]:
     """The rows that share this row's tensor; none if it is alone there."""
     return [r for r in tree.rows if r.key == row.key] if row.part is not None else []
