@@ -450,11 +450,12 @@ def test_the_tasks_of_the_slurm_step_count_and_not_those_of_the_job(
     assert (cluster and cluster.n_processes) == n_processes
 
 
-def test_a_shell_of_a_slurm_allocation_waits_for_nobody(monkeypatch):
+def test_a_shell_of_a_slurm_allocation_waits_for_nobody(tmp_path, monkeypatch):
     shell = {"SLURM_STEP_NODELIST": socket.gethostname(), "SLURM_STEP_NUM_TASKS": "1"}
     for name, value in (SLURM | shell | {"SLURM_PROCID": "0"}).items():
         monkeypatch.setenv(name, value)
-    (line,) = runs.run("data.paths=/nowhere.npy", "--connect_timeout=0").errors
+    options = "data.paths=/nowhere.npy", f"dir={tmp_path}/run", "--connect_timeout=1"
+    (line,) = runs.run(*options).errors
     assert "/nowhere.npy" in line  # it looks for its data
 
 
