@@ -162,7 +162,7 @@ class DataConfig:
     max_target_seq_len: SomeUnits | None = None  # shuffle in chunks of this many tokens
     document_mask: Literal["none", "eos", "boundaries"] = "none"  # attend within documents only
     instance_filter: bool = False  # no loss on rows that repeat an n-gram ...
-    filter_max_period: Count = 13  # ... of at most this many tokens ...
+    filter_max_period: Annotated[int, Range(1, 1_000_000)] = 13  # ... of at most so many tokens ...
     filter_min_repeats: Count = 32  # ... at least so often
     threads: Annotated[int, Range(1, 1024)] = 4  # that read rows
     prefetch: Annotated[int, Range(1, 65_536)] = 4  # batches made ahead
@@ -223,9 +223,8 @@ class OptimConfig:
     max_grad_norm: Positive | None = 1.0
     clip_warmup: Units = 0  # schedule units during which max_grad_norm is ...
     clip_warmup_factor: Positive = 1.0  # ... times this
-    skip_window: Annotated[int, Range(1, 1_000_000)] = (
-        128  # steps of history that skip_step_adamw compares with
-    )
+    # Steps of history that skip_step_adamw compares with.
+    skip_window: Annotated[int, Range(1, 1_000_000)] = 128
     skip_sigma: Positive = 6.0  # standard deviations above the mean that are still taken
     freeze_adam_step: bool = False  # the OLMo-core bug that OLMo 2 32B trained with
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -212,6 +212,7 @@ def test_without_a_home_folder_a_path_there_is_refused_and_the_cache_is_not_kept
         ("model.post_norm_init=-1", "a number from 0.0 to 3e+38"),
         ("model.n_experts=-8", "a number from 0 to 2147483647"),
         ("model.n_layers=1e9", "a number from 1 to 100000"),
+        ("data.filter_max_period=1e9", "a number from 1 to 1000000"),
         ("model.window=1e30", "a number from 1 to 2147483647, or none"),
         ("data.seq_len=1", "a number from 2 to 2147483647"),
         ("data.corpus_vocab_size=1", "a number from 257 to 2147483647"),
@@ -237,8 +238,8 @@ def test_numbers_that_the_option_cannot_be_are_refused_by_name(word, need):
     ("words", "line"),
     [
         (
-            "data.instance_filter=true data.filter_max_period=1e9",
-            "config.data.filter_max_period=1000000000 is above seq_len=64",
+            "data.instance_filter=true data.filter_max_period=65",
+            "config.data.filter_max_period=65 is above seq_len=64",
         ),
         ("eval.batch_rows=1e9", "config.eval.batch_rows=1000000000 rows of seq_len=64 are more"),
         ("eval.seq_len=1e9", "config.eval.batch_rows=16 rows of seq_len=1000000000 are more"),
