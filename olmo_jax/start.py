@@ -24,6 +24,7 @@ from olmo_jax.step import TrainState
 
 # Options whose change makes no difference to what is trained.
 _SILENT = ("log.", "profile.", "compute.compilation")
+KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
 # Files that are a tokenizer; others say how it is used.
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
 _read_compiled = compilation_cache.get_executable_and_time
@@ -67,7 +68,7 @@ def _keep_compiled(name: str) -> None:
         return
     say(f"compilation cache: {folder}")
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_S)
     compilation_cache.get_executable_and_time = _compiled
 
 
