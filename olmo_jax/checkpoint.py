@@ -23,6 +23,7 @@ import olmo_jax
 from olmo_jax import foreign, processes, snapshot, storage
 from olmo_jax.config import Config, DataConfig, to_dict
 from olmo_jax.data.order import FIRST_EPOCH, Position
+from olmo_jax.options import brief
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ class Checkpointer:
     def _look(self) -> tuple[list[tuple[int, str]], int | None]:
         kinds = steps(self.folder)
         newest_first = [step for step in reversed(kinds) if kinds[step] != "damaged"]
+        for step in newest_first:
+            _refuse_renamed(self.folder_of(step), step)
         known = (step for step in newest_first if storage.is_confirmed(self.folder_of(step)))
         return list(kinds.items()), next(known, None)
 
@@ -310,6 +313,20 @@ class Checkpointer:
                 storage.remove(self.folder_of(step))
             except OSError as error:  # too many checkpoints are no reason to end a run
                 log.warning("could not delete %s: %s", self.folder_of(step), error)
+
+
+def _refuse_renamed(folder: storage.Path, step: int) -> None:
+    """Refuse a copy under the name of another step: what is deleted and resumed goes by names.
+
+    Raises:
+      ValueError: with its path and the step that it says.
+    """
+    said = storage.read_meta(folder).get("step", step)
+    if said != step:
+        raise ValueError(
+            f"config.dir: {folder} is the checkpoint of step {brief(str(said))} under another name;"
+            " move it away"
+        )
 
 
 def _set_aside(folder: storage.Path) -> str:

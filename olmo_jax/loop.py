@@ -430,10 +430,20 @@ class Run:
     def save(self, state: TrainState, at: int, position: Position, kind: str) -> None:
         """Save the state after step `at`."""
         self.watchdog.beat(f"the checkpoint of step {at}")
-        c = self.config
-        self.settle(at)
+        try:
+            self.settle(at)
+        except OSError:
+            with contextlib.suppress(OSError):  # the disk may be well again: lose no step then
+                self._save(state, at, position, kind)
+                self.checkpointer.finish()
+            raise
+        self._save(state, at, position, kind)
+
+    def _save(self, state: TrainState, at: int, position: Position, kind: str) -> None:
         self.log.sync()
-        meta = checkpoint.meta(c, dataclasses.asdict(position), at, self.loader.fingerprint)
+        meta = checkpoint.meta(
+            self.config, dataclasses.asdict(position), at, self.loader.fingerprint
+        )
         meta |= self.kept.meta | {"step": at, "last_finite_step": self.last_finite}
         with self.log.pause(at, "checkpoint/save_duration_s"):
             self.checkpointer.save(at, state, meta, kind, self.kept.files)

@@ -76,12 +76,11 @@ class Jsonl:
         self.missing = _gaps(is_there)
 
     def _trim(self, last_step: int, is_there: bytearray) -> None:
-        kept, n_damaged = [], 0
+        kept, n_damaged, line = [], 0, b"\n"
         with self.path.open("rb") as f:
             for line in f:
-                is_ended = line.endswith(b"\n")
-                record = _parse(line) if is_ended else None
-                n_damaged += is_ended and record is None
+                record = _parse(line)  # a whole one without its end was ended by an editor
+                n_damaged += record is None and line.endswith(b"\n")
                 step = last_step + 1 if record is None else record["step"]
                 kept.append(step <= last_step)
                 if record is not None:
@@ -93,9 +92,10 @@ class Jsonl:
             shutil.copyfile(self.path, aside)
             print(f"{self.path}: damaged lines ({n_damaged:,}); it is kept as {aside.name}, and"
                   " goes on without them", flush=True)  # fmt: skip
-        if not all(kept):
+        if not all(kept) or not line.endswith(b"\n"):
             with self.path.open("rb") as f:
-                replace(self.path, itertools.compress(f, kept))
+                lines = (line.rstrip(b"\n") + b"\n" for line in f)
+                replace(self.path, itertools.compress(lines, kept))
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Append a record, which survives the process, whatever ends that."""

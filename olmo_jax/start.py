@@ -9,7 +9,7 @@ import numpy as np
 from jax._src import compilation_cache  # in public it cannot be read
 from jax.sharding import Mesh
 
-from olmo_jax import changes, options, processes, records, sharding, step, storage, summary
+from olmo_jax import changes, options, parsing, processes, records, sharding, step, storage, summary
 from olmo_jax.checkpoint import Source
 from olmo_jax.config import Config, ConfigError, to_dict
 from olmo_jax.convert import native
@@ -228,11 +228,17 @@ def write_config(config: Config) -> None:
 
     Raises:
       OSError: if the folder cannot be written.
+      ValueError: if the file is there and somebody else's (OSError in processes but 0).
     """
     folder = storage.path(config.run_dir)
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        if not _is_a_runs_config(folder / "config.json"):
+            raise ValueError(
+                f"config.dir: {folder / 'config.json'} is not the config of a run of olmo_jax and"
+                " is not overwritten; set another config.dir"
+            )
         new = folder / "config.json.new"
         new.write_bytes(json.dumps(to_dict(config), indent=2).encode())
         new.replace(folder / "config.json")
@@ -241,6 +247,17 @@ def write_config(config: Config) -> None:
         processes.from_process_0(write)
     except OSError as error:
         raise OSError(f"config.dir: cannot write {folder}: {error}") from error
+
+
+def _is_a_runs_config(path: storage.Path) -> bool:
+    """Whether it is one, or nothing: a folder of Hugging Face has a file of that name too."""
+    if not path.exists():
+        return True
+    try:
+        found = parsing.json_object(path.read_bytes(), str(path))
+    except ValueError:
+        return False
+    return found.keys() >= {"model", "optim", "checkpoint"}
 
 
 def is_complete(config: Config, last: int) -> bool:

@@ -101,7 +101,7 @@ def is_torn(folder: Path) -> bool:
         return False
     try:
         names = _listing(folder)
-        if not names or any(name.startswith(BEGUN) for name in names):
+        if not names or _is_marked(folder, names):
             return True
         leaves = [name for name in names if LEAF.fullmatch(name) and (folder / name).is_dir()]
         inside = [name for leaf in leaves for name in _listing(folder / leaf)]
@@ -113,6 +113,13 @@ def is_torn(folder: Path) -> bool:
         and all(map(SMALL_FILE.fullmatch, rest))
         and all(map(IN_LEAF.fullmatch, inside))
     )
+
+
+def _is_marked(folder: Path, names: list[str]) -> bool:
+    if BEGUN not in names:
+        return any(re.fullmatch(BEGUN + _NEW, name) for name in names)
+    mark = (folder / BEGUN).read_bytes() if (folder / BEGUN).is_file() else b""
+    return mark == BEGUN_TEXT.encode() or b'"sha256"' in mark  # a deletion renames MARKER
 
 
 def _listing(folder: Path) -> list[str]:

@@ -200,6 +200,8 @@ def _schedule_end(c: Config) -> int | None:
 
 def _training(c: Config) -> list[str]:
     problems, k = _lengths(c), c.checkpoint
+    if c.compute.compilation_cache is not None and not c.compute.compilation_cache.strip():
+        problems.append("config.compute.compilation_cache='': need a path, or none")
     problems += [
         f"config.train.{name}: only a model with model.n_experts has it"
         for name in ("load_balancing_loss", "router_z_loss")

@@ -48,9 +48,8 @@ def run_to(folder, n_steps: int, **options) -> Checkpointer:
         checkpointer.finite_step = step or None
         kind = checkpointer.due(step)
         if kind:
-            checkpointer.save(
-                step, train_state(step), checkpoint.meta(cfg, {"row": step}, step), kind
-            )
+            meta = checkpoint.meta(cfg, {"row": step}, step) | {"step": step}
+            checkpointer.save(step, train_state(step), meta, kind)
     checkpointer.finish()
     return checkpointer
 
@@ -139,8 +138,8 @@ def test_a_fall_back_renames_what_no_finite_loss_has_confirmed_once(tmp_path):
     run_to(tmp_path, 8, interval=4)
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(checkpoints / "step8", checkpoints / "step8.nonfinite")  # of a time before
-    shutil.copytree(checkpoints / "step8", checkpoints / "step9")
     run = Checkpointer(config(tmp_path))
+    run.save(9, train_state(9), {"step": 9})
     assert run.fall_back() == ["step9.nonfinite", "step8.nonfinite2"]
     assert (run.latest(), run.confirmed()) == (4, 4)
     assert on_disk(tmp_path) == run.kinds == {0: "permanent", 4: "permanent"}
@@ -365,6 +364,16 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypa
 
 
 # --- where a run starts ---------------------------------------------------------------------------
+
+
+def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path):
+    run_to(tmp_path, 8, interval=4, keep=1)
+    copy = tmp_path / "checkpoints" / "step1000"
+    shutil.copytree(tmp_path / "checkpoints" / "step4", copy)
+    with pytest.raises(
+        ValueError, match=rf"^config\.dir: {copy} is the checkpoint of step 4 under"
+    ):
+        Checkpointer(config(tmp_path))
 
 
 def source_of(folder, **options):

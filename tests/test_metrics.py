@@ -435,6 +435,15 @@ def test_damaged_records_are_kept_aside_and_missing_ones_are_said(tmp_path, caps
     assert ("no record of" in out) == (len(hit) < 10)  # else it might have begun at 11
 
 
+def test_a_last_record_whose_line_end_an_editor_took_is_kept(tmp_path, capsys):
+    train(tmp_path, 0, 5)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    train(tmp_path, 5, 7, is_resume=True)
+    assert [step for step, _ in losses(lines(tmp_path))] == [*range(1, 8)]
+    assert "no record" not in capsys.readouterr().out
+
+
 def test_records_that_are_gone_are_said_but_not_where_a_run_begins_late(tmp_path, capsys):
     train(tmp_path / "late", 10, 15)  # from another run's place in the data
     train(tmp_path / "late", 15, 16, is_resume=True)

@@ -213,6 +213,7 @@ def test_without_a_home_folder_a_path_there_is_refused_and_the_cache_is_not_kept
         ("model.n_experts=-8", "a number from 0 to 2147483647"),
         ("model.n_layers=1e9", "a number from 1 to 100000"),
         ("data.filter_max_period=1e9", "a number from 1 to 1000000"),
+        ("compute.compilation_cache=", "a path, or none"),
         ("model.window=1e30", "a number from 1 to 2147483647, or none"),
         ("data.seq_len=1", "a number from 2 to 2147483647"),
         ("data.corpus_vocab_size=1", "a number from 257 to 2147483647"),

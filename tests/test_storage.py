@@ -507,7 +507,7 @@ def test_a_deletion_takes_the_marker_first_and_its_half_is_known_as_ours(saved, 
     if left != "complete":
         (saved / storage.MARKER).unlink()
     if left == "torn":
-        (saved / storage.BEGUN).touch()
+        (saved / storage.BEGUN).write_text(storage.BEGUN_TEXT)
     for after in range(100):
         with monkeypatch.context() as patch:
             interrupt(patch, after)
@@ -530,6 +530,8 @@ FOREIGN = {
     "a backup beside arrays": "params.embed/zarr.json notes~",
     "notes inside of an array": "params.embed/zarr.json params.embed/notes.txt",
     "small files alone": "meta.json tokenizer.json",
+    "a mark of somebody": f"{storage.BEGUN} thesis.md",
+    "nearly our mark": f"{storage.BEGUN}.notes weights.bin",
 }
 
 

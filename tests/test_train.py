@@ -514,6 +514,33 @@ def test_a_foreign_folder_with_the_name_of_a_checkpoint_refuses_the_run_and_stay
     assert [path.name for path in tmp_path.glob("run/*/**/*")] == ["step100", "model_and_optim"]
 
 
+def test_the_config_of_others_is_not_overwritten(bare, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"model_type": "olmo2"}')
+    result = runs.run(*bare, "train.duration=3")
+    assert (result.code, result.errors) == (1, [
+        f"config.dir: {tmp_path}/run/config.json is not the config of a run of olmo_jax and is not"
+        " overwritten; set another config.dir"
+    ])  # fmt: skip
+    assert (tmp_path / "run/config.json").read_text() == '{"model_type": "olmo2"}'
+
+
+def test_after_a_failed_save_what_was_trained_since_is_saved(bare, tmp_path, monkeypatch):
+    commit = storage.Writer.commit
+
+    def failing(self, *args, **options):
+        if self.folder.name == "step2":
+            raise OSError("away for a while")
+        commit(self, *args, **options)
+
+    monkeypatch.setattr(storage.Writer, "commit", failing)
+    result = runs.run(*bare, "train.duration=6", "checkpoint.interval=2")
+    assert result.code == 1
+    (line,) = result.errors
+    assert line.startswith(f"checkpoint {tmp_path}/run/checkpoints/step2 was not saved: away for")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step4"]
+
+
 def test_records_that_cannot_be_written_end_the_run_with_one_line(place, tmp_path, monkeypatch):
     log = records.Jsonl.log
 

@@ -312,7 +312,7 @@ def _refuse_other_model(a: str, one: Weights, b: str, two: Weights) -> None:
 
 def _refuse_existing(dst: str) -> None:
     path = storage.path(dst)
-    if path.exists():
+    if path.exists() or storage.is_link(path):
         raise FileExistsError(f"{dst} is there already and is not overwritten")
 
 

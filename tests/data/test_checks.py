@@ -34,6 +34,14 @@ def test_a_type_that_is_too_narrow_is_told_at_start_though_all_ids_are_valid(tmp
         checks.check(TokenFiles([path], U16), 50_280)
 
 
+def test_padding_with_little_else_at_the_end_is_no_other_type(tmp_path):
+    ids = np.zeros(4_000_000, np.uint16)
+    ids[:2_500_000] = np.random.default_rng(0).integers(1, 500, 2_500_000)
+    ids[-7] = 3
+    (path,) = write(tmp_path, a=ids)
+    checks.check(TokenFiles([path], U16), 512)
+
+
 def test_the_sample_takes_the_beginning_the_middle_and_the_end_of_each_file(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "SAMPLE_BYTES", 20)
     paths = write(tmp_path, a=np.arange(30), b=np.arange(101))
