@@ -6,8 +6,13 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 import sys
+import threading
 
+if threading.current_thread() is threading.main_thread():
+    # As in a terminal, also where the tests run under nohup: commands respect that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["JAX_PLATFORMS"] = os.environ.get("OLMO_JAX_TESTS_ON", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = (
