@@ -11,8 +11,9 @@ import sys
 import threading
 
 if threading.current_thread() is threading.main_thread():
-    # As in a terminal, also where the tests run under nohup: commands respect that.
+    # As in a terminal, also where whoever started the tests ignores or blocks it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
 os.environ["JAX_PLATFORMS"] = os.environ.get("OLMO_JAX_TESTS_ON", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = (
