@@ -6,9 +6,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "presets":
+        from olmo_jax.config import presets
+
+        return presets
     # `load` needs JAX; printing help does not, and JAX costs a second to import.
     if name == "load":
-        from olmo_jax.convert.load import load
+        from olmo_jax.checkpoints.load import load
 
         return load
     raise AttributeError(f"module 'olmo_jax' has no attribute {name!r}")

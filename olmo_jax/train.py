@@ -1,20 +1,22 @@
 """Train a model: `python -m olmo_jax.train --config=configs/quickstart.py`."""
 
 if __name__ == "__main__":  # before all else, which takes its time
-    from olmo_jax import command
+    from olmo_jax import cli
 
-    command.begin(preempted=75)  # nothing to save yet: the same answer as later, start it again
+    cli.begin(preempted=75)  # nothing to save yet: the same answer as later, start it again
 
 import difflib
 import os
 import re
 import sys
 import traceback
+from typing import Any
 
-from olmo_jax import command
-from olmo_jax.config import Config, ConfigError, flatten, load, to_dict
-from olmo_jax.options import brief
-from olmo_jax.validate import planned_devices, validate
+from olmo_jax import cli
+from olmo_jax.config.options import ConfigError
+from olmo_jax.config.run import Config, load, planned_devices, validate
+from olmo_jax.config.text import flatten, to_dict
+from olmo_jax.files import brief
 
 USAGE = """\
 Train an OLMo model, or go on with a run that was stopped.
@@ -66,14 +68,14 @@ def main(argv: list[str]) -> int:
         else:
             raise
     if code not in (0, PREEMPTED) and _is_one_of_several():
-        from olmo_jax import distributed
+        from olmo_jax.parallel import distributed
 
         distributed.leave(code)
     return code
 
 
 def _is_one_of_several() -> bool:
-    distributed = sys.modules.get("olmo_jax.distributed")  # without it nobody has joined
+    distributed = sys.modules.get("olmo_jax.parallel.distributed")  # without it nobody has joined
     return distributed is not None and distributed.is_one_of_several()
 
 
@@ -185,9 +187,20 @@ def _devices(config: Config, flags: dict[str, str]) -> int:
 
 
 def _dry_run(config: Config, flags: dict[str, str]) -> int:
-    from olmo_jax import report
+    import jax
 
-    print(report.describe(config, _devices(config, flags)))
+    from olmo_jax.config import describe, parameters
+    from olmo_jax.training import optim
+
+    tree: dict[str, Any] = {}
+    for path, dims in parameters.weights(config.model).items():
+        node = tree
+        *folders, leaf = path.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = jax.ShapeDtypeStruct(tuple(n for n, _ in dims), "float32")
+    groups = optim.describe_groups(config.optim, tree).splitlines()
+    print(describe.describe(config, _devices(config, flags), groups))
     return 0
 
 
@@ -197,15 +210,18 @@ def _train(config: Config, flags: dict[str, str]) -> int:
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
         )
     # JAX takes a second to import: errors above this line answer at once.
-    from olmo_jax import distributed, loop
+    from olmo_jax.parallel import distributed
+    from olmo_jax.training import loop
 
-    command.raise_interrupts()  # several processes end together
+    cli.raise_interrupts()  # several processes end together
     cluster = distributed.find_cluster(flags, os.environ)
     distributed.start(cluster, float(flags.get("connect_timeout", 300)))
-    return loop.train(config)
+    from olmo_jax.evals import perplexity, summary
+
+    return loop.train(config, perplexity.Evaluator, summary)
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    command.end_at_once()
+    cli.end_at_once()
     sys.exit(code)

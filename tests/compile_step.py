@@ -13,9 +13,13 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
-from olmo_jax import config, sharding, validate
-from olmo_jax.plan import hlo, program
-from olmo_jax.plan.chips import Slice
+from olmo_jax import config
+from olmo_jax.config.run import validate
+from olmo_jax.parallel import sharding
+from olmo_jax.pods import hlo
+from olmo_jax.pods.chips import Slice
+from olmo_jax.pods.compiled import compile_step, memory_of
+from olmo_jax.training import program
 
 
 def devices(name: str) -> list:
@@ -27,7 +31,7 @@ def collectives(text: str) -> list[tuple[str, str, int]]:
     """Operation, shape of the result, and devices that take part in each, of every line."""
     found = []
     for line in text.splitlines():
-        if match := re.search(rf" = (.*?) ({'|'.join(hlo.COLLECTIVES)})(?:-start)?\(", line):
+        if match := re.search(rf" = (.*?) ({'|'.join(program.COLLECTIVES)})(?:-start)?\(", line):
             shape, operation = match.groups()
             found.append((operation, re.sub(r"\{.*?\}", "", shape), len(hlo.group(line))))
     return found
@@ -37,12 +41,10 @@ def main(topology: str, path: str, *options: str) -> None:
     """Compile and print."""
     c = config.load(path, dict(option.split("=", 1) for option in options))
     there = devices(topology)
-    validate.validate(c, len(there))
-    compiled = program.compile_step(c, sharding.make_mesh(c.mesh, there))
+    validate(c, len(there))
+    compiled = compile_step(c, sharding.make_mesh(c.mesh, there))
     print(
-        json.dumps(
-            {"memory": program.memory_of(compiled), "collectives": collectives(compiled.as_text())}
-        )
+        json.dumps({"memory": memory_of(compiled), "collectives": collectives(compiled.as_text())})
     )
 
 

@@ -5,8 +5,8 @@ import torch
 import transformers
 from jax import numpy as jnp
 
-from olmo_jax.config import ModelConfig
-from olmo_jax.convert import verbs
+from olmo_jax.checkpoints import conversion
+from olmo_jax.config.model import ModelConfig
 
 ROPE = dict(
     rope_type="yarn",
@@ -116,7 +116,7 @@ def exported_logits(src: str, dst: str, tokens: np.ndarray) -> np.ndarray:
       dst: new folder for Hugging Face's.
       tokens: [batch, seq].
     """
-    verbs.to_hf(src, dst, say=lambda line: None)
+    conversion.to_hf(src, dst, say=lambda line: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.from_numpy(tokens).long()).logits.numpy()

@@ -17,6 +17,8 @@ from olmo_jax import train
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tiny_olmo2.py"  # 20 steps of 8 rows of 64 tokens, ids below 512
 EOS = 0
+# What other processes of the tests import from.
+PATHS = os.pathsep.join(str(ROOT / f) for f in (".", "tests", "tests/checkpoints", "tests/records"))
 
 
 @dataclasses.dataclass
@@ -71,7 +73,7 @@ def start(
       keywords: of Popen.
     """
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": PATHS,
         "PYTHONUNBUFFERED": "1",
         "JAX_PLATFORMS": "cpu",
         "NPROC": str(n_threads),

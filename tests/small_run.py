@@ -2,7 +2,7 @@
 
 import pathlib
 
-from olmo_jax.data import corpus
+from olmo_jax.curation import stdlib
 
 STEPS = 3
 VOCAB = 512
@@ -27,17 +27,17 @@ def flags(*options: str) -> list[str]:
     return [f"--config.{option}" for option in options]
 
 
-def make_corpus(folder: pathlib.Path) -> corpus.Corpus:
+def make_corpus(folder: pathlib.Path) -> stdlib.Corpus:
     """Token files, held-out text and a tokenizer, from sixty little programs."""
     sources = folder / "library"
     sources.mkdir()
     for i in range(60):
         body = "".join(f"    y = x * {j} + {i}\n" for j in range(20))
         (sources / f"m{i}.py").write_text(f"def f{i}(x):\n{body}    return y\n")
-    return corpus.prepare(folder / "data", 300, root=sources, log=lambda line: None)
+    return stdlib.prepare(folder / "data", 300, root=sources, log=lambda line: None)
 
 
-def data_flags(made: corpus.Corpus) -> list[str]:
+def data_flags(made: stdlib.Corpus) -> list[str]:
     """Flags that train on a made corpus instead of what a config names."""
     return flags(
         "data.corpus=none",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from olmo_jax import storage
+from olmo_jax.checkpoints import storage
 
 
 def mesh(data: int, fsdp: int):

@@ -15,7 +15,9 @@ import jax
 import pytest
 import small_run
 
-from olmo_jax import config, distributed, flops, presets, train
+from olmo_jax import config, presets, train
+from olmo_jax.config import costs
+from olmo_jax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -161,7 +163,7 @@ def test_table_of_models_has_every_preset_with_its_size():
     rows = re.findall(r"^\| [^|]* \| `(\w+)` \| ([\d,]+) \|", README, re.M)
     for name, count in rows:
         model = config.ModelConfig(**presets.MODELS[name])
-        assert count == f"{flops.n_params(model).total:,}"
+        assert count == f"{costs.n_params(model).total:,}"
     official = [
         name
         for name in presets.MODELS

@@ -20,7 +20,11 @@ import runs
 from jax.experimental.compilation_cache import compilation_cache
 from test_storage import full_disk, ordinary_user  # noqa: F401
 
-from olmo_jax import loop, processes, records, start, storage, train
+from olmo_jax import files, train
+from olmo_jax.checkpoints import storage
+from olmo_jax.parallel import processes
+from olmo_jax.records import jsonl
+from olmo_jax.training import loop, start
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -324,9 +328,9 @@ def test_ids_that_the_look_at_start_misses_are_told_in_training_and_nothing_is_l
     assert result.code == 1
     (line,) = result.errors
     assert f"{path} has id 60000 at token 3300, need ids below config.model.vocab_size=512" in line
-    last = max(records.read(tmp_path / "run"))
+    last = max(jsonl.read(tmp_path / "run"))
     assert f"; step {last} is saved" in line
-    assert storage.is_complete(storage.path(tmp_path / f"run/checkpoints/step{last}"))
+    assert storage.is_complete(files.path(tmp_path / f"run/checkpoints/step{last}"))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +404,7 @@ def test_rows_without_loss_harm_no_device(place, tmp_path, masked):  # P02
     result = runs.run(*place, f"data.paths={tmp_path}/rows.npy", "data.instance_filter=true",
                       "train.duration=3")  # fmt: skip
     assert result.code == 0
-    found = records.read(tmp_path / "run")
+    found = jsonl.read(tmp_path / "run")
     for step in (1, 2, 3):
         assert found[step]["train/masked instances (%)"] == len(masked) / 8
         assert np.isfinite(found[step]["optim/total grad norm"])
@@ -442,13 +446,13 @@ def test_a_disk_that_fills_up_ends_the_run_at_the_next_save(place, tmp_path, mon
     assert "checkpoints/step10 was not saved" in line
     assert "No space left on device" in line
     folder = tmp_path / "run"
-    assert max(records.read(folder)) <= 15
+    assert max(jsonl.read(folder)) <= 15
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step0", "step5"]
     monkeypatch.undo()
     again = runs.run(*place, *options, "train.hard_stop=6")
     assert again.code == 0
     assert "resuming after step 5" in again.out
-    assert sorted(records.read(folder)) == [*range(7)]
+    assert sorted(jsonl.read(folder)) == [*range(7)]
 
 
 @pytest.mark.slow
@@ -472,7 +476,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_at_the_next_save(
     (line,) = result.errors
     assert "checkpoints/step10 was not saved" in line
     assert "Permission denied" in line
-    assert max(records.read(folder)) <= 15
+    assert max(jsonl.read(folder)) <= 15
     assert "done already: step 5 of 5" in runs.run(*place, "train.duration=5").out
 
 
@@ -493,7 +497,7 @@ def test_a_disk_that_is_full_at_the_second_save_loses_nothing(
         assert begin in result.out
         (line,) = result.errors
         assert "No space left on device" in line
-        complete = [p.name for p in checkpoints.iterdir() if storage.is_complete(storage.path(p))]
+        complete = [p.name for p in checkpoints.iterdir() if storage.is_complete(files.path(p))]
         assert complete == ["step4"]
     remount("40m")
     assert runs.run(*options).code == 0
@@ -542,19 +546,19 @@ def test_after_a_failed_save_what_was_trained_since_is_saved(bare, tmp_path, mon
 
 
 def test_records_that_cannot_be_written_end_the_run_with_one_line(place, tmp_path, monkeypatch):
-    log = records.Jsonl.log
+    log = jsonl.Jsonl.log
 
     def full(self, step, *args):
         if step > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         log(self, step, *args)
 
-    monkeypatch.setattr(records.Jsonl, "log", full)
+    monkeypatch.setattr(jsonl.Jsonl, "log", full)
     result = runs.run(*place)
     assert result.code == 1
     (line,) = result.errors
     assert "cannot write the records of the run: No space left on device" in line
-    assert sorted(records.read(tmp_path / "run")) == [0, 1, 2, 3]
+    assert sorted(jsonl.read(tmp_path / "run")) == [0, 1, 2, 3]
 
 
 def test_an_interrupt_at_start_is_no_traceback(place, monkeypatch):
@@ -568,7 +572,7 @@ def test_an_interrupt_at_start_is_no_traceback(place, monkeypatch):
 
 
 def test_a_device_without_room_is_no_traceback(place, monkeypatch):
-    def train(_):
+    def train(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 549755813632 bytes.\nmore")
 
     monkeypatch.setattr(loop, "train", train)
@@ -591,9 +595,7 @@ def test_losses_that_stay_infinite_end_the_run_with_the_step_and_the_option(plac
     at = int(re.match(r"step (\d+): loss (nan|inf), grad norm ", line)[1])
     assert "not finite for 3 steps in a row (config.train.max_nonfinite_steps)" in line
     assert line.endswith("None of them changed the parameters; step 0 is saved")
-    losses = {
-        n: values["train/CE loss"] for n, values in records.read(tmp_path / "run").items() if n
-    }
+    losses = {n: values["train/CE loss"] for n, values in jsonl.read(tmp_path / "run").items() if n}
     assert [np.isfinite(losses[n]) for n in range(at - 3, at + 1)] == [True, False, False, False]
 
 

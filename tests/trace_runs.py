@@ -14,7 +14,8 @@ from unittest import mock
 import jax
 import runs
 
-from olmo_jax import loop, processes
+from olmo_jax.parallel import processes
+from olmo_jax.training import loop
 
 
 def is_tracing() -> bool:

@@ -17,16 +17,16 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
 
-from olmo_jax import command
+from olmo_jax import cli
 
 if __name__ == "__main__":
-    command.begin()
+    cli.begin()
 
 import argparse
 import os
 import re
 
-from olmo_jax import options
+from olmo_jax.config import options
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,13 +37,15 @@ def main(argv: list[str]) -> int:
     # Conversion needs the host only; an accelerator that is busy or small must not matter.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        from olmo_jax.convert import verbs  # JAX takes a second; a wrong line answers at once
+        from olmo_jax.checkpoints import (
+            conversion,  # JAX takes a second; a wrong line answers at once
+        )
 
-        command.unwind()
-        done = getattr(verbs, given.pop("verb"))(**given)
+        cli.unwind()
+        done = getattr(conversion, given.pop("verb"))(**given)
         return int(done is False)  # check: they differ
     except (ValueError, OSError, ImportError) as error:
-        from olmo_jax import storage
+        from olmo_jax.checkpoints import storage
 
         print(f"error: {storage.cause(error)}", file=sys.stderr)
         return 1
@@ -128,7 +130,7 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
     except SystemExit as end:
         code = int(end.code or 0)
-    command.end_at_once()
+    cli.end_at_once()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # now: threads may still wait for a server that is silent

@@ -16,15 +16,16 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
 
-from olmo_jax import command
+from olmo_jax import cli
 
 if __name__ == "__main__":
-    command.begin()
+    cli.begin()
 
 import argparse
 import os
 
-from olmo_jax import options
+from olmo_jax import files
+from olmo_jax.config import options
 
 _FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mesh
 
@@ -34,14 +35,14 @@ def main(argv: list[str]) -> int:
     args, overrides = parse(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
     from olmo_jax import config
-    from olmo_jax.plan import report
+    from olmo_jax.pods import report
 
     code = 2
     try:
-        args.cache = pathlib.Path(options.expand(args.cache))
+        args.cache = pathlib.Path(files.expand(args.cache))
         machine, what = report.parse(args.topology), config.load(args.config, overrides)
         code = 1
-        command.unwind()  # the compiler's process ends with us
+        cli.unwind()  # the compiler's process ends with us
         return report.run(what, machine, args)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         for line in getattr(error, "problems", [str(error)]):
@@ -85,5 +86,5 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    command.end_at_once()
+    cli.end_at_once()
     sys.exit(code)

@@ -9,14 +9,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # runs from a clone, installed or not
 
-from olmo_jax import command
+from olmo_jax import cli
 
 if __name__ == "__main__":
-    command.begin()
+    cli.begin()
 
 import argparse
 
-from olmo_jax import plot
+from olmo_jax.records import plot
 
 
 def main(argv: list[str]) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from olmo_jax.data.files import TokenFiles
-from olmo_jax.data.tokens import boundaries_path
+from olmo_jax.data.documents import boundaries_path
+from olmo_jax.data.token_files import TokenFiles
 
 SAMPLE_BYTES = 2**20  # read at start from the beginning, the middle and the end of each file ...
 SAMPLE_BUDGET = 2**29  # ... or less, so that all files together cost at most about this

@@ -7,8 +7,10 @@ from sys import maxsize
 import grain
 import numpy as np
 
-from olmo_jax.config import DataConfig, Unit
-from olmo_jax.data import checks, files, tokens
+from olmo_jax.config.data import DataConfig
+from olmo_jax.config.training import Unit
+from olmo_jax.data import checks, documents, fixed_length, token_files
+from olmo_jax.data.batch import is_repetitive, next_tokens, segments
 from olmo_jax.data.order import DataOrder, Position
 
 Batch = dict[str, np.ndarray]  # each [rows, seq_len]
@@ -60,16 +62,16 @@ class Loader:
         Raises:
           ValueError, FileNotFoundError: one line that names file or field, found and needed.
         """
-        paths = files.resolve_paths(data.paths, data.root, data.source_permutation_seed)
-        self.files = files.TokenFiles(paths, files.token_dtype(data.dtype, vocab_size))
+        paths = token_files.resolve_paths(data.paths, data.root, data.source_permutation_seed)
+        self.files = token_files.TokenFiles(paths, token_files.token_dtype(data.dtype, vocab_size))
         by_eos = data.document_mask == "eos"
         eos_id = data.eos_id if by_eos else None
         checks.check(self.files, vocab_size, eos_id, check_dtype=data.check_dtype)
-        self.instances = tokens.Instances(self.files, data.seq_len, data.max_target_seq_len)
+        self.instances = fixed_length.Instances(self.files, data.seq_len, data.max_target_seq_len)
         self.order = DataOrder(data, len(self.instances), position)
         self.n_steps = n_steps
         self.wait_s = 0.0
-        self.fingerprint = files.fingerprint(
+        self.fingerprint = token_files.fingerprint(
             self.files, vocab_size, data.eos_id, max_target_seq_len=data.max_target_seq_len
         )
         self._data = data
@@ -78,7 +80,7 @@ class Loader:
         by_file = data.document_mask == "boundaries"
         if data.check_dtype and not by_file:
             checks.check_side_files(self.files)
-        self._boundaries = tokens.Boundaries(self.files) if by_file else None
+        self._boundaries = documents.Boundaries(self.files) if by_file else None
 
     @property
     def n_instances(self) -> int:
@@ -104,9 +106,9 @@ class Loader:
         ids = self.instances.read(rows, self._vocab_size)
         kept = None
         if d.instance_filter:
-            masked = tokens.is_repetitive(ids, d.filter_max_period, d.filter_min_repeats)
+            masked = is_repetitive(ids, d.filter_max_period, d.filter_min_repeats)
             kept = ~masked[:, None]
-        targets, weights = tokens.next_tokens(ids, kept)
+        targets, weights = next_tokens(ids, kept)
         batch = {"tokens": ids, "targets": targets, "loss_weights": weights}
         if d.document_mask == "none":
             return batch
@@ -114,8 +116,8 @@ class Loader:
             starts = self._boundaries.starts(self.instances, rows)
         else:
             assert d.eos_id is not None  # checked with the config
-            starts = tokens.starts_after(ids, d.eos_id)
-        batch["segment_ids"], batch["positions"] = tokens.segments(starts)
+            starts = documents.starts_after(ids, d.eos_id)
+        batch["segment_ids"], batch["positions"] = segments(starts)
         return batch
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:

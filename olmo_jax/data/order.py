@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from olmo_jax.config import DataConfig, Unit
-from olmo_jax.validate import batch_stages
+from olmo_jax.config.data import DataConfig, batch_stages
+from olmo_jax.config.training import Unit
 
 FIRST_EPOCH = {"core": 1, "legacy": 0}  # OLMo-core counts epochs from 1, OLMo from 0
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax import sharding, step
-from olmo_jax.config import Config
+from olmo_jax.config.run import Config
 from olmo_jax.data import checks
-from olmo_jax.data.files import TokenFile, TokenFiles, resolve_paths, token_dtype
+from olmo_jax.data.batch import segments
+from olmo_jax.data.documents import read_boundaries
+from olmo_jax.data.token_files import TokenFile, TokenFiles, resolve_paths, token_dtype
 from olmo_jax.data.tokenizer import Tokenizer
-from olmo_jax.data.tokens import read_boundaries, segments
+from olmo_jax.parallel import sharding
+from olmo_jax.training import step
 
 EvalStep = Callable[[Any, Any], dict[str, Any]]
 

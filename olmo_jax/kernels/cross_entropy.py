@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from olmo_jax.sharding import (
+from olmo_jax.parallel.sharding import (
     BATCH_AXES,
     Axes,
     axis_index,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.sharding import Axes, on_each_device
+from olmo_jax.parallel.sharding import Axes, on_each_device
 
 DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 128  # of any GPU; Hopper's is 256

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from olmo_jax.kernels import pallas_gpu_body as body
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_gpu_body import AXES, F32, WARPGROUP, WORKERS, Kind, Sizes
-from olmo_jax.sharding import Axes, on_each_device
+from olmo_jax.parallel.sharding import Axes, on_each_device
 
 SWIZZLE = 128  # bytes, the width of a tile of shared memory
 TILE = 64  # heads are padded to tiles ...

@@ -28,11 +28,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from olmo_jax.config.costs import LANES
 from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN
-from olmo_jax.kernels.schedule import LANES, LOG2E, Blocks
-from olmo_jax.sharding import Axes, device, on_each_device
+from olmo_jax.kernels.schedule import LOG2E, Blocks
+from olmo_jax.parallel.sharding import Axes, device, on_each_device
 
 
 class Tuning(NamedTuple):

@@ -9,8 +9,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from olmo_jax.config.costs import LANES
 from olmo_jax.kernels import schedule
-from olmo_jax.kernels.schedule import LANES, LOG2E, Blocks, Tile
+from olmo_jax.kernels.schedule import LOG2E, Blocks, Tile
 
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # half of it less another is still finite
 F32 = jnp.float32

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.sharding import Axes, axis_size, on_each_device, spec
+from olmo_jax.parallel.sharding import Axes, axis_size, on_each_device, spec
 
 AXIS = "context"
 EARLY, LATE = 0, 1

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from olmo_jax.kernels.schedule import LANES
-from olmo_jax.sharding import Axes, axis_size, device, is_split_by_xla, on_each_device
+from olmo_jax.config.costs import LANES
+from olmo_jax.parallel.sharding import Axes, axis_size, device, is_split_by_xla, on_each_device
 
 _BLOCK = 1 << 19  # numbers of a block of rows
 F32 = jnp.float32

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.config.model import ComputeConfig, ModelConfig
 from olmo_jax.kernels import rotary
 from olmo_jax.kernels.attention import attention
 from olmo_jax.nn import rope
 from olmo_jax.nn.layers import constant, einsum, matrix_init, rms_norm, weight
-from olmo_jax.sharding import constrain
+from olmo_jax.parallel.sharding import constrain
 
 
 class Attention(nn.Module):

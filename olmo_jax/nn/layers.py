@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.config import ComputeConfig, ModelConfig
-from olmo_jax.sharding import (
+from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.parallel.sharding import (
     Axes,
     axis_index,
     axis_size,

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.config.model import ComputeConfig, ModelConfig
 from olmo_jax.kernels import exchange
 from olmo_jax.kernels.grouped_matmul import grouped_matmul
 from olmo_jax.nn import router as routing
 from olmo_jax.nn.layers import constant, matrix_init, weight
 from olmo_jax.nn.router import Stats
-from olmo_jax.sharding import axis_size, spec, summed
+from olmo_jax.parallel.sharding import axis_size, spec, summed
 
 
 class MoE(nn.Module):

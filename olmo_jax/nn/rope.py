@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config import ModelConfig, yarn_attention
+from olmo_jax.config.model import ModelConfig, yarn_attention
 
 Table = tuple[jax.Array, jax.Array]
 

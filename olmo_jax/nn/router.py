@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from olmo_jax.config import ModelConfig
-from olmo_jax.sharding import BATCH_AXES, axis_size
+from olmo_jax.config.model import ModelConfig
+from olmo_jax.parallel.sharding import BATCH_AXES, axis_size
 
 # Of one layer, fp32 and over the whole batch: `tokens [e]` (routed to each expert), `probability
 # [e]` (mean softmax), `z` (mean of logsumexp² of the logits); and where `compute.expert_buffer`

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.config.model import ComputeConfig, ModelConfig
 from olmo_jax.kernels import ring
 from olmo_jax.nn import rope
 from olmo_jax.nn.attention import Attention
 from olmo_jax.nn.layers import MLP, einsum, lookup, matrix_init, norm, normal, weight
 from olmo_jax.nn.moe import MoE
-from olmo_jax.sharding import axis_size, constrain
+from olmo_jax.parallel.sharding import axis_size, constrain
 
 Params = dict[str, Any]
 

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from olmo_jax.config import DataConfig
-from olmo_jax.data import checks, tokens
-from olmo_jax.data.files import TokenFiles
+from olmo_jax.config.data import DataConfig
+from olmo_jax.data import checks, documents
 from olmo_jax.data.loader import Loader
+from olmo_jax.data.token_files import TokenFiles
 
 U16 = np.dtype("<u2")
 
@@ -137,7 +137,7 @@ def test_short_files_are_judged_when_they_are_enough_together(tmp_path):
 def test_the_loader_refuses_another_type_unless_it_is_told_to_read_it(tmp_path, mask, beside):
     ids = IDS.astype("<u4")
     ids[99::100] = 5
-    tokens.write_documents(tmp_path / "a.npy", ids.reshape(-1, 100), "uint32")
+    documents.write_documents(tmp_path / "a.npy", ids.reshape(-1, 100), "uint32")
     if not beside:
         (tmp_path / "a.csv.gz").unlink()
     data = DataConfig(

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from olmo_jax.config import DataConfig
-from olmo_jax.data import files, tokens
+from olmo_jax.config.data import DataConfig
+from olmo_jax.data import token_files
+from olmo_jax.data.documents import write_documents
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import DataOrder, Position
 
@@ -23,7 +24,7 @@ def data(tmp_path):
         lengths = rng.integers(0, 40, n // 2)
         documents = [[*rng.integers(1, 200, length), EOS] for length in lengths]
         documents.append([1] * (n * SEQ + 5 - sum(map(len, documents))))
-        tokens.write_documents(tmp_path / f"{name}.npy", documents, np.uint8)
+        write_documents(tmp_path / f"{name}.npy", documents, np.uint8)
     return DataConfig(
         paths=("a.npy", "b.npy"), root=str(tmp_path), seq_len=SEQ, global_batch_size=ROWS * SEQ
     )
@@ -144,7 +145,7 @@ def test_durations_and_fingerprint_come_with_the_loader(data, shared, tmp_path):
     )
     loader = Loader(data, 32_000)
     assert loader.n_instances == len(toy["instances"])
-    assert loader.fingerprint == files.fingerprint(loader.files, 32_000, 5)
+    assert loader.fingerprint == token_files.fingerprint(loader.files, 32_000, 5)
     assert loader.fingerprint != Loader(dataclasses.replace(data, eos_id=6), 32_000).fingerprint
 
 

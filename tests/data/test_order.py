@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from olmo_jax.config import DataConfig
+from olmo_jax.config.data import DataConfig
 from olmo_jax.data import order
+from olmo_jax.data.fixed_length import Instances
 from olmo_jax.data.order import DataOrder, Position, core_order, legacy_order
-from olmo_jax.data.tokens import Instances, TokenFiles
+from olmo_jax.data.token_files import TokenFiles
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import resource
 import numpy as np
 import pytest
 
-from olmo_jax.data import checks, tokens
-from olmo_jax.data.files import TokenFiles
-from olmo_jax.data.tokens import Boundaries, Instances
+from olmo_jax.data import batch, checks, documents
+from olmo_jax.data.documents import Boundaries, read_boundaries, starts_after, write_documents
+from olmo_jax.data.fixed_length import Instances
+from olmo_jax.data.token_files import TokenFiles
 
 U16 = np.dtype("<u2")
 
@@ -42,7 +43,7 @@ def test_instances_and_their_documents_are_those_of_olmo(golden, tmp_path, name)
     found = rows.read(np.arange(6, dtype=np.uint32), 32_000)
     assert found.dtype == np.int32
     assert found.tolist() == case["instances"]
-    segment_ids, _ = tokens.segments(tokens.starts_after(found, case["eos_token_id"]))
+    segment_ids, _ = batch.segments(documents.starts_after(found, case["eos_token_id"]))
     assert lengths_of(segment_ids) == case["doc_lens"]
 
 
@@ -88,25 +89,25 @@ def test_labels_are_those_of_olmo(golden):
         (None, "labels"),
         (np.array(case["label_mask"], bool), "labels_with_mask"),
     ):
-        targets, weights = tokens.next_tokens(ids, mask)
+        targets, weights = batch.next_tokens(ids, mask)
         assert np.where(weights > 0, targets, -100).tolist() == case[labels]
         assert (targets.dtype, weights.dtype) == (np.int32, np.float32)
         assert targets[:, -1].tolist() == [0]
-    segment_ids, positions = tokens.segments(tokens.starts_after(ids, case["eos"]))
+    segment_ids, positions = batch.segments(documents.starts_after(ids, case["eos"]))
     assert lengths_of(segment_ids) == [case["doc_lens"]]
     assert positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
 
 
 def test_documents_of_the_toy_file_are_those_of_olmo(golden):
     case = golden["toy_docs"]
-    segment_ids, _ = tokens.segments(tokens.starts_after(np.array([case["d1"]]), 0))
+    segment_ids, _ = batch.segments(documents.starts_after(np.array([case["d1"]]), 0))
     assert lengths_of(segment_ids) == [case["doc_lens"]["d1"]]
 
 
 def test_repetitions_are_those_of_olmo(golden):
     for case in golden["repetition_filter"]:
         ids = np.array([case["ids"]])
-        found = {p: int(tokens.repeats(ids, p)[0]) for p in range(1, len(case["ids"]) + 2)}
+        found = {p: int(batch.repeats(ids, p)[0]) for p in range(1, len(case["ids"]) + 2)}
         known = {p: times for _, _, p, times in case["matches_start_end_period_times"]}
         assert {p: times for p, times in found.items() if times >= 3} == known
 
@@ -121,7 +122,7 @@ def test_repetitions_equal_a_count_by_hand():
             for j in range(period, len(row)):
                 lengths.append(lengths[-1] + 1 if row[j] == row[j - period] else 0)
             best.append((max(lengths) + period) // period)
-        assert tokens.repeats(rows, period).tolist() == best
+        assert batch.repeats(rows, period).tolist() == best
 
 
 def test_the_filter_masks_a_row_from_the_set_number_of_repetitions_on():
@@ -130,7 +131,7 @@ def test_the_filter_masks_a_row_from_the_set_number_of_repetitions_on():
     rows[2, 100:131] = 7
     rows[3, : 13 * 32] = np.tile(np.arange(13), 32)
     rows[4, : 14 * 32] = np.tile(np.arange(14), 32)  # of a period that is not looked at
-    assert tokens.is_repetitive(rows, 13, 32).tolist() == [False, True, False, True, False]
+    assert batch.is_repetitive(rows, 13, 32).tolist() == [False, True, False, True, False]
 
 
 # --- documents ------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def test_the_filter_masks_a_row_from_the_set_number_of_repetitions_on():
 def test_written_documents_come_back_with_their_side_file(tmp_path):
     path = tmp_path / "x.npy"
     documents = [[1, 2, 0], [], np.array([3, 0]), [4, 5, 6, 0]]
-    assert tokens.write_documents(path, documents, "uint16", ["a,b.py", "c", 'd"', "é"]) == 9
+    assert write_documents(path, documents, "uint16", ["a,b.py", "c", 'd"', "é"]) == 9
     assert np.fromfile(path, "<u2").tolist() == [1, 2, 0, 3, 0, 4, 5, 6, 0]
     with gzip.open(tmp_path / "x.csv.gz", "rt", encoding="utf-8", newline="") as file:
         lines = list(csv.reader(file))
@@ -147,24 +148,24 @@ def test_written_documents_come_back_with_their_side_file(tmp_path):
         ["0", "3", "0"], ["3", "3", "1"], ["3", "5", "2"], ["5", "9", "3"],
     ]  # fmt: skip
     assert [line[3:] for line in lines] == [["a,b.py", "1"], ["c", "1"], ['d"', "1"], ["é", "1"]]
-    assert tokens.read_boundaries(str(path), 9).tolist() == [3, 3, 5, 9]
+    assert read_boundaries(str(path), 9).tolist() == [3, 3, 5, 9]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.csv.gz", "x.npy"]
 
 
 def test_equal_documents_give_equal_bytes(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        tokens.write_documents(tmp_path / folder / "x.npy", [[1, 0], [2, 0]], np.uint8)
+        documents.write_documents(tmp_path / folder / "x.npy", [[1, 0], [2, 0]], np.uint8)
     for name in ("x.npy", "x.csv.gz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path):
     path = tmp_path / "x.npy"
-    tokens.write_documents(path, [[1, 0]], np.uint8)
+    documents.write_documents(path, [[1, 0]], np.uint8)
     old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="document 1 has ids outside uint8"):
-        tokens.write_documents(path, [[1, 0], [256]], np.uint8)
+        documents.write_documents(path, [[1, 0], [256]], np.uint8)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
 
 
@@ -173,21 +174,21 @@ def test_boundaries_equal_eos_where_each_document_ends_with_it(tmp_path):
     paths = [str(tmp_path / "a.npy"), str(tmp_path / "b.npy")]
     for path in paths:
         documents = [[*rng.integers(1, 9, n), 0] for n in rng.integers(0, 30, 40)]
-        tokens.write_documents(path, documents, np.uint8)
+        write_documents(path, documents, np.uint8)
     files = TokenFiles(paths, np.dtype("u1"))
     rows = Instances(files, 16)
     ids = np.arange(len(rows))
-    expected = tokens.starts_after(rows.read(ids, 9), 0)
+    expected = starts_after(rows.read(ids, 9), 0)
     assert expected.sum() > 50
     np.testing.assert_array_equal(Boundaries(files).starts(rows, ids), expected)
 
 
 def test_documents_of_a_row_follow_the_side_file_whatever_the_tokens(tmp_path):  # P28
     path = tmp_path / "x.npy"
-    tokens.write_documents(path, [[5] * 10, [], [5] * 27, [5] * 27, [5] * 64], np.uint8)
+    documents.write_documents(path, [[5] * 10, [], [5] * 27, [5] * 27, [5] * 64], np.uint8)
     files = TokenFiles([str(path)], np.dtype("u1"))
     rows = Instances(files, 64)
-    segment_ids, positions = tokens.segments(Boundaries(files).starts(rows, np.array([0, 1])))
+    segment_ids, positions = batch.segments(Boundaries(files).starts(rows, np.array([0, 1])))
     assert lengths_of(segment_ids) == [[10, 27, 27], [64]]
     assert positions[0].tolist() == [*range(10), *range(27), *range(27)]
     assert segment_ids.dtype == positions.dtype == np.int32

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from olmo_jax.data import corpus
+from olmo_jax.curation import stdlib
 from olmo_jax.evals import compression
 
 
@@ -18,8 +18,8 @@ def test_random_bytes_do_not_compress_and_zeros_do():
 
 
 def test_held_out_library_text_compresses_as_measured():
-    library = corpus.read_sources(Path(sysconfig.get_paths()["stdlib"]))
-    text = "".join(text for name, text in library.items() if corpus.is_heldout(name))
+    library = stdlib.read_sources(Path(sysconfig.get_paths()["stdlib"]))
+    text = "".join(text for name, text in library.items() if stdlib.is_heldout(name))
     bits = compression.compressed_bits_per_byte(text.encode())
     if platform.python_version() == "3.11.7":
         assert bits == {"gzip -9": pytest.approx(1.926, abs=6e-4), "xz -9": pytest.approx(1.586, abs=6e-4)}  # fmt: skip  # noqa: E501

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax import config, sharding, step
-from olmo_jax.data import tokens
+from olmo_jax import config
+from olmo_jax.data import documents
+from olmo_jax.data.documents import write_documents
 from olmo_jax.data.tokenizer import Tokenizer
 from olmo_jax.evals.perplexity import Evaluator, Stream, evaluate
 from olmo_jax.nn import transformer
+from olmo_jax.parallel import sharding
+from olmo_jax.training import step
 
 VOCAB, SEQ, EOS = 97, 16, 3
 MODEL = config.ModelConfig(
@@ -168,7 +171,7 @@ def test_bits_per_byte_of_a_uniform_model_is_known(mesh, params):
 def test_documents_that_training_masks_are_scored_apart(tmp_path, mesh, model, params, eval_step):
     """Inside a masked document, tokens score as if it stood alone."""
     documents = [np.append(TEXT[i : i + 5] % (VOCAB - 4) + 4, EOS) for i in range(0, 30, 5)]
-    tokens.write_documents(tmp_path / "text.npy", documents, "uint8")
+    write_documents(tmp_path / "text.npy", documents, "uint8")
     alone = sum(by_hand(model, params, d[:6], SEQ) for d in documents)
     for mask in ("eos", "boundaries"):
         c = dataclasses.replace(
@@ -230,7 +233,7 @@ def test_problems_are_named(tmp_path, mesh):
 @pytest.mark.parametrize("mask", ["none", "boundaries"])
 def test_a_held_out_file_without_anything_to_score_is_refused_at_start(tmp_path, mesh, mask):
     for name, n in (("one", 1), ("two", 2)):
-        tokens.write_documents(tmp_path / f"{name}.npy", [[5] * n], "uint8")
+        documents.write_documents(tmp_path / f"{name}.npy", [[5] * n], "uint8")
 
     def open_files(*names, eos_id=None):
         paths = config.EvalConfig(paths=tuple(str(tmp_path / name) for name in names))
@@ -253,13 +256,13 @@ def test_a_held_out_file_without_anything_to_score_is_refused_at_start(tmp_path,
 
 
 def test_held_out_files_of_another_type_are_refused_unless_they_are_to_be_read(tmp_path, mesh):
-    tokens.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint16")
+    documents.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint16")
     paths = config.EvalConfig(paths=(str(tmp_path / "x.npy"),))
     with pytest.raises(ValueError, match=r"config\.eval\.paths: in .*x\.npy every second id is 0"):
         Evaluator(dataclasses.replace(cfg(), eval=paths), mesh)
     read = Evaluator(dataclasses.replace(cfg(check_dtype=False), eval=paths), mesh)
     assert len(read.streams["x"].tokens) == 192
-    tokens.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint8")
+    documents.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint8")
     np.arange(1, 96, dtype=np.uint8).tofile(tmp_path / "x.npy")
     with pytest.raises(ValueError, match=r"eval\.paths: .*x\.csv\.gz ends at token 96, but .* 95 "):
         Evaluator(dataclasses.replace(cfg(), eval=paths), mesh)

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax import config, sharding, step
+from olmo_jax import config
 from olmo_jax.generation import sampling
 from olmo_jax.generation.sampling import sample
 from olmo_jax.nn import transformer
+from olmo_jax.parallel import sharding
+from olmo_jax.training.state import abstract_state
 
 MODEL = config.ModelConfig(
     vocab_size=50, padded_vocab_size=64, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2,
@@ -95,7 +97,7 @@ def test_parameters_on_all_chips_of_a_tpu_are_sampled_from(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: chips)
     wide = dataclasses.replace(MODEL, head_dim=128)  # takes the kernel for rotary embedding too
     c = config.Config(model=wide)
-    params = step.abstract_state(c, sharding.make_mesh(c.mesh, chips)).params
+    params = abstract_state(c, sharding.make_mesh(c.mesh, chips)).params
     window, scalar = jax.ShapeDtypeStruct((16,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sampling._continue.lower(

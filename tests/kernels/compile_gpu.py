@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from olmo_jax.config import MeshConfig
+from olmo_jax.config.model import MeshConfig
 from olmo_jax.kernels.attention import attention
-from olmo_jax.sharding import make_mesh, spec
+from olmo_jax.parallel.sharding import make_mesh, spec
 
 H100 = """
 gpu_device_info {

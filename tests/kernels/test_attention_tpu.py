@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from olmo_jax.config import MeshConfig
+from olmo_jax.config.model import MeshConfig
 from olmo_jax.kernels import reference, schedule
 from olmo_jax.kernels.attention import attention
 from olmo_jax.kernels.schedule import Blocks
-from olmo_jax.sharding import make_mesh, spec
+from olmo_jax.parallel.sharding import make_mesh, spec
 
 NAMES = {"bf16": jnp.bfloat16, "f32": jnp.float32, "s32": jnp.int32}
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.config import MeshConfig
+from olmo_jax.config.model import MeshConfig
 from olmo_jax.kernels.cross_entropy import cross_entropy
-from olmo_jax.sharding import make_mesh
+from olmo_jax.parallel.sharding import make_mesh
 
 
 def naive(x, head, targets, weights, vocab_size, z_loss):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from olmo_jax.kernels.grouped_matmul import grouped_matmul
-from olmo_jax.plan import hlo, kernels
+from olmo_jax.pods import hlo, kernels
 
 SIZES = {
     "balanced": [16, 16, 16, 16, 16, 16],

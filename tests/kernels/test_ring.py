@@ -11,19 +11,15 @@ import pytest
 from jax.sharding import AbstractDevice, NamedSharding
 from test_attention import SMALL, documents, inputs, tpu_mesh, values_and_gradients
 
-from olmo_jax import report, start
-from olmo_jax.config import (
-    ComputeConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-)
+from olmo_jax.config import describe
+from olmo_jax.config.data import DataConfig
+from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
+from olmo_jax.config.options import ConfigError
+from olmo_jax.config.run import Config, validate
 from olmo_jax.kernels import pallas_tpu, reference, ring
 from olmo_jax.kernels.attention import attention
-from olmo_jax.sharding import make_mesh, spec
-from olmo_jax.validate import validate
+from olmo_jax.parallel.sharding import make_mesh, spec
+from olmo_jax.training import start
 
 MESHES = {
     2: MeshConfig(fsdp=2, context=2, tensor=2),
@@ -237,7 +233,7 @@ def test_chunks_that_a_tpu_cannot_take_are_refused_at_start_and_told_in_a_dry_ru
         " multiples of 128; use a multiple of 2048, a smaller mesh.context or"
         " compute.attention=blocked"
     ]
-    assert "16 of each row, 64 tokens; no multiple of 128" in report.describe(config, 8)
+    assert "16 of each row, 64 tokens; no multiple of 128" in describe.describe(config, 8, [])
     blocked = dataclasses.replace(config, compute=ComputeConfig(attention="blocked"))
     start.check_attention(blocked, chips)
     start.check_attention(config, make_mesh(config.mesh))  # a CPU takes any

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.config import MeshConfig, ModelConfig
+from olmo_jax.config.model import MeshConfig, ModelConfig
 from olmo_jax.kernels import rotary
 from olmo_jax.nn import rope
 from olmo_jax.nn.attention import norm_rotate
-from olmo_jax.sharding import make_mesh
+from olmo_jax.parallel.sharding import make_mesh
 
 EPS = 1e-6
 

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmo_jax.config import ComputeConfig, ModelConfig
+from olmo_jax.config.model import ComputeConfig, ModelConfig
 from olmo_jax.nn import rope, transformer
 from olmo_jax.nn.transformer import Transformer
 
 torch = pytest.importorskip("torch")
-import hf  # noqa: E402
+import hf
 
 TOKENS = np.random.default_rng(0).integers(2, 97, (2, 29))
 SMALL = ModelConfig(

@@ -24,8 +24,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # runs from a clone, installed or not
 
-from olmo_jax.plan import kernels
-from olmo_jax.plan.chips import CHIPS, ENVIRONMENT
+from olmo_jax.pods import kernels
+from olmo_jax.pods.chips import CHIPS, ENVIRONMENT
 
 WINDOW, DIM = 4096, 128
 NAMES = ("splash_mha_fwd", "splash_mha_dkv")  # parts of the names of their dumps

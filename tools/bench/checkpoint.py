@@ -17,7 +17,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from olmo_jax import options, snapshot, storage
+from olmo_jax import files
+from olmo_jax.checkpoints import snapshot, storage
 
 GIB = 1 << 30
 
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--folder", default="/tmp/olmo_jax_bench")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    folder = pathlib.Path(options.expand(args.folder))
+    folder = pathlib.Path(files.expand(args.folder))
     folder.mkdir(parents=True, exist_ok=True)
     layers = {name: jnp.ones((16, 1024, 4096)) * i for i, name in enumerate("abcd")}
     state = jax.block_until_ready({"params": {"layers": layers}})  # 4 leaves of 16 layers of 16 MiB
@@ -68,7 +69,7 @@ def main() -> None:
     )
     source, target = folder / "source", folder / "target"
     source.write_bytes(os.urandom(GIB))
-    step = storage.path(folder / "step1")
+    step = files.path(folder / "step1")
 
     def background() -> None:
         nonlocal job

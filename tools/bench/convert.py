@@ -20,9 +20,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax import options, presets
-from olmo_jax.config import ModelConfig
-from olmo_jax.convert import hf, hf_config, names, safetensors
+from olmo_jax import files, presets
+from olmo_jax.checkpoints import names
+from olmo_jax.checkpoints.formats import hf, hf_config, safetensors
+from olmo_jax.config.model import ModelConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 BLOCK = 64 << 20
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--devices", default="1,16")
     parser.add_argument("--folder", default="/tmp/olmo_jax_bench_convert")
     args = parser.parse_args()
-    base = pathlib.Path(options.expand(args.folder))
+    base = pathlib.Path(files.expand(args.folder))
     base.mkdir(parents=True)
     source, ours, back, copied = (base / name for name in ("hf", "ours", "back", "copied"))
     try:

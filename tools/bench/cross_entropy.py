@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from olmo_jax.kernels.cross_entropy import cross_entropy
-from olmo_jax.plan import hlo, kernels
-from olmo_jax.plan.chips import CHIPS
+from olmo_jax.pods import hlo, kernels
+from olmo_jax.pods.chips import CHIPS
 
 D_MODEL, VOCAB, Z_LOSS = 4096, 100_352, 1e-5
 

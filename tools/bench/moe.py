@@ -44,7 +44,7 @@ def ours(n_tokens: int) -> Run:
     import jax
     import jax.numpy as jnp
 
-    from olmo_jax.config import ComputeConfig, ModelConfig
+    from olmo_jax.config.model import ComputeConfig, ModelConfig
     from olmo_jax.nn import moe
 
     config = ModelConfig(d_model=D_MODEL, d_ff=D_FF, n_experts=N_EXPERTS, n_experts_per_token=K)

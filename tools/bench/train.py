@@ -35,15 +35,13 @@ def ours() -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from olmo_jax import sharding, step
-    from olmo_jax.config import (
-        ComputeConfig,
-        Config,
-        DataConfig,
-        MeshConfig,
-        ModelConfig,
-        OptimConfig,
-    )
+    from olmo_jax.config.data import DataConfig
+    from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
+    from olmo_jax.config.run import Config
+    from olmo_jax.config.training import OptimConfig
+    from olmo_jax.parallel import sharding
+    from olmo_jax.training import step
+    from olmo_jax.training.state import init_state
 
     config = Config(
         model=ModelConfig(
@@ -56,7 +54,7 @@ def ours() -> Callable[[], float]:
         optim=OptimConfig(name="adamw", weight_decay=DECAY),
     )  # fmt: skip
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state, update = step.init_state(config, mesh), step.make_train_step(config, mesh)
+    state, update = init_state(config, mesh), step.make_train_step(config, mesh)
     weights = np.ones((BATCH, SEQ), np.float32)
     weights[:, -1] = 0
     rows = batches()

@@ -1,0 +1,125 @@
+"""olmo_jax's own checkpoints, as `train` and `tools/convert.py` write them."""
+
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from olmo_jax import files
+from olmo_jax.checkpoints import checkpointer, names, storage
+from olmo_jax.checkpoints.formats import resume
+from olmo_jax.checkpoints.formats.fields import find, odd_ids
+from olmo_jax.checkpoints.weights import Index, Leaves, Weights, whole
+from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.options import ConfigError
+from olmo_jax.config.run import from_dict
+
+
+def recognises(src: str) -> bool:
+    """Whether this is a checkpoint, a run's folder, or what was to become one."""
+    if re.match(r"https?://", src):
+        return False
+    folder = files.path(src)
+    if storage.is_complete(folder) or (folder / "checkpoints").exists():
+        return True
+    children = list(folder.iterdir()) if folder.is_dir() else []
+    steps = [child for child in children if re.fullmatch(r"step\d+", child.name)]
+    is_rest = bool(children) and storage.is_torn(folder)
+    return is_rest or any(storage.is_complete(c) or storage.is_torn(c) for c in steps)
+
+
+def read(src: str, *, optimizer: bool = False) -> "Native":
+    """The checkpoint at a path, or the newest one of a run.
+
+    Raises:
+      ValueError: if it is incomplete or damaged, or has no optimizer state when that is asked for.
+    """
+    return Native(checkpointer.find(src, "SRC"), optimizer)
+
+
+def token_ids(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens that a checkpoint says it has, or those of the data it was trained on.
+
+    Args:
+      meta: what it says beside its arrays.
+    """
+    eos = find(meta, "config", "data", "eos_id")
+    known = {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
+    return meta.get("token_ids", known)
+
+
+class Native(Weights):
+    """`Weights` of a checkpoint of ours."""
+
+    torch_layout = False
+
+    def __init__(self, folder: files.Path, optimizer: bool = False):
+        """Read what it says about itself.
+
+        Args:
+          folder: a complete checkpoint.
+          optimizer: take more than the parameters.
+        """
+        self._folder, meta = folder, _meta(folder)
+        stored = storage.tree_of(folder)
+        self.model = _model(meta.get("model"), stored, f"{folder}/meta.json")
+        if optimizer and not any(name.startswith("opt_state/") for name in stored):
+            raise ValueError(f"{folder} has no optimizer state; leave --optimizer")
+        self.leaves = {
+            name: leaf for name, leaf in stored.items() if optimizer or name.startswith("params/")
+        }
+        self.files = {name: storage.read(folder, name) for name in storage.files(folder)}
+        self.meta = {"token_ids": token_ids(meta)}
+        self.meta |= {"dtype": meta["dtype"]} if "dtype" in meta else {}
+        if optimizer:
+            keep = ("step", "position", "config", "fingerprint")
+            self.meta |= {key: meta[key] for key in keep if key in meta}
+        step = f" after step {meta['step']:,}" if "step" in meta else ""
+        self.line = f"olmo_jax checkpoint{step}, {len(self.leaves)} arrays ({folder.name})"
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A leaf or a part of it."""
+        index = whole(self.leaves[name].shape, index)
+        return storage.read_part(self._folder, name, index)
+
+    def view(self, name: str, index: Index | None = None) -> np.ndarray:
+        """The same, by who passes once through all of it."""
+        index = whole(self.leaves[name].shape, index)
+        return storage.read_part(self._folder, name, index, once=True)
+
+
+def _meta(folder: files.Path) -> dict[str, Any]:
+    """What the checkpoint says of itself, after a look at it."""
+    meta, where = storage.read_meta(folder), f"{folder}/meta.json"
+    for key in ("token_ids", "config"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise ValueError(f"{where}: {key} is {reprlib.repr(meta[key])}, need a group of values")
+    if odd := odd_ids(meta.get("token_ids", {})):
+        raise ValueError(f"{where}: {'; '.join(odd)}")
+    if meta.get("dtype", "float32") not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"{where}: dtype is {reprlib.repr(meta['dtype'])}, need one of floats")
+    resume.whole(meta.get("step", 0), "step", where)
+    return meta
+
+
+def _model(values: Any, stored: Leaves, where: str) -> ModelConfig:
+    """The model of a checkpoint, after a look whether its arrays are that model's."""
+    try:
+        model = from_dict(values, ModelConfig, "model")
+    except ConfigError as error:
+        raise ValueError(f"{where}: {'; '.join(error.problems)}") from None
+    n_kinds = len(model.layer_types)
+    if not n_kinds or model.n_layers % n_kinds:
+        raise ValueError(f"{where}: {n_kinds} layer_types for {model.n_layers} layers")
+    for row in names.rows(model, "Hugging Face"):
+        layers = (model.n_layers,) if row.is_layered else ()
+        need = (*layers, *names.shape(row.axes, names.sizes(model)))
+        found = stored.get(f"params/{row.ours}")
+        if found is None or found.shape != need:
+            shape = "not there" if found is None else list(found.shape)
+            raise ValueError(
+                f"{where}: its model has params/{row.ours} {list(need)}; it is {shape}"
+            )
+    return model

@@ -1,0 +1,76 @@
+"""The logits of a checkpoint, with one layer of it in memory at a time."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from olmo_jax.checkpoints.names import rows
+from olmo_jax.checkpoints.weights import Weights, pieces
+from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.nn import rope
+from olmo_jax.nn.layers import rms_norm
+from olmo_jax.nn.transformer import Block
+
+
+def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) -> np.ndarray:
+    """fp32 logits `[batch, seq, vocab_size]` of `tokens [batch, seq]`.
+
+    Args:
+      weights: any checkpoint.
+      tokens: int.
+      as_dtype: round the parameters to this first.
+    """
+    c = weights.model
+
+    def read(name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        values = weights.read(f"params/{name}", index)
+        values = values if as_dtype is None else values.astype(as_dtype, copy=False)
+        return values.astype(np.float32, copy=False)
+
+    table = [read("embed", (slice(int(t), int(t) + 1), slice(None)))[0] for t in tokens.flat]
+    x = jnp.asarray(np.stack(table).reshape(*tokens.shape, c.d_model))
+    kinds, tables = rope.kinds(c), rope.tables(c, jnp.arange(tokens.shape[1])[None])
+    layered = [row.ours for row in rows(c, "Hugging Face") if row.is_layered]
+    for i, kind in enumerate(c.layer_kinds):
+        params: dict = {}
+        for name in layered:
+            *groups, last = name.split("/")[1:]
+            place = params
+            for group in groups:
+                place = place.setdefault(group, {})
+            shape = weights.leaves[f"params/{name}"].shape[1:]
+            index = (slice(i, i + 1), *(slice(0, n) for n in shape))
+            place[last] = read(name, index)[0]
+        layer = {"kind": jnp.int32(kinds.index(kind)), "index": jnp.int32(i)}
+        x = _block(c)(params, x, layer, tables)
+    return _head(weights, np.asarray(x), read)
+
+
+@functools.lru_cache(maxsize=2)  # compiled once for a checkpoint and its copy
+def _block(config: ModelConfig) -> Callable[..., jax.Array]:
+    block = Block(config, ComputeConfig(dtype="float32", remat="none"))
+    return jax.jit(
+        lambda params, x, layer, tables: block.apply({"params": params}, x, layer, tables, None)[0]
+    )
+
+
+def _head(weights: Weights, x: np.ndarray, read: Callable[..., np.ndarray]) -> np.ndarray:
+    """The last norm and the head, a piece of the table at a time."""
+    c = weights.model
+    if c.norm == "rms":
+        x = np.asarray(rms_norm(jnp.asarray(x), jnp.asarray(read("final_norm")), c.norm_eps))
+    else:
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps)
+    out = np.zeros((*x.shape[:-1], c.vocab_rows), np.float32)
+    name = "embed" if c.tie_embeddings else "lm_head"
+    for index in pieces(weights, f"params/{name}"):
+        part = read(name, index)
+        if c.tie_embeddings:
+            out[..., index[0]] += x[..., index[1]] @ part.T
+        else:
+            out[..., index[1]] += x[..., index[0]] @ part
+    return out[..., : c.vocab_size]

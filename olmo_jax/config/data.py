@@ -1,0 +1,44 @@
+"""Options of the data: which tokens, in which order, in which batches."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from olmo_jax.config.options import INT32, Count, File, Natural, Path, Range, Seed, SomeUnits, Units
+
+Row = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that predicts it
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens, in which order."""
+
+    paths: tuple[File, ...] = ()  # token files or globs; their order is part of the data order
+    root: Annotated[str, Path(may_be_empty=True)] = ""  # put before every relative path
+    corpus: Literal["stdlib"] | None = None  # prepare this embedded corpus instead of `paths`
+    corpus_vocab_size: Annotated[int, Range(257, INT32)] = 4096
+    corpus_dir: File = "data"  # where prepared corpora are kept
+    dtype: Literal["uint8", "uint16", "uint32"] | None = None  # None: smallest for vocab_size
+    check_dtype: bool = True  # refuse files that look like another type, though all ids are valid
+    tokenizer: File | None = None  # tokenizer.json or sentencepiece .model that made the tokens
+    eos_id: Natural | None = None  # where documents end; a checkpoint's own special tokens stay
+    seq_len: Row = 4096  # tokens per row
+    global_batch_size: Count = 4_194_304  # tokens per step
+    batch_sizes: tuple[Count, ...] = ()  # a schedule of global batch sizes, tokens ...
+    batch_starts: tuple[Units, ...] = ()  # ... and the tokens seen at which each begins, first 0
+    order: Literal["core", "legacy"] = "core"  # OLMo-core (epochs from 1), OLMo (from 0)
+    seed: Seed = 34521  # of the order
+    source_permutation_seed: Seed | None = None  # shuffle the list of paths first
+    max_target_seq_len: SomeUnits | None = None  # shuffle in chunks of this many tokens
+    document_mask: Literal["none", "eos", "boundaries"] = "none"  # attend within documents only
+    instance_filter: bool = False  # no loss on rows that repeat an n-gram ...
+    filter_max_period: Annotated[int, Range(1, 1_000_000)] = 13  # ... of at most so many tokens ...
+    filter_min_repeats: Count = 32  # ... at least so often
+    threads: Annotated[int, Range(1, 1024)] = 4  # that read rows
+    prefetch: Annotated[int, Range(1, 65_536)] = 4  # batches made ahead
+
+
+def batch_stages(data: DataConfig) -> tuple[tuple[int, int], ...]:
+    """The batch-size schedule as (tokens seen at its start, tokens per step) pairs."""
+    if not data.batch_sizes:
+        return ((0, data.global_batch_size),)
+    return tuple(zip(data.batch_starts, data.batch_sizes, strict=True))

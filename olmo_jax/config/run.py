@@ -1,0 +1,346 @@
+"""A whole run: its config, from a `--config` file, and the relations between its options.
+
+A config file builds a `ConfigDict` (easy to edit); a run reads dataclasses (typed, frozen). All
+problems of a config are reported together, one line each, by the name of the field.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import os
+import re
+import runpy
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
+
+from olmo_jax import files
+from olmo_jax.config import costs, options, parameters
+from olmo_jax.config.data import DataConfig, batch_stages
+from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_shape, model_problems
+from olmo_jax.config.options import (
+    INT32,
+    INT64,
+    ConfigError,
+    Folder,
+    RunName,
+    shown,
+)
+from olmo_jax.config.text import assign, cause, flatten, refuse_odd_keys, to_dict
+from olmo_jax.config.training import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    OptimConfig,
+    ProfileConfig,
+    TrainConfig,
+    optimizer_problems,
+)
+from olmo_jax.files import brief
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    name: RunName = "run"
+    dir: Folder | None = None  # of checkpoints and logs; None: runs/{name}
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of checkpoints and logs."""
+        return self.dir or f"runs/{self.name}"
+
+
+# --- ConfigDict <-> dataclasses -------------------------------------------------------------------
+
+
+def default() -> ConfigDict:
+    """All options at their defaults, for a config file to edit."""
+    return ConfigDict(to_dict(Config()), type_safe=False, convert_dict=True)
+
+
+def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
+    """Typed config (or the part of it that `cls` is) from nested mappings.
+
+    Raises:
+      ConfigError: with every unknown key and wrong type, one line each.
+    """
+    problems: list[str] = []
+    config = options.build(cls, values, name, problems)
+    if problems:
+        raise ConfigError(problems, config if cls is Config else None)
+    return config
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def load(path: str, overrides: dict[str, str] | None = None) -> Config:
+    """The config of a file, with dotted overrides, typed but not yet validated.
+
+    Args:
+      path: a Python file with `get_config() -> ConfigDict`.
+      overrides: {"model.d_model": "512"}: values as written on the command line.
+    Raises:
+      ConfigError: with every problem at once.
+    """
+    try:
+        path = files.expand(path)
+    except ValueError as error:
+        raise ConfigError([f"--config={error}"]) from error
+    if not os.path.isfile(path):
+        raise ConfigError([f"--config={files.brief(path)}: no such file"])
+    try:
+        values = runpy.run_path(path)["get_config"]()
+        if hasattr(values, "items"):
+            refuse_odd_keys(values)
+            values = typing.cast(Any, ConfigDict(values))  # a frozen one cannot be changed
+            for key, text in (overrides or {}).items():
+                assign(Config, values, key.split("."), text)
+            values = values.to_dict()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file does, sys.exit() too: it is the user's
+        raise ConfigError([f"--config={path}: {cause(error, path)}"]) from error
+    return from_dict(values)
+
+
+# --- relations between options --------------------------------------------------------------------
+
+
+def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None:
+    """Check the relations between options, for a run on `n_devices`.
+
+    Args:
+      config: of the run.
+      n_devices: devices of all processes together.
+      unread: names of options whose values are not known; what depends on them is not checked.
+    Raises:
+      ConfigError: with every problem at once, one line each.
+    """
+    config, lines = options.checked(config, "config")
+    # What they are about is at its default now; the relations of that would mean nothing.
+    unread = {name.split(".")[-1] for name in lines} | set(unread)
+    problems = list(lines.values())
+    relations = model_problems(config.model) + _size(config.model)
+    relations += _data(config) + _optim(config) + _training(config)
+    try:
+        relations += _mesh(config, mesh_shape(config.mesh, n_devices))
+    except ConfigError as error:
+        relations += error.problems
+    problems += [line for line in relations if not unread & set(re.findall(r"\w+", line))]
+    if problems:
+        raise ConfigError(problems)
+
+
+def planned_devices(config: Config) -> int:
+    """The fewest devices that the mesh can cover."""
+    return math.prod(n for n in dataclasses.asdict(config.mesh).values() if n > 0)
+
+
+def _size(m: ModelConfig) -> list[str]:
+    if 12 * (n := costs.n_params(m).total) <= INT64:  # bytes of the state
+        return []
+    return [
+        f"config.model: d_model={m.d_model}, d_ff={m.d_ff}, n_layers={m.n_layers} and the other"
+        f" sizes make {n:.1e} parameters; need at most {INT64 // 12:.1e}"
+    ]
+
+
+def _data(c: Config) -> list[str]:
+    problems: list[str] = []
+    d = c.data
+    rising = list(d.batch_starts) == sorted(set(d.batch_starts)) and d.batch_starts[:1] in (
+        (),
+        (0,),
+    )
+    if len(d.batch_sizes) != len(d.batch_starts) or not rising:
+        problems.append(
+            "config.data.batch_starts: need one start per batch size, rising, the first 0;"
+            f" found {shown(d.batch_starts)} for {shown(d.batch_sizes)}"
+        )
+    else:
+        problems += [
+            f"config.data.global_batch_size={size} tokens is no multiple of seq_len={d.seq_len}"
+            for _, size in batch_stages(d)
+            if size % d.seq_len
+        ]
+    if d.seq_len > c.model.max_seq_len:
+        problems.append(
+            f"config.data.seq_len={d.seq_len} is above model.max_seq_len={c.model.max_seq_len}"
+        )
+    if d.max_target_seq_len is not None and d.max_target_seq_len % d.seq_len:
+        problems.append(
+            f"config.data.max_target_seq_len={d.max_target_seq_len} is no multiple of"
+            f" seq_len={d.seq_len}"
+        )
+    if d.max_target_seq_len is not None and d.order == "legacy":
+        problems.append("config.data.max_target_seq_len: only order='core' shuffles in chunks")
+    if d.document_mask == "eos" and d.eos_id is None and d.corpus is None:
+        problems.append("config.data.eos_id: document_mask='eos' needs it")
+    if d.eos_id is not None and not 0 <= d.eos_id < c.model.vocab_size:
+        problems.append(
+            f"config.data.eos_id={d.eos_id} is outside model.vocab_size={c.model.vocab_size}"
+        )
+    if d.instance_filter and d.filter_max_period > d.seq_len:
+        problems.append(
+            f"config.data.filter_max_period={d.filter_max_period} is above seq_len={d.seq_len}: no"
+            " row repeats so long an n-gram"
+        )
+    if not d.paths and d.corpus is None:
+        problems.append("config.data.paths: no token files; name some, or set data.corpus=stdlib")
+    if c.eval.batch_rows * (c.eval.seq_len or d.seq_len) > INT32:
+        problems.append(
+            f"config.eval.batch_rows={c.eval.batch_rows} rows of seq_len="
+            f"{c.eval.seq_len or d.seq_len} are more than {INT32} tokens, the most of a batch"
+        )
+    if c.eval.stride is not None and c.eval.stride > (c.eval.seq_len or d.seq_len):
+        problems.append(
+            f"config.eval.stride={c.eval.stride} is above"
+            f" {'eval' if c.eval.seq_len else 'data'}.seq_len={c.eval.seq_len or d.seq_len}"
+        )
+    return problems
+
+
+def _optim(c: Config) -> list[str]:
+    names = list(parameters.weights(c.model))
+    problems = [
+        f"config.optim.no_decay: {shown(glob)} matches no parameter; there are {', '.join(names)}"
+        for glob in c.optim.no_decay
+        if not fnmatch.filter(names, glob)
+    ]
+    t_max = _schedule_end(c)
+    return problems + (optimizer_problems(c.optim, t_max) if t_max is not None else [])
+
+
+def _schedule_end(c: Config) -> int | None:
+    """The end of the run in the schedule's unit; None where only the data tell."""
+    t, unit = c.train, c.optim.schedule.unit
+    if c.optim.schedule.t_max is not None or unit == t.duration_unit:
+        return c.optim.schedule.t_max or t.duration
+    if t.duration_unit == "epochs" or c.data.batch_sizes:
+        return None
+    size = c.data.global_batch_size
+    return -(-t.duration // size) if unit == "steps" else t.duration * size
+
+
+def _training(c: Config) -> list[str]:
+    problems, k = _lengths(c), c.checkpoint
+    if c.compute.compilation_cache is not None and not c.compute.compilation_cache.strip():
+        problems.append("config.compute.compilation_cache='': need a path, or none")
+    problems += [
+        f"config.train.{name}: only a model with model.n_experts has it"
+        for name in ("load_balancing_loss", "router_z_loss")
+        if getattr(c.train, name) is not None and not c.model.n_experts
+    ]
+    m, lengths = c.model, {"data": c.data.seq_len, "eval": c.eval.seq_len}
+    problems += [
+        f"config.{part}.seq_len={n}: model.router=expert_choice leaves the {m.n_experts} experts no"
+        f" token of such a row; use {-(-m.n_experts // m.n_experts_per_token)} or more"
+        for part, n in lengths.items()
+        if n is not None and m.router == "expert_choice" and m.n_experts_per_token * n < m.n_experts
+    ]
+    known = flatten(to_dict(Config())) if k.allow_changes else {}
+    unknown = sorted(set(k.allow_changes) - known.keys())
+    problems += [f"config.checkpoint.allow_changes: no option {brief(name)}" for name in unknown]
+    if k.ephemeral_interval is not None and k.ephemeral_interval >= k.interval:
+        problems.append(
+            f"config.checkpoint.ephemeral_interval={k.ephemeral_interval} must be below"
+            f" interval={k.interval}"
+        )
+    traced = () if c.profile.steps is None else (c.profile.steps,)
+    for name, spans in (("train.skip_steps", c.train.skip_steps), ("profile.steps", traced)):
+        problems += [
+            f"config.{name}: [{start}, {stop}) is empty" for start, stop in spans if start >= stop
+        ]
+    problems += [
+        f"config.compute.xla_flags: found {shown(word)}, need NAME=VALUE as in xla_some_flag=true;"
+        " a path there without ~"
+        for word in c.compute.xla_flags
+        if not re.fullmatch(r"[a-z]\w*=[^~].*", word)
+    ]
+    return problems
+
+
+def _lengths(c: Config) -> list[str]:
+    """Ends of the run that steps, int32, never reach; those in epochs depend on the data."""
+    t, largest = c.train, max(c.data.batch_sizes or (c.data.global_batch_size,))
+    ends = {"duration": (t.duration, t.duration_unit), "hard_stop": (t.hard_stop, t.hard_stop_unit)}
+    return [
+        f"config.train.{name}={n} {unit} is more than {INT32} steps"
+        for name, (n, unit) in ends.items()
+        if n is not None and n > INT32 * (largest if unit == "tokens" else 1)
+    ]
+
+
+def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
+    problems: list[str] = []
+    for name, size, axis in (
+        ("model.n_heads", c.model.n_heads, "tensor"),
+        ("model.n_kv_heads", c.model.n_kv_heads, "tensor"),
+        ("model.d_ff", c.model.d_ff, "tensor"),
+        ("model.d_model", c.model.d_model, "fsdp"),
+        ("model.n_experts", c.model.n_experts, "expert"),
+    ):
+        if size % shape[axis]:
+            problems.append(
+                f"config.{name}={size} is not divisible by mesh.{axis}={shape[axis]};"
+                f" use {_divisors(size)}"
+            )
+    chunks = 2 * shape["context"] if shape["context"] > 1 else 1
+    problems += [
+        f"config.{name}={size} is not divisible by 2 x mesh.context={chunks}, the chunks that a"
+        f" sequence is cut into; use {-(-size // chunks) * chunks}"
+        for name, size in (("data.seq_len", c.data.seq_len), ("eval.seq_len", c.eval.seq_len))
+        if size is not None and size % chunks
+    ]
+    if c.model.vocab_rows % shape["tensor"]:
+        block = math.lcm(128, shape["tensor"])
+        problems.append(
+            f"config.model.vocab_size={c.model.vocab_rows} is not divisible by"
+            f" mesh.tensor={shape['tensor']}; set model.padded_vocab_size="
+            f"{-(-c.model.vocab_rows // block) * block}"
+        )
+    if c.model.router == "expert_choice" and shape["context"] > 1:
+        problems.append(
+            f"config.mesh.context={shape['context']}: model.router=expert_choice needs whole"
+            " sequences on a device; use 1"
+        )
+    ways = shape["data"] * shape["fsdp"] * shape["expert"]
+    if len(c.data.batch_sizes) != len(c.data.batch_starts):
+        return problems
+    for _, size in batch_stages(c.data):
+        rows = size // c.data.seq_len
+        if size % c.data.seq_len:
+            continue  # said above
+        if rows % (ways * c.compute.accumulate):
+            problems.append(
+                f"config.data.global_batch_size={size} tokens is {rows} rows of"
+                f" seq_len={c.data.seq_len}, not divisible by mesh.data x fsdp x expert = {ways}"
+                f" times compute.accumulate={c.compute.accumulate}"
+            )
+        if c.train.loss_ranks is not None and rows % c.train.loss_ranks:
+            problems.append(
+                f"config.train.loss_ranks={c.train.loss_ranks} does not divide the {rows} rows of"
+                " a batch"
+            )
+    return problems
+
+
+def _divisors(n: int) -> str:
+    small = [str(d) for d in range(1, min(n, 512) + 1) if n % d == 0]
+    return ", ".join(small[:-1]) + f" or {small[-1]}" if len(small) > 1 else "1"

@@ -1,0 +1,180 @@
+"""The training step and, in words, what the compiler made of it: memory, FLOPs, collectives."""
+
+import contextlib
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from olmo_jax.config import costs
+from olmo_jax.config.options import ConfigError
+from olmo_jax.config.run import Config
+from olmo_jax.parallel import xla_flags
+from olmo_jax.parallel.processes import say
+from olmo_jax.records import writer
+from olmo_jax.training import step
+from olmo_jax.training.state import Batch, Metrics, TrainState
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all",
+    "collective-permute",
+)  # fmt: skip
+
+GIB = 2**30
+
+
+class Program:
+    """`step.make_train_step`, compiled ahead of its first call with each shape of a batch.
+
+    JAX keeps the program for the calls that follow: nothing is compiled twice.
+
+    Args:
+      config: the run.
+      mesh: its devices.
+      log: records what was found, at the step that is called next.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, log: writer.Writer):
+        self._config, self._mesh, self._log = config, mesh, log
+        self._update = step.make_train_step(config, mesh)
+        self._rows: set[int] = set()  # of the batches whose program is there
+
+    def __call__(
+        self, at: int, state: TrainState, batch: Batch, lr: Any, max_grad_norm: Any
+    ) -> tuple[TrainState, Metrics]:
+        """One update, number `at`; returns without waiting for the devices."""
+        arguments = state, batch, lr, max_grad_norm
+        rows = batch["tokens"].shape[0]
+        if rows not in self._rows:
+            self._compile(at, rows, arguments)
+        return self._update(*arguments)
+
+    def _compile(self, at: int, rows: int, arguments: Any) -> None:
+        kind = self._mesh.devices.flat[0].device_kind
+        if not self._rows:
+            chosen = xla_flags.flags(kind, self._config.compute.xla_flags)
+            for name, (value, reason) in chosen.items():
+                say(f"XLA flag: {name}={value} ({reason})")
+        self._rows.add(rows)
+        say(f"compiling the step for batches of {rows:,} rows")
+        began = time.perf_counter()
+        with jax.set_mesh(self._mesh), _cache_hits() as hits:
+            lowered = self._update.jitted.lower(*arguments)  # type: ignore[attr-defined]
+            compiled = lowered.compile()
+        seconds = time.perf_counter() - began
+        say(f"compiled in {seconds:.1f} s{' (found in the compilation cache)' if hits else ''}")
+        memory, tokens = memory_of(compiled, arguments), rows * self._config.data.seq_len
+        there = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
+        say(f"  memory per device: {memory_words(memory, there.get('bytes_limit'))}")
+        by_formula = costs.flops_per_token(self._config.model, self._config.data.seq_len) * tokens
+        by_formula /= self._mesh.size
+        by_compiler = (compiled.cost_analysis() or {}).get("flops", math.nan)
+        say(
+            f"  FLOPs per device: {by_formula:.3g} by formula; {by_compiler:.3g} by the compiler,"
+            " which counts the body of a loop once"
+        )
+        if jax.process_index() == 0:  # the text of a large program takes seconds
+            found = collectives(compiled.as_text())
+            words = ", ".join(f"{n} {name}" for name, n in sorted(found.items())) or "none"
+            say(f"  collectives, those of a loop's body once: {words}")
+        self._log.write(
+            at,
+            {"compile/duration_s": seconds, "compile/FLOPs per device": by_formula}
+            | {f"compile/{name} memory per device (GiB)": n / GIB for name, n in memory.items()},
+        )
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Gives a list that fills with the programs found in the persistent compilation cache."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+def check_flags(config: Config, mesh: Mesh) -> None:
+    """Show the flags of the step to the compiler, with a program of one number.
+
+    Raises:
+      ConfigError: if it refuses an option of `compute.xla_flags`.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    chosen: Any = xla_flags.options(kind, config.compute.xla_flags)
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=chosen)
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error) from error
+
+
+def _explained(error: Exception) -> Exception:
+    """A compiler's complaint about a flag as one line that names the option; else the error."""
+    option, text = "config.compute.xla_flags", str(error)
+    if found := re.search(r"No such compile option: '(\w+)'", text):
+        found = f"{option}: this compiler has no flag {found[1]}; {found[1]}=none leaves it out"
+        return ConfigError([found])
+    if found := re.search(r"While setting option (\w+), '(.*?)' is not a valid (\w+)", text):
+        name, value, kind = found.groups()
+        return ConfigError([f"{option}: {name}={value}: need a value of type {kind}"])
+    return error
+
+
+def memory_of(compiled: Any, arguments: tuple[TrainState, Batch, Any, Any]) -> dict[str, int]:
+    """Bytes that a compiled step takes on a device: `parameters`, `optimizer`, `batch`,
+    `temporary`, and the `total` with the program itself.
+
+    Args:
+      compiled: of the step.
+      arguments: what it was compiled for; arrays, or their shapes and shardings.
+    """  # fmt: skip
+    state, batch, *_ = arguments
+    sizes = compiled.memory_analysis()
+    total = (
+        sizes.argument_size_in_bytes
+        + (sizes.output_size_in_bytes - sizes.alias_size_in_bytes)  # the new state is the old one's
+        + sizes.temp_size_in_bytes
+        + sizes.generated_code_size_in_bytes
+    )
+    return {
+        "parameters": _shard_bytes(state.params),
+        "optimizer": _shard_bytes(state.opt_state),
+        "batch": _shard_bytes(batch),
+        "temporary": sizes.temp_size_in_bytes,
+        "total": total,
+    }
+
+
+def _shard_bytes(tree: Any) -> int:
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+
+def memory_words(memory: dict[str, int], limit: int | None) -> str:
+    """`12.1 GiB of 95.7: parameters 1.7, optimizer 3.4, …`, or in MiB.
+
+    Args:
+      memory: bytes by name, from `memory_of`.
+      limit: bytes that the device has, where it tells.
+    """
+    unit, size = ("GiB", GIB) if memory["total"] > GIB / 4 else ("MiB", GIB // 1024)
+    of = f" of {limit / size:.4g}" if limit else ""
+    parts = [f"{name} {n / size:.3g}" for name, n in memory.items() if name != "total"]
+    return f"{memory['total'] / size:.3g} {unit}{of}: {', '.join(parts)}"
+
+
+def collectives(hlo: str) -> Counter[str]:
+    """How many collectives of each kind the text of a program has, whatever repeats them."""
+    return Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", hlo))

@@ -1,0 +1,398 @@
+"""Where a run starts: what depends on the machine, on its last checkpoint, or on another run's."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax._src import compilation_cache  # in public it cannot be read
+from jax.sharding import Mesh
+
+from olmo_jax import files
+from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints.checkpointer import Checkpointer, find
+from olmo_jax.checkpoints.formats import native
+from olmo_jax.config import changes
+from olmo_jax.config.costs import LANES
+from olmo_jax.config.data import DataConfig
+from olmo_jax.config.options import ConfigError
+from olmo_jax.config.run import Config
+from olmo_jax.config.text import to_dict
+from olmo_jax.curation import stdlib
+from olmo_jax.data.loader import Loader
+from olmo_jax.data.order import FIRST_EPOCH, Position
+from olmo_jax.kernels import attention
+from olmo_jax.parallel import processes, sharding
+from olmo_jax.parallel.processes import say
+from olmo_jax.records import jsonl
+from olmo_jax.training.optim import ROUTER_BIAS
+from olmo_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_opt_state,
+    init_state,
+    replicated,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run starts from."""
+
+    folder: files.Path
+    parts: tuple[str, ...]  # of the state that are taken from there
+    is_resume: bool  # the run's own checkpoint: it continues
+    line: str  # says which was taken and why
+
+    def load(self, state: Any, new: Sequence[str] = ()) -> dict[str, Any]:
+        """The taken parts of the state by name.
+
+        Args:
+          state: the abstract TrainState, with shardings.
+          new: ends of the names of leaves that the checkpoint has not: they become 0.
+        Raises:
+          ValueError: if a leaf is missing, left over, damaged, or of another shape or dtype.
+        """
+        wanted = {part: getattr(state, part) for part in self.parts}
+        try:
+            return storage.restore(self.folder, wanted, partial=not self.is_resume, new=new)
+        except ValueError as error:
+            others_fit = "opt_state" in str(error) and "leaf params/" not in str(error)
+            if self.is_resume or not others_fit:
+                raise
+            hint = "config.checkpoint.load_optimizer=False starts with a new optimizer state"
+            raise ValueError(f"{error}; {hint}") from None
+
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint says beside its arrays.
+
+        Raises:
+          ValueError: if that is not what a checkpoint says.
+        """
+        found = storage.read_meta(self.folder)
+        for key in ("model", "config"):
+            if not isinstance(found.get(key), Mapping):
+                raise ValueError(f"{self.folder}/meta.json has no {key}")
+        if not isinstance(found.get("token_ids", {}), Mapping):
+            raise ValueError(f"{self.folder}/meta.json: token_ids is no group of values")
+        return found
+
+    def place(self, data: DataConfig) -> tuple[int, Position]:
+        """Finished steps, and the place in the data under the run's `data`.
+
+        Raises:
+          ValueError: if the checkpoint does not say them, or see `moved`.
+        """
+        match found := self.meta():
+            case {
+                "step": int(step),
+                "position": {"epoch": int(epoch), "row": int(row), "tokens": int(tokens)},
+                "config": {"data": {"seq_len": int(seq_len), "order": str(order)}},
+            } if order in FIRST_EPOCH and seq_len > 0:
+                old = found["config"]["data"]
+                return step, moved(Position(epoch, row, tokens), old, data)
+        raise ValueError(
+            f"{self.folder}/meta.json has no step and place in the data; to start at the beginning:"
+            " config.checkpoint.load_position=False"
+        )
+
+
+def source(config: Config, checkpointer: Checkpointer) -> Source | None:
+    """The run's own newest checkpoint, else `checkpoint.load_path`, else None: new parameters.
+
+    Raises:
+      ValueError: if load_path is needed and holds no checkpoint (OSError in processes but 0).
+    """
+    options, step = config.checkpoint, checkpointer.latest()
+    if step is not None:
+        folder = checkpointer.folder_of(step)
+        unused = f"; config.checkpoint.load_path={options.load_path} is not used"
+        line = f"resuming after step {step}: this run's own newest checkpoint is {folder}"
+        line += unused if options.load_path is not None else ""
+        return Source(folder, ("step", "params", "opt_state"), True, line)
+    if options.load_path is None:
+        return None
+    load_path = options.load_path
+    folder = files.path(processes.from_process_0(lambda: str(find(load_path))))
+    taken = {
+        "params": True,
+        "opt_state": options.load_optimizer,
+        "step": options.load_position,
+    }
+    words = {"params": "parameters", "opt_state": "optimizer state", "step": "step and data"}
+    line = f"starting from {folder} (config.checkpoint.load_path; this run has no checkpoint yet): "
+    line += ", ".join(f"{words[part]} {'loaded' if yes else 'new'}" for part, yes in taken.items())
+    return Source(folder, tuple(part for part, yes in taken.items() if yes), False, line)
+
+
+def moved(position: Position, old: Mapping[str, Any], new: DataConfig) -> Position:
+    """The place in the data under another `data.seq_len` or `data.order`.
+
+    Args:
+      position: in the data as `old` has them.
+      old: the checkpoint's `data` options.
+      new: the run's.
+    Raises:
+      ValueError: if it lies inside a row of the new length.
+    """
+    shift = FIRST_EPOCH[new.order] - FIRST_EPOCH[old["order"]]
+    there = position.rescaled(old["seq_len"], new.seq_len)
+    return replace(there, epoch=there.epoch + shift)
+
+
+# Options whose change makes no difference to what is trained.
+_SILENT = ("log.", "profile.", "compute.compilation")
+KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
+# Files that are a tokenizer; others say how it is used.
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
+_read_compiled = compilation_cache.get_executable_and_time
+
+
+def resolve(config: Config) -> Config:
+    """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
+    if config.compute.compilation_cache is not None:
+        _keep_compiled(config.compute.compilation_cache)
+    if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
+        say("compute.dtype: float32 on a CPU, where bfloat16 is far slower")
+        config = _replace(config, "compute", dtype="float32")
+    data = config.data
+    if data.tokenizer is not None and not files.path(data.tokenizer).exists():
+        raise FileNotFoundError(f"config.data.tokenizer: no such file: {data.tokenizer}")
+    if data.corpus is None:
+        return config
+    made = stdlib.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
+    if made.vocab_size > config.model.vocab_size:
+        found = f"config.data.corpus_vocab_size={made.vocab_size}"
+        raise ConfigError([f"{found} is above model.vocab_size={config.model.vocab_size}"])
+    config = _replace(
+        config,
+        "data",
+        paths=(made.train_path,),
+        root="",
+        dtype=made.dtype,
+        tokenizer=made.tokenizer_path,
+        eos_id=made.eos_id,
+    )
+    return _replace(config, "eval", paths=config.eval.paths or (made.heldout_path,))
+
+
+def _keep_compiled(name: str) -> None:
+    try:
+        folder = files.path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:  # slower starts are no reason to end a run
+        reason = getattr(error, "strerror", None) or error
+        say(f"compute.compilation_cache: cannot write {files.brief(name)}: {reason}")
+        return
+    say(f"compilation cache: {folder}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_S)
+    compilation_cache.get_executable_and_time = _compiled
+
+
+def _compiled(key: str, *arguments: Any) -> Any:
+    """JAX's own function, but an entry that a kill tore is removed.
+
+    JAX warns of it at every start, and never writes it anew.
+    """
+    try:
+        return _read_compiled(key, *arguments)
+    except OSError:  # of the disk
+        raise
+    except Exception as error:
+        entry = files.path(jax.config.jax_compilation_cache_dir) / f"{key}-cache"  # type: ignore
+        entry.unlink(missing_ok=True)
+        why = storage.cause(error)
+        say(f"compute.compilation_cache: removed {entry.name}, which is damaged ({why})")
+        return None, None
+
+
+def _replace(config: Config, part: str, **changes: Any) -> Config:
+    changed = dataclasses.replace(getattr(config, part), **changes)
+    return dataclasses.replace(config, **{part: changed})
+
+
+def check_attention(config: Config, mesh: Mesh) -> None:
+    """Say what attention computes with on these devices.
+
+    Raises:
+      ConfigError: if they cannot compute it so.
+    """
+    impl, ways = config.compute.attention, mesh.shape["context"]
+    has_documents = config.data.document_mask != "none"
+    of_kernel = config.compute.dtype, config.model.head_dim, has_documents
+    target = mesh.devices.flat[0], ways > 1
+    if impl == "auto":
+        impl = attention.choose(*target, *of_kernel)
+        say(f"attention: {impl}" + (f" in a ring of {ways}" if ways > 1 else ""))
+    elif impl != "reference" and (found := attention.obstacle(impl, *target, *of_kernel)):
+        raise ConfigError([f"config.compute.attention={impl}: {found}"])
+    seq_lens = {"data": config.data.seq_len, "eval": config.eval.seq_len}
+    problems = [
+        f"config.{part}.seq_len={seq} over 2 x mesh.context={2 * ways} is chunks of"
+        f" {seq // (2 * ways)}, on a TPU they are multiples of {LANES}; use a multiple of"
+        f" {2 * ways * LANES}, a smaller mesh.context or compute.attention=blocked"
+        for part, seq in seq_lens.items()
+        if impl == "pallas" and ways > 1 and seq is not None and seq % (2 * ways * LANES)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def starting_point(config: Config, source: Source | None) -> tuple[int, Position | None]:
+    """Finished steps and position in the data; says where they come from and what changed."""
+    if source is None:
+        return 0, None
+    say(source.line)
+    found = changes.between(source.meta()["config"], to_dict(config))
+    changes.refuse(found, config.checkpoint.allow_changes, source.parts)
+    if "step" not in source.parts:
+        return 0, None
+    shown = [c for c in found if not c.key.startswith(_SILENT)]
+    for change in shown if source.is_resume else ():
+        say(f"changed since the checkpoint: {change}")
+    return source.place(config.data)
+
+
+def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
+    """The config with the number of ranks that the loss depends on, for checkpoints to hold."""
+    t = config.train
+    if t.loss_normalization != "per_rank_tokens" or t.loss_ranks is not None:
+        return config
+    ranks = sharding.data_parallel_ways(mesh)
+    say(f"train.loss_ranks: {ranks}, the data-parallel ways of this mesh; set it to keep the loss"
+        " the same on another")  # fmt: skip
+    return _replace(config, "train", loss_ranks=ranks)
+
+
+def compare_data(source: Source | None, loader: Loader) -> None:
+    """Say that the data, in which the run has a place already, are not those of before."""
+    before = source.meta().get("fingerprint") if source and "step" in source.parts else None
+    if before not in (None, loader.fingerprint):
+        say(
+            "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
+            " in another order from here on"
+        )
+
+
+def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
+    """The state after `first` steps: fresh, or with the parts that the source gives."""
+    if source is None:
+        return init_state(config, mesh)
+    new = ()
+    if config.model.router_bias_gamma is not None and not _has_biases(source):
+        say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
+        new = (ROUTER_BIAS,)
+    loaded = source.load(abstract_state(config, mesh), new)
+    if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
+        loaded["opt_state"] = init_opt_state(config, mesh, loaded["params"])
+    if "step" not in loaded:
+        loaded["step"] = replicated(mesh, np.int32(first))
+    return TrainState(**loaded)
+
+
+def _has_biases(source: Source) -> bool:
+    return source.meta()["model"].get("router_bias_gamma") is not None
+
+
+class Kept(NamedTuple):
+    """What all checkpoints of a run hold beside its state; in processes but 0, that is nothing."""
+
+    meta: dict[str, Any]  # added to what `checkpoint.meta` gives
+    carried: dict[str, bytes]  # files by name
+
+
+def kept(config: Config, source: Source | None) -> Kept:
+    """Special tokens and files of the checkpoint that a run starts from, and `data.tokenizer`.
+
+    Where these are two tokenizers, nothing that belongs to the first is kept. `data.eos_id` is
+    where documents end, and replaces no special token.
+
+    Raises:
+      ValueError, OSError: if a file is damaged, or cannot be read.
+    """
+    meta: dict[str, Any] = {}
+    carried: dict[str, bytes] = {}
+
+    def read() -> None:
+        if source is not None:
+            said = source.meta()
+            ids = native.token_ids(said)
+            # Where nothing is said, a run that goes on may know better by now.
+            follows = source.is_resume or ids.get("eos_token_id") is None
+            if "token_ids" in said or not follows:
+                meta["token_ids"] = ids
+            names = storage.files(source.folder)
+            carried.update({name: storage.read(source.folder, name) for name in names})
+        if config.data.tokenizer is None:
+            return
+        path = files.path(config.data.tokenizer)
+        name = f"tokenizer{'.model' if path.suffix == '.model' else '.json'}"
+        own = path.read_bytes()
+        if source is not None and carried.keys() & VOCABULARIES and carried.get(name) != own:
+            gone = ", ".join(sorted(carried))
+            say(f"data.tokenizer: not the one of {source.folder}, so its special tokens and files"
+                f" are not kept: {gone}")  # fmt: skip
+            carried.clear()
+            meta.clear()
+        carried[name] = own
+
+    processes.from_process_0(read)
+    return Kept(meta, carried)
+
+
+def write_config(config: Config) -> None:
+    """Write `config.json`, whole or not at all.
+
+    Raises:
+      OSError: if the folder cannot be written.
+      ValueError: if the file is there and somebody else's (OSError in processes but 0).
+    """
+    folder = files.path(config.run_dir)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _is_a_runs_config(folder / "config.json"):
+            raise ValueError(
+                f"config.dir: {folder / 'config.json'} is not the config of a run of olmo_jax and"
+                " is not overwritten; set another config.dir"
+            )
+        new = folder / "config.json.new"
+        new.write_bytes(json.dumps(to_dict(config), indent=2).encode())
+        new.replace(folder / "config.json")
+
+    try:
+        processes.from_process_0(write)
+    except OSError as error:
+        raise OSError(f"config.dir: cannot write {folder}: {error}") from error
+
+
+def _is_a_runs_config(path: files.Path) -> bool:
+    """Whether it is one, or nothing: a folder of Hugging Face has a file of that name too."""
+    if not path.exists():
+        return True
+    try:
+        found = files.json_object(path.read_bytes(), str(path))
+    except ValueError:
+        return False
+    return found.keys() >= {"model", "optim", "checkpoint"}
+
+
+def is_complete(config: Config, last: int) -> bool:
+    """Whether a run that has trained its last step has its last evaluation too."""
+    return not (config.eval.paths and config.eval.at_finish and lacks_eval(config, last))
+
+
+def lacks_eval(config: Config, step: int) -> bool:
+    """Whether a run was stopped between the checkpoint of a step and its evaluation."""
+
+    def read() -> bool:
+        folder = files.path(config.run_dir)
+        names = jsonl.read(folder).get(step, {}) if (folder / jsonl.NAME).exists() else {}
+        is_recorded = step == 0 or any(name.startswith("train/") for name in names)
+        return is_recorded and not any(name.startswith("eval/lm/") for name in names)
+
+    return processes.from_process_0(read)

@@ -1,0 +1,80 @@
+"""What training changes: parameters, optimizer state and the step, on a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from olmo_jax.config.run import Config
+from olmo_jax.nn import transformer
+from olmo_jax.nn.transformer import Transformer
+from olmo_jax.parallel.sharding import (
+    shardings,
+)
+from olmo_jax.training import optim
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes: finished steps (int32), parameters and optimizer state."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def build_model(config: Config) -> Transformer:
+    """The model of a config, computed as it says."""
+    return Transformer(config.model, config.compute)
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each array of the state lives: moments beside their parameters, scalars everywhere."""
+    params = shardings(mesh, transformer.logical_axes(build_model(config)))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
+    opt_state = {
+        name: params if name in ("mu", "nu") else jax.tree.map(lambda _: whole, value)
+        for name, value in shapes.opt_state.items()
+    }
+    return TrainState(whole, params, opt_state)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; takes no memory, whatever the model's size."""
+    shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        state_shardings(config, mesh),
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, born sharded; its values depend on `train.seed`, never on the mesh."""
+    fresh = jax.jit(_fresh, static_argnums=0, out_shardings=state_shardings(config, mesh))
+    with jax.set_mesh(mesh):
+        return fresh(config, jax.random.key(config.train.seed))
+
+
+def init_opt_state(config: Config, mesh: Mesh, params: Any) -> Any:
+    """A fresh optimizer state for parameters that are there already."""
+    out = state_shardings(config, mesh).opt_state
+    return jax.jit(lambda p: optim.init(config.optim, p), out_shardings=out)(params)
+
+
+def replicated(mesh: Mesh, value: Any) -> jax.Array:
+    """A scalar on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback((), sharding, lambda _: value)
+
+
+def _fresh(config: Config, key: jax.Array) -> TrainState:
+    params = transformer.init(build_model(config), key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optim.init(config.optim, params))

@@ -1,0 +1,72 @@
+"""What the checkpoints of a run keep of the one that it starts from."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from olmo_jax import files
+from olmo_jax.checkpoints import storage
+from olmo_jax.config.run import Config
+from olmo_jax.training import start
+from olmo_jax.training.start import Source
+
+FILES = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "generation_config.json": b"1"}
+IDS = {"eos_token_id": [7, 9], "bos_token_id": None, "pad_token_id": 3}
+
+
+def source(folder: pathlib.Path, meta: dict, carried: dict, *, is_resume: bool = False) -> Source:
+    """A checkpoint without arrays."""
+    path = files.path(folder / "source")
+    storage.Writer(path, {}).commit({"model": {}, "config": {}} | meta, files=carried)
+    return Source(path, ("params",), is_resume, "")
+
+
+def with_tokenizer(path: pathlib.Path) -> Config:
+    return dataclasses.replace(
+        Config(), data=dataclasses.replace(Config().data, tokenizer=str(path), eos_id=5)
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "of_mine", "mine.txt"])
+def test_the_same_tokenizer_named_again_keeps_all_that_belongs_to_it(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(FILES["tokenizer.json"])
+    before = source(tmp_path, {"token_ids": IDS}, FILES)
+    assert start.kept(with_tokenizer(tmp_path / name), before) == ({"token_ids": IDS}, FILES)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_another_tokenizer_is_kept_alone_and_a_line_says_so(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"another")
+    before = source(tmp_path, {"token_ids": IDS}, FILES)
+    assert start.kept(with_tokenizer(tmp_path / name), before) == ({}, {name: b"another"})
+    assert capsys.readouterr().out == (
+        f"data.tokenizer: not the one of {tmp_path}/source, so its special tokens and files are not"
+        " kept: chat_template.jinja, generation_config.json, tokenizer.json\n"
+    )
+
+
+def test_a_tokenizer_joins_a_source_that_has_none(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    others = {name: FILES[name] for name in FILES if name != "tokenizer.json"}
+    kept = start.kept(with_tokenizer(tmp_path / "tokenizer.json"), source(tmp_path, {}, others))
+    assert kept.carried == FILES
+    assert start.kept(with_tokenizer(tmp_path / "tokenizer.json"), None).carried == {
+        "tokenizer.json": b"{}"
+    }
+
+
+@pytest.mark.parametrize(
+    ("meta", "is_resume", "kept"),
+    [
+        ({"token_ids": dict.fromkeys(IDS)}, False, dict.fromkeys(IDS)),  # said to be none
+        ({"token_ids": IDS}, True, IDS),
+        ({"config": {"data": {"eos_id": 2}}}, False, dict.fromkeys(IDS) | {"eos_token_id": 2}),
+        ({"config": {"data": {"eos_id": 2}}}, True, None),  # the run's own, which may be mended
+        ({"config": {"data": {"eos_id": None}}}, False, None),
+    ],
+)
+def test_special_tokens_are_those_of_the_source(tmp_path, meta, is_resume, kept):
+    found = start.kept(Config(), source(tmp_path, meta, {}, is_resume=is_resume)).meta
+    assert found.get("token_ids") == kept
