@@ -34,9 +34,12 @@ class Difference(NamedTuple):
 
 def model_changes(one: ModelConfig, two: ModelConfig) -> list[str]:
     """Options of the function that differ; rows of padding do not belong to it."""
-    free = changes.NOT_THE_FUNCTION | {"model.padded_vocab_size"}
-    found = changes.between({"model": to_dict(one)}, {"model": to_dict(two)})
-    return [f"{c.key}: {c.old!r} and {c.new!r}" for c in found if c.key not in free]
+    differ = changes.between({"model": to_dict(one)}, {"model": to_dict(two)})
+    return [
+        f"{change.key}: {change.old!r} and {change.new!r}"
+        for change in differ
+        if change.is_of_the_function and change.key != "model.padded_vocab_size"
+    ]
 
 
 def shape_changes(one: Weights, two: Weights) -> list[str]:

@@ -1,27 +1,18 @@
 """Options that differ between a checkpoint and a run, and which of them a run refuses."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from olmo_jax.config.model import yarn_attention
+from olmo_jax.config.options import Bears, bearing
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import flatten, to_dict
 
-# What the function of a trained model does not depend on.
-NOT_THE_FUNCTION = frozenset(
-    f"model.{name}"
-    for name in "max_seq_len init init_std embed_init_std head_init_std post_norm_init".split()
-)
-# What the optimizer's state holds depends on these.
-OPTIMIZER_STATE = frozenset({"optim.name", "optim.skip_window"})
-# What the order of the data depends on.
-DATA_ORDER = frozenset(
-    f"data.{name}"
-    for name in (
-        "paths root corpus corpus_vocab_size dtype seq_len order seed source_permutation_seed"
-        " max_target_seq_len"
-    ).split()
-)
+FUNCTION = bearing(Config, Bears.FUNCTION)
+STATE = bearing(Config, Bears.STATE)
+ORDER = bearing(Config, Bears.ORDER)
+RECORDS = bearing(Config, Bears.RECORDS)
+ALL = bearing(Config, Bears.NOTHING)
 
 
 class Change(NamedTuple):
@@ -31,8 +22,16 @@ class Change(NamedTuple):
     old: Any
     new: Any
 
+    @property
+    def is_of_the_function(self) -> bool:
+        """Whether the trained model computes something else with it.
+
+        An option of the model that is no longer there was of the function.
+        """
+        return self.key in FUNCTION or (self.key not in ALL and self.key.startswith("model."))
+
     def __str__(self) -> str:
-        note = "; the data comes in another order from here on" if self.key in DATA_ORDER else ""
+        note = "; the data comes in another order from here on" if self.key in ORDER else ""
         return f"config.{self.key}: {self.old!r} -> {self.new!r}{note}"
 
 
@@ -89,7 +88,7 @@ def shortest(kinds: list[str]) -> tuple[str, ...]:
     return tuple(kinds[:n])
 
 
-def refuse(changes: Sequence[Change], allow: Iterable[str], parts: Iterable[str] = ()) -> None:
+def refuse(changes: Sequence[Change], allow: Collection[str], parts: Collection[str] = ()) -> None:
     """Refuse a resume or start that would silently compute another function.
 
     Args:
@@ -99,14 +98,13 @@ def refuse(changes: Sequence[Change], allow: Iterable[str], parts: Iterable[str]
     Raises:
       ValueError: with every option that changed and is not allowed to.
     """
-    free = NOT_THE_FUNCTION | set(allow)
     _refuse(
-        [c for c in changes if c.key.startswith("model.") and c.key not in free],
+        [c for c in changes if c.is_of_the_function and c.key not in allow],
         "set them as they were, or name them in config.checkpoint.allow_changes",
     )
     if "opt_state" in parts:
         _refuse(
-            [c for c in changes if c.key in OPTIMIZER_STATE],
+            [c for c in changes if c.key in STATE],
             "set them as they were; checkpoint.load_path with checkpoint.load_optimizer=False, in a"
             " new config.dir, starts with a new optimizer state",
         )

@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from olmo_jax.config.options import INT32, Count, File, Natural, Path, Range, Seed, SomeUnits, Units
+from olmo_jax.config.options import (
+    INT32,
+    Bears,
+    Count,
+    File,
+    Natural,
+    Path,
+    Range,
+    Seed,
+    SomeUnits,
+    Units,
+)
 
 Row = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that predicts it
 
@@ -12,24 +23,32 @@ Row = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that pred
 class DataConfig:
     """Which tokens, in which order."""
 
-    paths: tuple[File, ...] = ()  # token files or globs; their order is part of the data order
-    root: Annotated[str, Path(may_be_empty=True)] = ""  # put before every relative path
-    corpus: Literal["stdlib"] | None = None  # prepare this embedded corpus instead of `paths`
-    corpus_vocab_size: Annotated[int, Range(257, INT32)] = 4096
+    # Token files or globs; their order is part of the data order.
+    paths: Annotated[tuple[File, ...], Bears.ORDER] = ()
+    # Put before every relative path.
+    root: Annotated[str, Path(may_be_empty=True), Bears.ORDER] = ""
+    # Prepare this embedded corpus instead of `paths`.
+    corpus: Annotated[Literal["stdlib"] | None, Bears.ORDER] = None
+    corpus_vocab_size: Annotated[int, Range(257, INT32), Bears.ORDER] = 4096
     corpus_dir: File = "data"  # where prepared corpora are kept
-    dtype: Literal["uint8", "uint16", "uint32"] | None = None  # None: smallest for vocab_size
+    # None: smallest for vocab_size.
+    dtype: Annotated[Literal["uint8", "uint16", "uint32"] | None, Bears.ORDER] = None
     check_dtype: bool = True  # refuse files that look like another type, though all ids are valid
     tokenizer: File | None = None  # tokenizer.json or sentencepiece .model that made the tokens
     eos_id: Natural | None = None  # where documents end; a checkpoint's own special tokens stay
-    seq_len: Row = 4096  # tokens per row
-    global_batch_size: Count = 4_194_304  # tokens per step
+    seq_len: Annotated[Row, Bears.ORDER | Bears.PROGRAM] = 4096  # tokens per row
+    global_batch_size: Annotated[Count, Bears.PROGRAM] = 4_194_304  # tokens per step
     batch_sizes: tuple[Count, ...] = ()  # a schedule of global batch sizes, tokens ...
     batch_starts: tuple[Units, ...] = ()  # ... and the tokens seen at which each begins, first 0
-    order: Literal["core", "legacy"] = "core"  # OLMo-core (epochs from 1), OLMo (from 0)
-    seed: Seed = 34521  # of the order
-    source_permutation_seed: Seed | None = None  # shuffle the list of paths first
-    max_target_seq_len: SomeUnits | None = None  # shuffle in chunks of this many tokens
-    document_mask: Literal["none", "eos", "boundaries"] = "none"  # attend within documents only
+    # OLMo-core (epochs from 1), OLMo (from 0).
+    order: Annotated[Literal["core", "legacy"], Bears.ORDER] = "core"
+    seed: Annotated[Seed, Bears.ORDER] = 34521  # of the order
+    # Shuffle the list of paths first.
+    source_permutation_seed: Annotated[Seed | None, Bears.ORDER] = None
+    # Shuffle in chunks of this many tokens.
+    max_target_seq_len: Annotated[SomeUnits | None, Bears.ORDER] = None
+    # Attend within documents only.
+    document_mask: Annotated[Literal["none", "eos", "boundaries"], Bears.PROGRAM] = "none"
     instance_filter: bool = False  # no loss on rows that repeat an n-gram ...
     filter_max_period: Annotated[int, Range(1, 1_000_000)] = 13  # ... of at most so many tokens ...
     filter_min_repeats: Count = 32  # ... at least so often

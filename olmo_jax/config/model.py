@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from olmo_jax.config.options import (
     INT32,
     LARGEST,
+    Bears,
     ConfigError,
     Count,
     Natural,
@@ -38,7 +39,8 @@ class ModelConfig:
     # Balance without a loss: after each step a bias, used for the choice alone, moves by this
     # towards experts with fewer tokens than the mean; OLMo-core's bias_gamma. None: no bias.
     router_bias_gamma: Positive | None = None
-    max_seq_len: Count = 4096  # longest sequence that the model is meant for, tokens
+    # The longest sequence that the model is meant for, tokens.
+    max_seq_len: Annotated[Count, Bears.NOTHING] = 4096
     norm: Literal["rms", "nonparametric"] = "rms"
     norm_position: Literal["before", "after"] = "after"  # of the sub-layer: OLMo 1 / OLMo 2
     norm_eps: Positive = 1e-6
@@ -55,11 +57,14 @@ class ModelConfig:
     yarn_beta_fast: Positive = 32.0
     yarn_beta_slow: Positive = 1.0
     yarn_attention_factor: Positive | None = None  # None: 0.1 ln(yarn_factor) + 1
-    init: Literal["normal", "mitchell"] = "normal"
-    init_std: Positive = 0.02  # of every matrix (normal), truncated at three of it
-    embed_init_std: NonNegative | None = None  # None: as init says
-    head_init_std: NonNegative | None = None  # None: as init says
-    post_norm_init: NonNegative = 1.0  # gain of the norms on the sub-layers' outputs
+    init: Annotated[Literal["normal", "mitchell"], Bears.NOTHING] = "normal"
+    # Of every matrix (normal), truncated at three of it.
+    init_std: Annotated[Positive, Bears.NOTHING] = 0.02
+    # None: as init says.
+    embed_init_std: Annotated[NonNegative | None, Bears.NOTHING] = None
+    head_init_std: Annotated[NonNegative | None, Bears.NOTHING] = None
+    # The gain of the norms on the sub-layers' outputs.
+    post_norm_init: Annotated[NonNegative, Bears.NOTHING] = 1.0
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -94,7 +99,8 @@ class ComputeConfig:
     # what needs more ends the run. None: so many that no routing can need more.
     expert_buffer: Annotated[float, Range(1.0, LARGEST)] | None = None
     deterministic: bool = False  # GPU: bit-exact resume, at some speed
-    compilation_cache: str | None = "~/.cache/olmo_jax/xla"  # None: compile anew in each process
+    # None: compile anew in each process.
+    compilation_cache: Annotated[str | None, Bears.RECORDS] = "~/.cache/olmo_jax/xla"
     # NAME=VALUE, over what `xla_flags.py` has for the chip; NAME=none takes a flag away.
     xla_flags: tuple[str, ...] = ()
 

@@ -8,6 +8,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import enum
 import functools
 import math
 import os
@@ -38,6 +39,48 @@ class ConfigError(ValueError):
         """Names of the options that the lines are about, or that may have been meant."""
         pairs = re.findall(r"(\w+)(?:\[\d+\])*: |did you mean (\w+)\?", "\n".join(self.problems))
         return {name for pair in pairs for name in pair if name}
+
+
+# --- what options bear on -------------------------------------------------------------------------
+
+
+class Bears(enum.Flag):
+    """What an option bears on; it stands in the hint, and an option without has its group's."""
+
+    NOTHING = 0
+    FUNCTION = enum.auto()  # what a trained model computes; a run that loads it may not change it
+    STATE = enum.auto()  # what the state of the optimizer holds
+    ORDER = enum.auto()  # which token comes when
+    PROGRAM = enum.auto()  # the compiled step
+    RECORDS = enum.auto()  # only what a run tells, and how fast it starts
+
+
+def bearing(group: Any, on: Bears, groups: Bears = Bears.NOTHING) -> frozenset[str]:
+    """Names of the options that bear on something, within a group and the groups in it.
+
+    Args:
+      group: the class.
+      on: what the options bear on; NOTHING gives all names.
+      groups: what the group itself bears on.
+    """
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(group, include_extras=True).items():
+        marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bears)]
+        bears = marks[0] if marks else groups
+        if dataclasses.is_dataclass(inner := _unmarked(hint)):
+            names |= {f"{name}.{inner_name}" for inner_name in bearing(inner, on, bears)}
+        elif on in bears:
+            names.add(name)
+    return frozenset(names)
+
+
+def _unmarked(hint: Any) -> Any:
+    """The hint without `Bears`."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint
+    inner, *metadata = typing.get_args(hint)
+    kinds = [m for m in metadata if not isinstance(m, Bears)]
+    return Annotated[inner, *kinds] if kinds else inner
 
 
 # --- kinds ----------------------------------------------------------------------------------------
@@ -200,7 +243,8 @@ def _cut(text: str) -> list[str]:
 @functools.cache
 def hints(group: Any) -> dict[str, Any]:
     """The hints of a group's options by name, with their kinds."""
-    return typing.get_type_hints(group, include_extras=True)
+    hints = typing.get_type_hints(group, include_extras=True)
+    return {name: _unmarked(hint) for name, hint in hints.items()}
 
 
 def build(group: Any, values: Any, path: str, problems: list[str]) -> Any:

@@ -13,7 +13,7 @@ import runpy
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
@@ -24,6 +24,7 @@ from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_s
 from olmo_jax.config.options import (
     INT32,
     INT64,
+    Bears,
     ConfigError,
     Folder,
     RunName,
@@ -48,16 +49,18 @@ class Config:
 
     name: RunName = "run"
     dir: Folder | None = None  # of checkpoints and logs; None: runs/{name}
-    model: ModelConfig = field(default_factory=ModelConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    model: Annotated[ModelConfig, Bears.FUNCTION | Bears.PROGRAM] = field(
+        default_factory=ModelConfig
+    )
+    compute: Annotated[ComputeConfig, Bears.PROGRAM] = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optim: Annotated[OptimConfig, Bears.PROGRAM] = field(default_factory=OptimConfig)
+    mesh: Annotated[MeshConfig, Bears.PROGRAM] = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    log: Annotated[LogConfig, Bears.RECORDS] = field(default_factory=LogConfig)
+    profile: Annotated[ProfileConfig, Bears.RECORDS] = field(default_factory=ProfileConfig)
 
     @property
     def run_dir(self) -> str:

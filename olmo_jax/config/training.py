@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from olmo_jax.config.data import Row
 from olmo_jax.config.options import (
     LARGEST,
+    Bears,
     Count,
     File,
     Folder,
@@ -82,21 +83,24 @@ class ScheduleConfig:
 class OptimConfig:
     """AdamW, its groups, its guard and its schedule."""
 
-    name: Literal["adamw", "skip_step_adamw"] = "skip_step_adamw"
-    lr: NonNegative = 3e-4  # peak
+    name: Annotated[Literal["adamw", "skip_step_adamw"], Bears.STATE | Bears.PROGRAM] = (
+        "skip_step_adamw"
+    )
+    lr: Annotated[NonNegative, Bears.NOTHING] = 3e-4  # peak
     beta1: Beta = 0.9
     beta2: Beta = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     no_decay: tuple[str, ...] = ("embed",)  # globs over parameter paths; each must match
     max_grad_norm: Positive | None = 1.0
-    clip_warmup: Units = 0  # schedule units during which max_grad_norm is ...
-    clip_warmup_factor: Positive = 1.0  # ... times this
+    # Schedule units during which max_grad_norm is ....
+    clip_warmup: Annotated[Units, Bears.NOTHING] = 0
+    clip_warmup_factor: Annotated[Positive, Bears.NOTHING] = 1.0  # ... times this
     # Steps of history that skip_step_adamw compares with.
-    skip_window: Annotated[int, Range(1, 1_000_000)] = 128
+    skip_window: Annotated[int, Range(1, 1_000_000), Bears.STATE | Bears.PROGRAM] = 128
     skip_sigma: Positive = 6.0  # standard deviations above the mean that are still taken
     freeze_adam_step: bool = False  # the OLMo-core bug that OLMo 2 32B trained with
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: Annotated[ScheduleConfig, Bears.NOTHING] = field(default_factory=ScheduleConfig)
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,21 @@ class TrainConfig:
     hard_stop: SomeUnits | None = None  # end here, without changing the schedule
     hard_stop_unit: Unit = "steps"
     skip_steps: tuple[Span, ...] = ()  # [start, stop) steps whose batch is not trained
-    z_loss: Positive | None = None  # coefficient of mean logsumexp(logits)²; None: none
-    load_balancing_loss: Positive | None = None  # coefficient of the experts' loss; None: none
-    router_z_loss: Positive | None = None  # coefficient of mean logsumexp(router logits)²
-    router_loss_form: Literal["olmoe", "megablocks", "olmo_core", "hugging_face"] = "olmoe"
-    loss_normalization: Literal[
-        "global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"
+    # Coefficient of mean logsumexp(logits)²; None: none.
+    z_loss: Annotated[Positive | None, Bears.PROGRAM] = None
+    # Coefficient of the experts' loss; None: none.
+    load_balancing_loss: Annotated[Positive | None, Bears.PROGRAM] = None
+    # Coefficient of mean logsumexp(router logits)².
+    router_z_loss: Annotated[Positive | None, Bears.PROGRAM] = None
+    router_loss_form: Annotated[
+        Literal["olmoe", "megablocks", "olmo_core", "hugging_face"], Bears.PROGRAM
+    ] = "olmoe"
+    loss_normalization: Annotated[
+        Literal["global_tokens", "per_rank_tokens", "per_instance", "legacy_positions"],
+        Bears.PROGRAM,
     ] = "global_tokens"
-    loss_ranks: Count | None = None  # ranks of per_rank_tokens; None: data-parallel ways
+    # Ranks of per_rank_tokens; None: data-parallel ways.
+    loss_ranks: Annotated[Count | None, Bears.PROGRAM] = None
     max_nonfinite_steps: Count = 8  # steps in a row without a finite loss that end the run
     step_timeout_s: Count = 1800  # a step that takes longer ends the run
     summary: bool = False  # draw curves, compare with gzip and xz, continue a text at the end

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from olmo_jax.config.options import Bears, bearing
 from olmo_jax.config.run import Config, from_dict
-from olmo_jax.config.text import to_dict
+from olmo_jax.config.text import flatten, to_dict
 from olmo_jax.parallel import sharding
 from olmo_jax.pods import kernels
 from olmo_jax.pods.chips import ENVIRONMENT, Slice
@@ -38,12 +39,6 @@ SOURCES = (
     "training/experts.py", "training/losses.py", "training/optim.py", "training/state.py",
     "training/step.py",
 )  # fmt: skip
-_OF_A_CONFIG = ("model", "compute", "optim", "mesh")
-_OF_THE_DATA = ("seq_len", "global_batch_size", "document_mask")
-_OF_TRAINING = ("z_loss", "load_balancing_loss", "router_z_loss", "router_loss_form",
-                "loss_normalization", "loss_ranks")  # fmt: skip
-# Of the optimizer: what the step takes as arguments, so that stages of a run share a program.
-_ARGUMENTS = ("lr", "schedule", "clip_warmup", "clip_warmup_factor")
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
 # What comes of reading what was kept, if it is not whole.
 _NOT_WHOLE = (gzip.BadGzipFile, EOFError, zlib.error, ValueError, TypeError, RecursionError)
@@ -156,13 +151,8 @@ class Store:
         return forward, backward
 
     def _path(self, config: Config, where: Slice) -> pathlib.Path:
-        plain = to_dict(config)
-        del plain["compute"]["compilation_cache"]
-        for name in _ARGUMENTS:
-            del plain["optim"][name]
-        reaches = [plain[name] for name in _OF_A_CONFIG]
-        reaches += [plain["data"][name] for name in _OF_THE_DATA]
-        reaches += [plain["train"][name] for name in _OF_TRAINING]
+        options = flatten(to_dict(config))
+        reaches = {name: options[name] for name in sorted(bearing(Config, Bears.PROGRAM))}
         what = [reaches, where.name, _versions(), _sources(SOURCES)]
         return self.folder / f"step-{_digest(what)}.json.gz"
 

@@ -143,8 +143,6 @@ def moved(position: Position, old: Mapping[str, Any], new: DataConfig) -> Positi
     return replace(there, epoch=there.epoch + shift)
 
 
-# Options whose change makes no difference to what is trained.
-_SILENT = ("log.", "profile.", "compute.compilation")
 KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
 # Files that are a tokenizer; others say how it is used.
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
@@ -251,7 +249,7 @@ def starting_point(config: Config, source: Source | None) -> tuple[int, Position
     changes.refuse(found, config.checkpoint.allow_changes, source.parts)
     if "step" not in source.parts:
         return 0, None
-    shown = [c for c in found if not c.key.startswith(_SILENT)]
+    shown = [c for c in found if c.key not in changes.RECORDS]
     for change in shown if source.is_resume else ():
         say(f"changed since the checkpoint: {change}")
     return source.place(config.data)
