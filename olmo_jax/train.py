@@ -183,7 +183,7 @@ def _cluster_problems(flags: dict[str, str]) -> list[str]:
 def _devices(config: Config, flags: dict[str, str]) -> int:
     """Devices of a run that is planned; those of a real one are counted when JAX is there."""
     named = int(flags.get("n_devices", 0)) if "dry_run" in flags else 0
-    return named or planned_devices(config)
+    return named or planned_devices(config.mesh)
 
 
 def _dry_run(config: Config, flags: dict[str, str]) -> int:

@@ -30,13 +30,14 @@ from olmo_jax.config.options import (
     RunName,
     shown,
 )
-from olmo_jax.config.text import assign, cause, flatten, refuse_odd_keys, to_dict
+from olmo_jax.config.text import assign, cause, refuse_odd_keys, to_dict
 from olmo_jax.config.training import (
     CheckpointConfig,
     EvalConfig,
     LogConfig,
     OptimConfig,
     ProfileConfig,
+    ScheduleConfig,
     TrainConfig,
     optimizer_problems,
 )
@@ -139,10 +140,16 @@ def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None
     # What they are about is at its default now; the relations of that would mean nothing.
     unread = {name.split(".")[-1] for name in lines} | set(unread)
     problems = list(lines.values())
-    relations = model_problems(config.model) + _size(config.model)
-    relations += _data(config) + _optim(config) + _training(config)
+    model, data, train = config.model, config.data, config.train
+    relations = model_problems(model) + _size(model) + _data(data, model) + _eval(config.eval, data)
+    relations += _optim(config.optim, train, model, data) + _lengths(train, data)
+    relations += _experts(train, model, {"data": data.seq_len, "eval": config.eval.seq_len})
+    relations += _checkpoint(config.checkpoint) + _compute(config.compute)
+    relations += _spans(train.skip_steps, config.profile.steps)
     try:
-        relations += _mesh(config, mesh_shape(config.mesh, n_devices))
+        shape = mesh_shape(config.mesh, n_devices)
+        relations += _mesh(shape, model, {"data": data.seq_len, "eval": config.eval.seq_len})
+        relations += _rows(shape, data, config.compute.accumulate, train.loss_ranks)
     except ConfigError as error:
         relations += error.problems
     problems += [line for line in relations if not unread & set(re.findall(r"\w+", line))]
@@ -150,9 +157,9 @@ def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None
         raise ConfigError(problems)
 
 
-def planned_devices(config: Config) -> int:
+def planned_devices(mesh: MeshConfig) -> int:
     """The fewest devices that the mesh can cover."""
-    return math.prod(n for n in dataclasses.asdict(config.mesh).values() if n > 0)
+    return math.prod(n for n in dataclasses.asdict(mesh).values() if n > 0)
 
 
 def _size(m: ModelConfig) -> list[str]:
@@ -164,9 +171,8 @@ def _size(m: ModelConfig) -> list[str]:
     ]
 
 
-def _data(c: Config) -> list[str]:
+def _data(d: DataConfig, m: ModelConfig) -> list[str]:
     problems: list[str] = []
-    d = c.data
     rising = list(d.batch_starts) == sorted(set(d.batch_starts)) and d.batch_starts[:1] in (
         (),
         (0,),
@@ -182,9 +188,9 @@ def _data(c: Config) -> list[str]:
             for _, size in batch_stages(d)
             if size % d.seq_len
         ]
-    if d.seq_len > c.model.max_seq_len:
+    if d.seq_len > m.max_seq_len:
         problems.append(
-            f"config.data.seq_len={d.seq_len} is above model.max_seq_len={c.model.max_seq_len}"
+            f"config.data.seq_len={d.seq_len} is above model.max_seq_len={m.max_seq_len}"
         )
     if d.max_target_seq_len is not None and d.max_target_seq_len % d.seq_len:
         problems.append(
@@ -195,10 +201,8 @@ def _data(c: Config) -> list[str]:
         problems.append("config.data.max_target_seq_len: only order='core' shuffles in chunks")
     if d.document_mask == "eos" and d.eos_id is None and d.corpus is None:
         problems.append("config.data.eos_id: document_mask='eos' needs it")
-    if d.eos_id is not None and not 0 <= d.eos_id < c.model.vocab_size:
-        problems.append(
-            f"config.data.eos_id={d.eos_id} is outside model.vocab_size={c.model.vocab_size}"
-        )
+    if d.eos_id is not None and not 0 <= d.eos_id < m.vocab_size:
+        problems.append(f"config.data.eos_id={d.eos_id} is outside model.vocab_size={m.vocab_size}")
     if d.instance_filter and d.filter_max_period > d.seq_len:
         problems.append(
             f"config.data.filter_max_period={d.filter_max_period} is above seq_len={d.seq_len}: no"
@@ -206,82 +210,92 @@ def _data(c: Config) -> list[str]:
         )
     if not d.paths and d.corpus is None:
         problems.append("config.data.paths: no token files; name some, or set data.corpus=stdlib")
-    if c.eval.batch_rows * (c.eval.seq_len or d.seq_len) > INT32:
+    return problems
+
+
+def _eval(e: EvalConfig, d: DataConfig) -> list[str]:
+    problems: list[str] = []
+    if e.batch_rows * (e.seq_len or d.seq_len) > INT32:
         problems.append(
-            f"config.eval.batch_rows={c.eval.batch_rows} rows of seq_len="
-            f"{c.eval.seq_len or d.seq_len} are more than {INT32} tokens, the most of a batch"
+            f"config.eval.batch_rows={e.batch_rows} rows of seq_len="
+            f"{e.seq_len or d.seq_len} are more than {INT32} tokens, the most of a batch"
         )
-    if c.eval.stride is not None and c.eval.stride > (c.eval.seq_len or d.seq_len):
+    if e.stride is not None and e.stride > (e.seq_len or d.seq_len):
         problems.append(
-            f"config.eval.stride={c.eval.stride} is above"
-            f" {'eval' if c.eval.seq_len else 'data'}.seq_len={c.eval.seq_len or d.seq_len}"
+            f"config.eval.stride={e.stride} is above"
+            f" {'eval' if e.seq_len else 'data'}.seq_len={e.seq_len or d.seq_len}"
         )
     return problems
 
 
-def _optim(c: Config) -> list[str]:
-    names = list(parameters.weights(c.model))
+def _optim(o: OptimConfig, t: TrainConfig, m: ModelConfig, d: DataConfig) -> list[str]:
+    names = list(parameters.weights(m))
     problems = [
         f"config.optim.no_decay: {shown(glob)} matches no parameter; there are {', '.join(names)}"
-        for glob in c.optim.no_decay
+        for glob in o.no_decay
         if not fnmatch.filter(names, glob)
     ]
-    t_max = _schedule_end(c)
-    return problems + (optimizer_problems(c.optim, t_max) if t_max is not None else [])
+    t_max = _schedule_end(o.schedule, t, d)
+    return problems + (optimizer_problems(o, t_max) if t_max is not None else [])
 
 
-def _schedule_end(c: Config) -> int | None:
+def _schedule_end(s: ScheduleConfig, t: TrainConfig, d: DataConfig) -> int | None:
     """The end of the run in the schedule's unit; None where only the data tell."""
-    t, unit = c.train, c.optim.schedule.unit
-    if c.optim.schedule.t_max is not None or unit == t.duration_unit:
-        return c.optim.schedule.t_max or t.duration
-    if t.duration_unit == "epochs" or c.data.batch_sizes:
+    if s.t_max is not None or s.unit == t.duration_unit:
+        return s.t_max or t.duration
+    if t.duration_unit == "epochs" or d.batch_sizes:
         return None
-    size = c.data.global_batch_size
-    return -(-t.duration // size) if unit == "steps" else t.duration * size
+    size = d.global_batch_size
+    return -(-t.duration // size) if s.unit == "steps" else t.duration * size
 
 
-def _training(c: Config) -> list[str]:
-    problems, k = _lengths(c), c.checkpoint
-    if c.compute.compilation_cache is not None and not c.compute.compilation_cache.strip():
-        problems.append("config.compute.compilation_cache='': need a path, or none")
-    problems += [
+def _experts(t: TrainConfig, m: ModelConfig, lengths: dict[str, int | None]) -> list[str]:
+    problems = [
         f"config.train.{name}: only a model with model.n_experts has it"
         for name in ("load_balancing_loss", "router_z_loss")
-        if getattr(c.train, name) is not None and not c.model.n_experts
+        if getattr(t, name) is not None and not m.n_experts
     ]
-    m, lengths = c.model, {"data": c.data.seq_len, "eval": c.eval.seq_len}
-    problems += [
+    return problems + [
         f"config.{part}.seq_len={n}: model.router=expert_choice leaves the {m.n_experts} experts no"
         f" token of such a row; use {-(-m.n_experts // m.n_experts_per_token)} or more"
         for part, n in lengths.items()
         if n is not None and m.router == "expert_choice" and m.n_experts_per_token * n < m.n_experts
     ]
-    known = flatten(to_dict(Config())) if k.allow_changes else {}
-    unknown = sorted(set(k.allow_changes) - known.keys())
-    problems += [f"config.checkpoint.allow_changes: no option {brief(name)}" for name in unknown]
+
+
+def _checkpoint(k: CheckpointConfig) -> list[str]:
+    known = options.bearing(Config, options.Bears.NOTHING) if k.allow_changes else frozenset[str]()
+    unknown = sorted(set(k.allow_changes) - known)
+    problems = [f"config.checkpoint.allow_changes: no option {brief(name)}" for name in unknown]
     if k.ephemeral_interval is not None and k.ephemeral_interval >= k.interval:
         problems.append(
             f"config.checkpoint.ephemeral_interval={k.ephemeral_interval} must be below"
             f" interval={k.interval}"
         )
-    traced = () if c.profile.steps is None else (c.profile.steps,)
-    for name, spans in (("train.skip_steps", c.train.skip_steps), ("profile.steps", traced)):
-        problems += [
-            f"config.{name}: [{start}, {stop}) is empty" for start, stop in spans if start >= stop
-        ]
-    problems += [
-        f"config.compute.xla_flags: found {shown(word)}, need NAME=VALUE as in xla_some_flag=true;"
-        " a path there without ~"
-        for word in c.compute.xla_flags
-        if not re.fullmatch(r"[a-z]\w*=[^~].*", word)
-    ]
     return problems
 
 
-def _lengths(c: Config) -> list[str]:
+def _spans(skipped: tuple[tuple[int, int], ...], traced: tuple[int, int] | None) -> list[str]:
+    spans = [("train.skip_steps", span) for span in skipped]
+    spans += [] if traced is None else [("profile.steps", traced)]
+    return [f"config.{name}: [{a}, {b}) is empty" for name, (a, b) in spans if a >= b]
+
+
+def _compute(c: ComputeConfig) -> list[str]:
+    problems: list[str] = []
+    if c.compilation_cache is not None and not c.compilation_cache.strip():
+        problems.append("config.compute.compilation_cache='': need a path, or none")
+    return problems + [
+        f"config.compute.xla_flags: found {shown(word)}, need NAME=VALUE as in xla_some_flag=true;"
+        " a path there without ~"
+        for word in c.xla_flags
+        if not re.fullmatch(r"[a-z]\w*=[^~].*", word)
+    ]
+
+
+def _lengths(t: TrainConfig, d: DataConfig) -> list[str]:
     """Ends of the run that steps, int32, never reach; those in epochs depend on the data."""
-    t, largest = c.train, max(c.data.batch_sizes or (c.data.global_batch_size,))
+    largest = max(d.batch_sizes or (d.global_batch_size,))
     ends = {"duration": (t.duration, t.duration_unit), "hard_stop": (t.hard_stop, t.hard_stop_unit)}
     return [
         f"config.train.{name}={n} {unit} is more than {INT32} steps"
@@ -290,14 +304,14 @@ def _lengths(c: Config) -> list[str]:
     ]
 
 
-def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
+def _mesh(shape: dict[str, int], m: ModelConfig, lengths: dict[str, int | None]) -> list[str]:
     problems: list[str] = []
     for name, size, axis in (
-        ("model.n_heads", c.model.n_heads, "tensor"),
-        ("model.n_kv_heads", c.model.n_kv_heads, "tensor"),
-        ("model.d_ff", c.model.d_ff, "tensor"),
-        ("model.d_model", c.model.d_model, "fsdp"),
-        ("model.n_experts", c.model.n_experts, "expert"),
+        ("model.n_heads", m.n_heads, "tensor"),
+        ("model.n_kv_heads", m.n_kv_heads, "tensor"),
+        ("model.d_ff", m.d_ff, "tensor"),
+        ("model.d_model", m.d_model, "fsdp"),
+        ("model.n_experts", m.n_experts, "expert"),
     ):
         if size % shape[axis]:
             problems.append(
@@ -306,40 +320,44 @@ def _mesh(c: Config, shape: dict[str, int]) -> list[str]:
             )
     chunks = 2 * shape["context"] if shape["context"] > 1 else 1
     problems += [
-        f"config.{name}={size} is not divisible by 2 x mesh.context={chunks}, the chunks that a"
-        f" sequence is cut into; use {-(-size // chunks) * chunks}"
-        for name, size in (("data.seq_len", c.data.seq_len), ("eval.seq_len", c.eval.seq_len))
+        f"config.{part}.seq_len={size} is not divisible by 2 x mesh.context={chunks}, the chunks"
+        f" that a sequence is cut into; use {-(-size // chunks) * chunks}"
+        for part, size in lengths.items()
         if size is not None and size % chunks
     ]
-    if c.model.vocab_rows % shape["tensor"]:
+    if m.vocab_rows % shape["tensor"]:
         block = math.lcm(128, shape["tensor"])
         problems.append(
-            f"config.model.vocab_size={c.model.vocab_rows} is not divisible by"
+            f"config.model.vocab_size={m.vocab_rows} is not divisible by"
             f" mesh.tensor={shape['tensor']}; set model.padded_vocab_size="
-            f"{-(-c.model.vocab_rows // block) * block}"
+            f"{-(-m.vocab_rows // block) * block}"
         )
-    if c.model.router == "expert_choice" and shape["context"] > 1:
+    if m.router == "expert_choice" and shape["context"] > 1:
         problems.append(
             f"config.mesh.context={shape['context']}: model.router=expert_choice needs whole"
             " sequences on a device; use 1"
         )
+    return problems
+
+
+def _rows(shape: dict[str, int], d: DataConfig, accumulate: int, ranks: int | None) -> list[str]:
+    problems: list[str] = []
     ways = shape["data"] * shape["fsdp"] * shape["expert"]
-    if len(c.data.batch_sizes) != len(c.data.batch_starts):
+    if len(d.batch_sizes) != len(d.batch_starts):
         return problems
-    for _, size in batch_stages(c.data):
-        rows = size // c.data.seq_len
-        if size % c.data.seq_len:
+    for _, size in batch_stages(d):
+        rows = size // d.seq_len
+        if size % d.seq_len:
             continue  # said above
-        if rows % (ways * c.compute.accumulate):
+        if rows % (ways * accumulate):
             problems.append(
                 f"config.data.global_batch_size={size} tokens is {rows} rows of"
-                f" seq_len={c.data.seq_len}, not divisible by mesh.data x fsdp x expert = {ways}"
-                f" times compute.accumulate={c.compute.accumulate}"
+                f" seq_len={d.seq_len}, not divisible by mesh.data x fsdp x expert = {ways}"
+                f" times compute.accumulate={accumulate}"
             )
-        if c.train.loss_ranks is not None and rows % c.train.loss_ranks:
+        if ranks is not None and rows % ranks:
             problems.append(
-                f"config.train.loss_ranks={c.train.loss_ranks} does not divide the {rows} rows of"
-                " a batch"
+                f"config.train.loss_ranks={ranks} does not divide the {rows} rows of a batch"
             )
     return problems
 

@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple, Protocol
 
 from olmo_jax.config import costs
-from olmo_jax.config.model import ModelConfig, mesh_shape
+from olmo_jax.config.model import MeshConfig, ModelConfig, mesh_shape
 from olmo_jax.config.run import Config
 from olmo_jax.parallel import sharding
 from olmo_jax.pods.kernels import Case
@@ -65,7 +65,7 @@ class Machine(Protocol):
         """How many devices, in words."""
         ...
 
-    def rates(self, config: Config) -> dict[str, float]:
+    def rates(self, mesh: MeshConfig) -> dict[str, float]:
         """Bytes/s that a device sends in a group along each axis of the config's mesh."""
         ...
 
@@ -307,7 +307,7 @@ def _collectives(
         ("collective-permute", "context", kv * sum(hops), 3 + again),
         ("all-to-all", "expert", activations * m.n_experts_per_token, (4 + 2 * again) * n),
     ]
-    rates, found = machine.rates(config), {}
+    rates, found = machine.rates(config.mesh), {}
     for kind, axis, n_bytes, times in wanted:
         if shape[axis] == 1:
             continue

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from olmo_jax.config import costs
 from olmo_jax.config.model import MeshConfig
 from olmo_jax.config.options import shown
-from olmo_jax.config.run import Config
 from olmo_jax.parallel.sharding import make_mesh
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
@@ -149,9 +148,9 @@ class Slice:
         except NotImplementedError as error:
             raise NoSuchMeshError(f"topology {self.name!r} has no such mesh: {error}") from error
 
-    def rates(self, config: Config) -> dict[str, float]:
-        """Bytes/s that a device sends in a group along each axis of the config's mesh."""
-        devices, found = self.mesh(config.mesh).devices, {}
+    def rates(self, mesh: MeshConfig) -> dict[str, float]:
+        """Bytes/s that a device sends in a group along each axis of a mesh."""
+        devices, found = self.mesh(mesh).devices, {}
         for at, axis in enumerate(AXES):
             line = np.moveaxis(devices, at, -1).reshape(-1, devices.shape[at])[0]
             found[axis] = self.exchange([tuple(device.coords) for device in line])

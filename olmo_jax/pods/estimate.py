@@ -9,6 +9,8 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from olmo_jax.config import costs
+from olmo_jax.config.data import DataConfig
+from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.run import Config
 from olmo_jax.nn import rope
 from olmo_jax.pods import analytic, hlo, kernels
@@ -38,7 +40,7 @@ def estimate(
     found = hlo.totals(program.text, lambda n: shares if n == len(shares) else hlo.first_of_two(n))
     exchanged = _collectives(found, where, mesh)
     other, experts, notes = _kernels(found, chip)
-    attention, more = _attention(config, where, mesh, found, kinds, seconds_of)
+    attention, more = _attention(config.model, config.data, where, mesh, found, kinds, seconds_of)
     sizes = costs.state_bytes(config.model, dict(mesh.shape), config.compute.grad_dtype)
     return Plan(
         memory={
@@ -108,7 +110,8 @@ def _kernels(found: hlo.Totals, chip: Chip) -> tuple[float, float, tuple[str, ..
 
 
 def _attention(
-    config: Config,
+    m: ModelConfig,
+    data: DataConfig,
     where: Slice,
     mesh: Mesh,
     found: hlo.Totals,
@@ -123,14 +126,14 @@ def _attention(
     calls = [sum(n for k, n in found.kernels.items() if k.name == name) for name in kernels.NAMES]
     if not calls[1]:
         return 0.0, ("attention: XLA's, among the products",)
-    m, again, total, notes = config.model, calls[0] / calls[1], 0.0, ()
-    rows = config.data.global_batch_size / config.data.seq_len
+    again, total, notes = calls[0] / calls[1], 0.0, ()
+    rows = data.global_batch_size / data.seq_len
     rows /= analytic.token_ways(dict(mesh.shape))
     for kind in kinds:
         case = kernels.Case(
-            where.name.split(":")[0], config.data.seq_len, _HEADS * m.n_heads // m.n_kv_heads,
+            where.name.split(":")[0], data.seq_len, _HEADS * m.n_heads // m.n_kv_heads,
             _HEADS, m.head_dim, m.window if kind == "sliding" else None,
-            int(config.data.document_mask != "none"),
+            int(data.document_mask != "none"),
         )  # fmt: skip
         try:
             forward, backward = seconds_of(case)

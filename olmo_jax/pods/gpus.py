@@ -5,9 +5,8 @@ import math
 import re
 
 from olmo_jax.config import costs
-from olmo_jax.config.model import mesh_shape
+from olmo_jax.config.model import MeshConfig, mesh_shape
 from olmo_jax.config.options import shown
-from olmo_jax.config.run import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +75,13 @@ class Nodes:
         """How many GPUs, in words."""
         return f"{self.n_devices} devices, {self.n_nodes} node(s) of {self.per_node}"
 
-    def rates(self, config: Config) -> dict[str, float]:
-        """Bytes/s that a device sends in a group along each axis of the config's mesh.
+    def rates(self, mesh: MeshConfig) -> dict[str, float]:
+        """Bytes/s that a device sends in a group along each axis of a mesh.
 
         The last axes lie within a node; a group over several nodes is as fast as their network,
         which all of a node's GPUs use together.
         """
-        shape = mesh_shape(config.mesh, self.n_devices)
+        shape = mesh_shape(mesh, self.n_devices)
         found, inside = {}, 1
         for axis, n in reversed(shape.items()):
             here = math.gcd(n, max(1, self.per_node // inside))

@@ -5,9 +5,10 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 
-from olmo_jax.config.data import batch_stages
+from olmo_jax.config.data import DataConfig, batch_stages
 from olmo_jax.config.model import MeshConfig, mesh_shape
 from olmo_jax.config.run import Config, planned_devices, validate
+from olmo_jax.config.training import TrainConfig
 from olmo_jax.pods import analytic, estimate, gpus, search
 from olmo_jax.pods.analytic import Machine
 from olmo_jax.pods.chips import Slice
@@ -44,7 +45,7 @@ def run(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -
       ValueError: for a slice that the TPU compiler does not know.
       RuntimeError: if the compiler fails.
     """
-    n_devices = planned_devices(config) if args.search else machine.n_devices
+    n_devices = planned_devices(config.mesh) if args.search else machine.n_devices
     validate(config, n_devices)
     largest = max(size for _, size in batch_stages(config.data))
     data = dataclasses.replace(config.data, global_batch_size=largest)
@@ -116,7 +117,8 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
     else:
         ranked = search.rank(config, machine)
     if not compiled and not ranked:
-        print(_nothing_fits(config, machine))
+        sizes = [x.plan.total_memory for x in search.predictions(config, machine)]
+        print(_nothing_fits(sizes, machine))
         return 1
     best = (compiled or ranked)[0]
     lines += [*describe(best.config, machine, best.plan, args.price), ""]
@@ -131,8 +133,7 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
     return 0
 
 
-def _nothing_fits(config: Config, machine: Machine) -> str:
-    sizes = [x.plan.total_memory for x in search.predictions(config, machine)]
+def _nothing_fits(sizes: list[float], machine: Machine) -> str:
     if not sizes:
         return f"does not fit: no mesh of this config can be laid on {machine.name}"
     return (
@@ -168,7 +169,11 @@ def describe(config: Config, machine: Machine, plan: Plan, price: float | None) 
         _row("  of temporary", f"{_size(plan.activations):>12} activations (by formula)"),
     ]  # fmt: skip
     if plan.fits:
-        lines += [*_time(config, machine, plan, price), *(_row("assumed", x) for x in plan.notes)]
+        lines += [
+            *_time(plan),
+            *_speed(machine, plan, tokens, token_budget(config.train, d), price),
+        ]
+        lines += [*(_row("assumed", x) for x in plan.notes)]
     if plan.compile_seconds is not None:
         lines.append(_row("compiled", f"in {plan.compile_seconds:.0f} s"))
         return [*lines, "", _COMPILED]
@@ -176,14 +181,13 @@ def describe(config: Config, machine: Machine, plan: Plan, price: float | None) 
     return [*lines, "", _FORMULA + source]
 
 
-def _time(config: Config, machine: Machine, plan: Plan, price: float | None) -> list[str]:
+def _time(plan: Plan) -> list[str]:
     return [
         _row("FLOPs", f"{plan.flops:.3e} useful on a device and step; done are {plan.done:.3e} in"
              " products, and attention's"),
         _row("step", f"{_ms(plan.step)} ({1e3 * plan.fastest:,.1f} to {1e3 * plan.slowest:,.1f})"),
         *(_row(f"  {kind}", _ms(s)) for kind, s in plan.seconds.items() if s),
         *_collectives(plan),
-        *_speed(config, machine, plan, price),
     ]  # fmt: skip
 
 
@@ -206,34 +210,34 @@ def _collectives(plan: Plan) -> Iterator[str]:
         yield f"    {name:28}{times:7,.0f} x {n_bytes / 1e9:9,.2f} GB {_ms(seconds)}"
 
 
-def _speed(config: Config, machine: Machine, plan: Plan, price: float | None) -> Iterator[str]:
-    each = config.data.global_batch_size / machine.n_devices
+def _speed(
+    machine: Machine, plan: Plan, batch: int, budget: int | None, price: float | None
+) -> Iterator[str]:
+    each = batch / machine.n_devices
     low, high = each / plan.slowest, each / plan.fastest
     yield _row("speed", f"{each / plan.step:,.0f} tokens/s/device ({low:,.0f} to {high:,.0f})")
     mfu = plan.flops / machine.chip.peak
     yield _row(
         "MFU", f"{mfu / plan.step:.1%} ({mfu / plan.slowest:.1%} to {mfu / plan.fastest:.1%})"
     )
-    budget = token_budget(config)
     if budget is None:
         yield _row("run", "as long as its data: the config names no number of tokens")
         return
-    hours = budget / config.data.global_batch_size * plan.step / 3600
+    hours = budget / batch * plan.step / 3600
     chips = machine.n_devices // (2 if machine.chip.kind == "TPU7x" else 1)
     cost = "" if price is None else f", {hours * chips * price:,.0f} at {price:g} per chip and hour"
     yield _row("run", f"{budget / 1e9:,.1f}B tokens: {hours / 24:.1f} days, "
                f"{hours * chips:,.0f} chip-hours{cost}")  # fmt: skip
 
 
-def token_budget(config: Config) -> int | None:
+def token_budget(t: TrainConfig, d: DataConfig) -> int | None:
     """Tokens of the whole run; None where only the data tell, or the batch grows."""
-    t, size = config.train, config.data.global_batch_size
     found = []
     for n, unit in ((t.duration, t.duration_unit), (t.hard_stop, t.hard_stop_unit)):
         if n is not None and unit == "tokens":
             found.append(n)
-        elif n is not None and unit == "steps" and not config.data.batch_sizes:
-            found.append(n * size)
+        elif n is not None and unit == "steps" and not d.batch_sizes:
+            found.append(n * d.global_batch_size)
     return min(found, default=None)
 
 

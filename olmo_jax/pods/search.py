@@ -117,7 +117,7 @@ def candidates(config: Config, machine: Machine) -> Iterator[Config]:
       ConfigError: if there is none: what is wrong with the first.
     """
     n, is_any, wrong = machine.n_devices, False, None
-    for mesh in _meshes(config, n):
+    for mesh in _meshes(config.mesh, config.data.seq_len, config.model.n_experts > 0, n):
         try:
             for each in _with_mesh(config, mesh, n):
                 is_any = True
@@ -128,15 +128,15 @@ def candidates(config: Config, machine: Machine) -> Iterator[Config]:
         raise wrong
 
 
-def _meshes(config: Config, n: int) -> Iterator[MeshConfig]:
-    long = config.data.seq_len >= _LONG
+def _meshes(mesh: MeshConfig, seq_len: int, has_experts: bool, n: int) -> Iterator[MeshConfig]:
+    long = seq_len >= _LONG
     for tensor in (x for x in (1, 2, 4, 8) if n % x == 0):
         for context in (x for x in (1, 2, 4, 8, 16) if n % (tensor * x) == 0 and (long or x == 1)):
             inner = tensor * context
-            for expert in (x for x in _divisors(n // inner) if x == 1 or config.model.n_experts):
+            for expert in (x for x in _divisors(n // inner) if x == 1 or has_experts):
                 for fsdp in _divisors(n // inner // expert):
                     yield dataclasses.replace(
-                        config.mesh, data=n // inner // expert // fsdp, fsdp=fsdp, expert=expert,
+                        mesh, data=n // inner // expert // fsdp, fsdp=fsdp, expert=expert,
                         context=context, tensor=tensor,
                     )  # fmt: skip
 
