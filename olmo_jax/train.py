@@ -5,14 +5,16 @@ if __name__ == "__main__":  # before all else, which takes its time
 
     cli.begin(preempted=75)  # nothing to save yet: the same answer as later, start it again
 
+import dataclasses
 import difflib
 import os
 import re
 import sys
+import time
 import traceback
 from typing import Any
 
-from olmo_jax import cli
+from olmo_jax import cli, files
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config, load, planned_devices, validate
 from olmo_jax.config.text import flatten, to_dict
@@ -216,9 +218,56 @@ def _train(config: Config, flags: dict[str, str]) -> int:
     cli.raise_interrupts()  # several processes end together
     cluster = distributed.find_cluster(flags, os.environ)
     distributed.start(cluster, float(flags.get("connect_timeout", 300)))
-    from olmo_jax.evals import perplexity, summary
+    import jax
 
-    return loop.train(config, perplexity.Evaluator, summary)
+    from olmo_jax.evals import perplexity, summary
+    from olmo_jax.parallel import processes
+    from olmo_jax.parallel.processes import say
+    from olmo_jax.training.state import build_model
+
+    began = time.perf_counter()
+    # Before the devices too: who is being stopped may hold them. Signals are heard from the start:
+    # inside JAX's own callbacks Python drops a KeyboardInterrupt.
+    with processes.only_writer(config.run_dir), processes.Preemption() as preemption:
+        validate(config, jax.device_count())
+        config = _with_corpus(config)
+        needs_summary = config.train.summary and not summary.is_written(config.run_dir)
+        outcome = loop.train(config, preemption, perplexity.evaluators, needs_summary)
+        if outcome.state is None:
+            if config.train.summary and not needs_summary:
+                say(f"its summary: {files.path(config.run_dir) / 'summary.md'}")
+            return outcome.code
+        if jax.process_index() == 0 and config.train.summary:
+            seconds = time.perf_counter() - began
+            model = build_model(config)
+            summary.write(
+                config, model, outcome.state.params, outcome.scores, seconds, outcome.saved
+            )
+    return outcome.code
+
+
+def _with_corpus(config: Config) -> Config:
+    """The config with the files of the corpus that it asks for, which are made here."""
+    if config.data.corpus is None:
+        return config
+    from olmo_jax.curation import stdlib
+    from olmo_jax.parallel.processes import say
+
+    data = config.data
+    made = stdlib.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
+    if made.vocab_size > config.model.vocab_size:
+        size = f"config.data.corpus_vocab_size={made.vocab_size}"
+        raise ConfigError([f"{size} is above model.vocab_size={config.model.vocab_size}"])
+    data = dataclasses.replace(
+        data,
+        paths=(made.train_path,),
+        root="",
+        dtype=made.dtype,
+        tokenizer=made.tokenizer_path,
+        eos_id=made.eos_id,
+    )
+    heldout = dataclasses.replace(config.eval, paths=config.eval.paths or (made.heldout_path,))
+    return dataclasses.replace(config, data=data, eval=heldout)
 
 
 if __name__ == "__main__":

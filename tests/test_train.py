@@ -25,6 +25,7 @@ from olmo_jax.checkpoints import storage
 from olmo_jax.parallel import processes
 from olmo_jax.records import jsonl
 from olmo_jax.training import loop, start
+from olmo_jax.training.keeping import Keeper
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
 
@@ -601,8 +602,8 @@ def test_losses_that_stay_infinite_end_the_run_with_the_step_and_the_option(plac
 
 def test_a_step_without_tokens_is_neither_with_nor_without_a_finite_loss():
     checkpointer = types.SimpleNamespace(finite_step=6)
-    run: Any = types.SimpleNamespace(nonfinite=2, last_finite=6, checkpointer=checkpointer)
-    loop.Run.judge(run, 9, None, math.nan)
-    assert (run.nonfinite, run.last_finite, checkpointer.finite_step) == (2, 6, 6)
-    loop.Run.judge(run, 10, 1.0, 1.0)
-    assert (run.nonfinite, run.last_finite, checkpointer.finite_step) == (0, 10, 10)
+    keeper: Any = types.SimpleNamespace(nonfinite=2, last_finite=6, checkpointer=checkpointer)
+    Keeper.judge(keeper, 9, None, math.nan)
+    assert (keeper.nonfinite, keeper.last_finite, checkpointer.finite_step) == (2, 6, 6)
+    Keeper.judge(keeper, 10, 1.0, 1.0)
+    assert (keeper.nonfinite, keeper.last_finite, checkpointer.finite_step) == (0, 10, 10)

@@ -23,6 +23,7 @@ from olmo_jax.data.token_files import TokenFile, TokenFiles, resolve_paths, toke
 from olmo_jax.data.tokenizer import Tokenizer
 from olmo_jax.parallel import sharding
 from olmo_jax.training import step
+from olmo_jax.training.loop import Budget
 
 EvalStep = Callable[[Any, Any], dict[str, Any]]
 
@@ -162,6 +163,11 @@ def _row(stream: Stream, first: int, width: int) -> np.ndarray:
     return row
 
 
+def evaluators(config: Config, mesh: Mesh) -> list["Evaluator"]:
+    """What scores a run: its held-out files, if it has some."""
+    return [Evaluator(config, mesh)] if config.eval.paths else []
+
+
 class Evaluator:
     """The files of `config.eval.paths`, opened and checked once, scored whenever called."""
 
@@ -221,15 +227,10 @@ class Evaluator:
             for label, stream in self.streams.items()
         }
 
-    def metrics(
-        self,
-        params: Any,
-        max_rows: int | None = None,
-        on_batch: Callable[[], object] = lambda: None,
-    ) -> dict[str, float]:
+    def __call__(self, params: Any, budget: Budget) -> dict[str, float]:
         """The `scores` under OLMo-core's names, with `BPB` beside them where bytes are known."""
         out = {}
-        for label, score in self.scores(params, max_rows, on_batch).items():
+        for label, score in self.scores(params, *budget).items():
             out[f"eval/lm/{label}/CE loss"] = score.ce
             out[f"eval/lm/{label}/PPL"] = score.ppl
             if score.bits_per_byte is not None:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def is_written(run_dir: Any) -> bool:
 
 
 def write(
-    config: Config, model: Any, params: Any, scores: dict[str, float], seconds: float, saved: Any
+    config: Config, model: Any, params: Any, scores: Mapping[str, float], seconds: float, saved: Any
 ) -> None:
     """Say what came out of a run: on the screen, in `summary.md`, and its curves in `summary.png`.
 
@@ -64,7 +65,7 @@ def write(
     print(f"\n{text}", flush=True)
 
 
-def _held_out_lines(path: pathlib.Path, scores: dict[str, float]) -> list[str]:
+def _held_out_lines(path: pathlib.Path, scores: Mapping[str, float]) -> list[str]:
     """Bits per byte of a held-out file beside what compressors need for the text beside it."""
     bits = scores.get(f"eval/lm/{path.stem}/BPB")
     text = path.with_suffix(".txt")

@@ -21,7 +21,6 @@ from olmo_jax.config.data import DataConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import to_dict
-from olmo_jax.curation import stdlib
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import FIRST_EPOCH, Position
 from olmo_jax.kernels import attention
@@ -150,31 +149,16 @@ _read_compiled = compilation_cache.get_executable_and_time
 
 
 def resolve(config: Config) -> Config:
-    """The config with what depends on this machine filled in: the corpus, and fp32 on a CPU."""
+    """The config with what depends on this machine filled in: fp32 on a CPU."""
     if config.compute.compilation_cache is not None:
         _keep_compiled(config.compute.compilation_cache)
     if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
         say("compute.dtype: float32 on a CPU, where bfloat16 is far slower")
         config = _replace(config, "compute", dtype="float32")
-    data = config.data
-    if data.tokenizer is not None and not files.path(data.tokenizer).exists():
-        raise FileNotFoundError(f"config.data.tokenizer: no such file: {data.tokenizer}")
-    if data.corpus is None:
-        return config
-    made = stdlib.prepare(data.corpus_dir, data.corpus_vocab_size, data.dtype, log=say)
-    if made.vocab_size > config.model.vocab_size:
-        found = f"config.data.corpus_vocab_size={made.vocab_size}"
-        raise ConfigError([f"{found} is above model.vocab_size={config.model.vocab_size}"])
-    config = _replace(
-        config,
-        "data",
-        paths=(made.train_path,),
-        root="",
-        dtype=made.dtype,
-        tokenizer=made.tokenizer_path,
-        eos_id=made.eos_id,
-    )
-    return _replace(config, "eval", paths=config.eval.paths or (made.heldout_path,))
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and not files.path(tokenizer).exists():
+        raise FileNotFoundError(f"config.data.tokenizer: no such file: {tokenizer}")
+    return config
 
 
 def _keep_compiled(name: str) -> None:
@@ -391,6 +375,6 @@ def lacks_eval(config: Config, step: int) -> bool:
         folder = files.path(config.run_dir)
         names = jsonl.read(folder).get(step, {}) if (folder / jsonl.NAME).exists() else {}
         is_recorded = step == 0 or any(name.startswith("train/") for name in names)
-        return is_recorded and not any(name.startswith("eval/lm/") for name in names)
+        return is_recorded and not any(name.startswith("eval/") for name in names)
 
     return processes.from_process_0(read)

@@ -16,6 +16,7 @@ from olmo_jax.evals.perplexity import Evaluator, Stream, evaluate
 from olmo_jax.nn import transformer
 from olmo_jax.parallel import sharding
 from olmo_jax.training import step
+from olmo_jax.training.loop import Budget
 
 VOCAB, SEQ, EOS = 97, 16, 3
 MODEL = config.ModelConfig(
@@ -196,7 +197,7 @@ def test_files_are_scored_by_name_with_metrics_of_olmo_core(tmp_path, mesh, para
     options = config.EvalConfig(paths=("*.npy",), seq_len=SEQ, stride=8, batch_rows=2, max_rows=1)
     data = {"root": str(tmp_path), "tokenizer": str(tmp_path / "tokenizer.json")}
     evaluator = Evaluator(dataclasses.replace(cfg(**data), eval=options), mesh)
-    found = evaluator.metrics(params)
+    found = evaluator(params, Budget(None, lambda: None))
     assert list(found) == [
         f"eval/lm/{label}/{name}" for label in ("c4", "wiki") for name in ("CE loss", "PPL", "BPB")
     ]

@@ -95,15 +95,15 @@ import dataclasses
 from olmo_jax.training import loop
 from olmo_jax.config.model import MeshConfig
 run = loop.train
-def stages(config, *evals):
+def stages(config, *parts):
     for stop, accumulate, mesh in {stages}:
-        code = run(dataclasses.replace(
+        end = run(dataclasses.replace(
             config, mesh=MeshConfig(**mesh),
             train=dataclasses.replace(config.train, hard_stop=stop),
             compute=dataclasses.replace(config.compute, accumulate=accumulate),
-        ), *evals)
-        assert code == 0
-    return 0
+        ), *parts)
+        assert end.code == 0
+    return end
 loop.train = stages
 """
 
@@ -186,9 +186,9 @@ def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
 
 
 WRECKING = """
-from olmo_jax.training import loop
-rates = loop.Plan.rates
-loop.Plan.rates = lambda self, at, *args: (1e30, 1.0) if at == 6 else rates(self, at, *args)
+from olmo_jax.training import pacing
+rates = pacing.Pacing.rates
+pacing.Pacing.rates = lambda self, at, *args: (1e30, 1.0) if at == 6 else rates(self, at, *args)
 """
 
 

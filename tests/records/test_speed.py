@@ -17,8 +17,9 @@ from olmo_jax import config
 from olmo_jax.config.data import DataConfig
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.config.run import Config
-from olmo_jax.evals import perplexity, summary
+from olmo_jax.evals import perplexity
 from olmo_jax.parallel import sharding
+from olmo_jax.parallel.processes import Preemption
 from olmo_jax.training import loop, step
 from olmo_jax.training.state import abstract_state
 
@@ -124,7 +125,8 @@ def test_the_step_is_compiled_once_per_batch_shape(tmp_path, monkeypatch):
 
     step_maker = step.make_train_step
     monkeypatch.setattr(loop.step, "make_train_step", made)
-    assert loop.train(c, perplexity.Evaluator, summary) == 0
+    with Preemption() as preemption:
+        assert loop.train(c, preemption, perplexity.evaluators).code == 0
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     sizes = {r["train/global batch size"] for r in records if "train/global batch size" in r}

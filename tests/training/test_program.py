@@ -19,7 +19,7 @@ from olmo_jax.config.model import ComputeConfig, mesh_shape
 from olmo_jax.parallel import sharding
 from olmo_jax.pods import hlo
 from olmo_jax.pods.compiled import lower
-from olmo_jax.training import loop, program, start
+from olmo_jax.training import pacing, program, start
 from olmo_jax.training.state import abstract_state
 
 
@@ -227,7 +227,7 @@ def test_the_host_reads_a_step_when_the_next_one_is_with_the_devices(bare, timel
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["state", "metric"])
 def test_a_read_too_early_would_be_seen(what, bare, timeline, monkeypatch):
-    advance = loop.Plan.rates
+    advance = pacing.Pacing.rates
     call, made = program.Program.__call__, []
 
     def kept(self, at, *arguments):
@@ -241,7 +241,7 @@ def test_a_read_too_early_would_be_seen(what, bare, timeline, monkeypatch):
         return advance(self, at, *arguments)
 
     monkeypatch.setattr(program.Program, "__call__", kept)
-    monkeypatch.setattr(loop.Plan, "rates", reads)
+    monkeypatch.setattr(pacing.Pacing, "rates", reads)
     assert runs.run(*bare, "train.duration=7", "checkpoint.interval=20").code == 0
     assert waits(timeline, last=7) == [4]
 

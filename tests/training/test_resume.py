@@ -28,7 +28,7 @@ from olmo_jax.curation import stdlib
 from olmo_jax.data import loader
 from olmo_jax.parallel import processes
 from olmo_jax.records import jsonl
-from olmo_jax.training import loop, schedules, start
+from olmo_jax.training import keeping, loop, pacing, schedules, start
 from tools import plot_run
 
 pytestmark = pytest.mark.slow  # each is a run or two
@@ -46,7 +46,7 @@ record = loop.Run.record
 def killing(self, pending):
     record(self, pending)
     if pending is not None and pending[0] == 13:
-        self.checkpointer.finish()
+        self.keeper.checkpointer.finish()
         (pathlib.Path(self.config.run_dir) / "tracker.json").write_text(json.dumps(tracker.history))
         os.kill(os.getpid(), signal.SIGKILL)
 loop.Run.record = killing
@@ -292,16 +292,16 @@ def test_the_last_save_is_waited_for(tmp_path, options, monkeypatch, stopped):  
             signal.raise_signal(signal.SIGTERM)
 
     final = {}
-    save = loop.Run.save
+    save = keeping.Keeper.save
 
-    def keeping(self, state, at, *args):
+    def saving(self, state, at, *args):
         if at == last:
             final.update(storage.names({"params": jax.device_get(state.params)}))
         save(self, state, at, *args)
 
     monkeypatch.setattr(storage.Writer, "write", slow)
     monkeypatch.setattr(loop.Run, "record", stopping)
-    monkeypatch.setattr(loop.Run, "save", keeping)
+    monkeypatch.setattr(keeping.Keeper, "save", saving)
     result = runs.run(*options, f"dir={tmp_path}/run", "train.duration=7", "checkpoint.interval=5")
     assert result.code == (75 if stopped else 0)
     saved = stored(tmp_path / f"run/checkpoints/step{last}")
@@ -581,7 +581,7 @@ def wrecked(whole, tmp_path, options, monkeypatch):
     folder = pathlib.Path(shutil.copytree(whole, tmp_path / "run"))
 
     def go_on(*more: str, stop_after: int | None = None) -> runs.Result:
-        record, rates = loop.Run.record, loop.Plan.rates
+        record, rates = loop.Run.record, pacing.Pacing.rates
 
         def signalling(self, pending):
             record(self, pending)
@@ -593,7 +593,7 @@ def wrecked(whole, tmp_path, options, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(loop.Run, "record", signalling)
-            patch.setattr(loop.Plan, "rates", wrecking)
+            patch.setattr(pacing.Pacing, "rates", wrecking)
             return runs.run(*options, *BRIEF, f"dir={folder}", "train.duration=36", *more)
 
     return go_on
