@@ -12,7 +12,6 @@ import re
 import sys
 import time
 import traceback
-from typing import Any
 
 from olmo_jax import cli, files
 from olmo_jax.config.options import ConfigError
@@ -189,19 +188,11 @@ def _devices(config: Config, flags: dict[str, str]) -> int:
 
 
 def _dry_run(config: Config, flags: dict[str, str]) -> int:
-    import jax
-
-    from olmo_jax.config import describe, parameters
+    from olmo_jax.config import describe
+    from olmo_jax.config.parameters import nested, table
     from olmo_jax.training import optim
 
-    tree: dict[str, Any] = {}
-    for path, dims in parameters.weights(config.model).items():
-        node = tree
-        *folders, leaf = path.split("/")
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = jax.ShapeDtypeStruct(tuple(n for n, _ in dims), "float32")
-    groups = optim.describe_groups(config.optim, tree).splitlines()
+    groups = optim.describe_groups(config.optim, nested(table(config.model))).splitlines()
     print(describe.describe(config, _devices(config, flags), groups))
     return 0
 

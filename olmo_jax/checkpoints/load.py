@@ -45,8 +45,8 @@ def load(
     if rows != source.model.vocab_rows:
         source = Padded(source, rows)
     model = Transformer(source.model, ComputeConfig(dtype=dtype, remat="none"))  # type: ignore[arg-type]
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    where = storage.names(sharding.shardings(mesh, transformer.logical_axes(model)))
+    shapes = transformer.abstract_params(source.model)
+    where = storage.names(sharding.shardings(mesh, transformer.logical_axes(source.model)))
     params = [
         _leaf(source, f"params/{name}", leaf.shape, jnp.dtype(dtype), where[name])
         for name, leaf in storage.names(shapes).items()

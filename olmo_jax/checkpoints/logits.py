@@ -44,8 +44,7 @@ def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) ->
             shape = weights.leaves[f"params/{name}"].shape[1:]
             index = (slice(i, i + 1), *(slice(0, n) for n in shape))
             place[last] = read(name, index)[0]
-        layer = {"kind": jnp.int32(kinds.index(kind)), "index": jnp.int32(i)}
-        x = _block(c)(params, x, layer, tables)
+        x = _block(c)(params, x, jnp.int32(kinds.index(kind)), tables)
     return _head(weights, np.asarray(x), read)
 
 
@@ -53,7 +52,7 @@ def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) ->
 def _block(config: ModelConfig) -> Callable[..., jax.Array]:
     block = Block(config, ComputeConfig(dtype="float32", remat="none"))
     return jax.jit(
-        lambda params, x, layer, tables: block.apply({"params": params}, x, layer, tables, None)[0]
+        lambda params, x, kind, tables: block.apply({"params": params}, x, kind, tables, None)[0]
     )
 
 

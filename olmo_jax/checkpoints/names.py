@@ -1,4 +1,4 @@
-"""The one table of parameters: our path and layout, and what others call and lay out the same.
+"""The names of others: what they call our parameters, and how they lay them out.
 
 PyTorch stores a linear weight as [outputs, inputs] with heads merged; ours are [inputs…, outputs…].
 Axes: v vocabulary rows, d d_model, n heads, k kv heads, h head_dim, f d_ff, e experts; brackets
@@ -14,49 +14,44 @@ from typing import NamedTuple
 import numpy as np
 
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import table
 
 # `att_proj[1]`: the second of the parts stacked along the first axis of one PyTorch tensor. OLMo's
 # ff_proj holds up before gate. Every key ends in `.weight`.
 TABLE = """
-ours                our axes  PyTorch's  Hugging Face                OLMo-core          OLMo
-embed               v d       v d        model.embed_tokens          embeddings         transformer.wte
-layers/attn/wq      d n h     (n h) d    self_attn.q_proj            attention.w_q      att_proj[0]
-layers/attn/wk      d k h     (k h) d    self_attn.k_proj            attention.w_k      att_proj[1]
-layers/attn/wv      d k h     (k h) d    self_attn.v_proj            attention.w_v      att_proj[2]
-layers/attn/wo      n h d     d (n h)    self_attn.o_proj            attention.w_out    attn_out
-layers/attn/q_norm  n h       (n h)      self_attn.q_norm            attention.q_norm   q_norm
-layers/attn/k_norm  k h       (k h)      self_attn.k_norm            attention.k_norm   k_norm
-layers/attn_norm    d         d          post_attention_layernorm    attention_norm     attn_norm
-layers/mlp/w_gate   d f       f d        mlp.gate_proj               feed_forward.w1    ff_proj[1]
-layers/mlp/w_up     d f       f d        mlp.up_proj                 feed_forward.w3    ff_proj[0]
-layers/mlp/w_down   f d       d f        mlp.down_proj               feed_forward.w2    ff_out
-layers/mlp_norm     d         d          post_feedforward_layernorm  feed_forward_norm  ff_norm
-final_norm          d         d          model.norm                  lm_head.norm       transformer.ln_f
-lm_head             d v       v d        lm_head                     lm_head.w_out      transformer.ff_out
-"""  # noqa: E501
+ours                PyTorch's  Hugging Face                OLMo-core          OLMo
+embed               v d        model.embed_tokens          embeddings         transformer.wte
+layers/attn/wq      (n h) d    self_attn.q_proj            attention.w_q      att_proj[0]
+layers/attn/wk      (k h) d    self_attn.k_proj            attention.w_k      att_proj[1]
+layers/attn/wv      (k h) d    self_attn.v_proj            attention.w_v      att_proj[2]
+layers/attn/wo      d (n h)    self_attn.o_proj            attention.w_out    attn_out
+layers/attn/q_norm  (n h)      self_attn.q_norm            attention.q_norm   q_norm
+layers/attn/k_norm  (k h)      self_attn.k_norm            attention.k_norm   k_norm
+layers/attn_norm    d          post_attention_layernorm    attention_norm     attn_norm
+layers/mlp/w_gate   f d        mlp.gate_proj               feed_forward.w1    ff_proj[1]
+layers/mlp/w_up     f d        mlp.up_proj                 feed_forward.w3    ff_proj[0]
+layers/mlp/w_down   d f        mlp.down_proj               feed_forward.w2    ff_out
+layers/mlp_norm     d          post_feedforward_layernorm  feed_forward_norm  ff_norm
+final_norm          d          model.norm                  lm_head.norm       transformer.ln_f
+lm_head             v d        lm_head                     lm_head.w_out      transformer.ff_out
+"""
 # Experts: Hugging Face has a tensor for each, the others stack them. OLMo's are megablocks'.
 EXPERTS = {
-    "layers/moe/router": (
-        "d e",
-        {
-            "Hugging Face": ("e d", "mlp.gate.weight"),
-            "OLMo-core": ("(e d)", "feed_forward_moe.router.weight"),
-            "OLMo": ("e d", "ffn.router.layer.weight"),
-        },
-    ),
+    "layers/moe/router": {
+        "Hugging Face": ("e d", "mlp.gate.weight"),
+        "OLMo-core": ("(e d)", "feed_forward_moe.router.weight"),
+        "OLMo": ("e d", "ffn.router.layer.weight"),
+    },
     **{
-        f"layers/moe/{ours}": (
-            axes,
-            {
-                "Hugging Face": (torch_axes, f"mlp.experts.{{expert}}.{theirs}.weight"),
-                "OLMo-core": ("(e f) d", f"feed_forward_moe.experts.mlp.{core}"),
-                "OLMo": ("(e f) d", f"ffn.experts.mlp.{legacy}"),
-            },
-        )
-        for ours, axes, torch_axes, theirs, core, legacy in (
-            ("w_gate", "e d f", "f d", "gate_proj", "w1", "w1"),
-            ("w_up", "e d f", "f d", "up_proj", "w3", "v1"),
-            ("w_down", "e f d", "d f", "down_proj", "w2", "w2"),
+        f"layers/moe/{ours}": {
+            "Hugging Face": (torch_axes, f"mlp.experts.{{expert}}.{theirs}.weight"),
+            "OLMo-core": ("(e f) d", f"feed_forward_moe.experts.mlp.{core}"),
+            "OLMo": ("(e f) d", f"ffn.experts.mlp.{legacy}"),
+        }
+        for ours, torch_axes, theirs, core, legacy in (
+            ("w_gate", "f d", "gate_proj", "w1", "w1"),
+            ("w_up", "f d", "up_proj", "w3", "v1"),
+            ("w_down", "d f", "down_proj", "w2", "w2"),
         )
     },
 }
@@ -111,51 +106,32 @@ def rows(model: ModelConfig, names: str) -> list[Row]:
     """
     header, *lines = (re.split(r"\s{2,}", line) for line in TABLE.strip().splitlines())
     column = header.index(names)
-    table = []
+    theirs: dict[str, tuple[str, str, int | None]] = {}  # PyTorch's axes, key and part
     for line in lines:
-        ours, axes, torch_axes, key = line[0], line[1], line[2], line[column]
+        ours, torch_axes, key = line[0], line[1], line[column]
         match = re.fullmatch(r"(.*)\[(\d)\]", key)
         key, part = (match[1], int(match[2])) if match else (key, None)
         if names == "Hugging Face" and model.norm_position == "before":
             key = BEFORE.get(ours, key)
         prefix = LAYERS[names] if ours.startswith("layers/") else ""
-        table.append(Row(ours, axes, torch_axes, f"{prefix}{key}.weight", part))
-    at = next(i for i, row in enumerate(table) if row.ours == "layers/mlp/w_gate")
-    for ours, (axes, theirs) in reversed(EXPERTS.items()):
-        torch_axes, key = theirs[names]
-        table.insert(at, Row(ours, axes, torch_axes, LAYERS[names] + key, None))
-    return [row for row in table if _has(model, row.ours)]
-
-
-def _has(model: ModelConfig, ours: str) -> bool:
-    if ours in ("layers/attn/q_norm", "layers/attn/k_norm"):
-        return model.qk_norm == "full"
-    if ours in ("layers/attn_norm", "layers/mlp_norm", "final_norm"):
-        return model.norm == "rms"
-    if ours.startswith(("layers/mlp/", "layers/moe/")):
-        return ours.startswith("layers/moe/") == bool(model.n_experts)
-    return ours != "lm_head" or not model.tie_embeddings
+        theirs[ours] = torch_axes, f"{prefix}{key}.weight", part
+    for ours, spelled in EXPERTS.items():
+        torch_axes, key = spelled[names]
+        theirs[ours] = torch_axes, LAYERS[names] + key, None
+    ordered = [*theirs]
+    at = ordered.index("layers/mlp/w_gate")  # experts stand where the MLP does
+    n = len(EXPERTS)
+    ordered = [*ordered[:at], *ordered[-n:], *ordered[at:-n]]
+    parameters = table(model)
+    return [Row(x, parameters[x].axes, *theirs[x]) for x in ordered if x in parameters]
 
 
 def has_experts(name: str) -> bool:
     """Whether a leaf of ours has an expert for each index of its second dimension."""
-    return any(name.endswith(ours) and axes[0] == "e" for ours, (axes, _) in EXPERTS.items())
+    return any(name.endswith(ours) for ours in EXPERTS if ours != "layers/moe/router")
 
 
 # --- layout ---------------------------------------------------------------------------------------
-
-
-def sizes(model: ModelConfig) -> dict[str, int]:
-    """The length of each axis of the table."""
-    return {
-        "v": model.vocab_rows,
-        "d": model.d_model,
-        "n": model.n_heads,
-        "k": model.n_kv_heads,
-        "h": model.head_dim,
-        "f": model.d_ff,
-        "e": model.n_experts,
-    }
 
 
 def shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:

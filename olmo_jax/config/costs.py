@@ -7,8 +7,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from olmo_jax.config.model import ComputeConfig, ModelConfig
-from olmo_jax.config.parameters import weights
+from olmo_jax.config.model import RULES, ComputeConfig, ModelConfig
+from olmo_jax.config.parameters import ROUTER_BIAS, table
 
 LANES = 128  # columns of a TPU's tile; sequences there are cut into multiples of it
 
@@ -61,7 +61,7 @@ class StateBytes:
 
 
 def _sizes(m: ModelConfig) -> dict[str, int]:
-    return {path: math.prod(n for n, _ in dims) for path, dims in weights(m).items()}
+    return {path: math.prod(row.shape) for path, row in table(m).items()}
 
 
 def _active(m: ModelConfig) -> dict[str, int]:
@@ -118,11 +118,7 @@ def _matmul_flops(m: ModelConfig) -> int:
     # A tied head is the same work as one of its own.
     head = m.d_model * m.vocab_rows + sizes.get("final_norm", 0)
     parts = ("layers/attn/", "layers/mlp/", "layers/moe/")
-    layers = sum(
-        n
-        for path, n in sizes.items()
-        if path.startswith(parts) and path != "layers/moe/router_bias"
-    )
+    layers = sum(n for path, n in sizes.items() if path.startswith(parts) and path != ROUTER_BIAS)
     return 6 * (layers + head)
 
 
@@ -147,12 +143,14 @@ def state_bytes(
 
     Args:
       model: the model, with fp32 parameters and two fp32 moments per parameter.
-      mesh_shape: devices along each mesh axis (`validate.mesh_shape`); of them `fsdp` divides model
-        width, `tensor` heads, MLP width and vocabulary, `expert` experts.
+      mesh_shape: devices along each mesh axis, of `config.model.mesh_shape`.
       grad_dtype: "float32" or "bfloat16".
     """
     params = sum(
-        math.prod(-(-n // mesh_shape.get(axis or "", 1)) for n, axis in dims)
-        for dims in weights(model).values()
+        math.prod(
+            -(-n // math.prod(mesh_shape.get(axis, 1) for axis in RULES[name or "layers"]))
+            for n, name in zip(row.shape, row.stored_axes, strict=True)
+        )
+        for row in table(model).values()
     )
     return StateBytes(4 * params, 8 * params, params * (2 if grad_dtype == "bfloat16" else 4))

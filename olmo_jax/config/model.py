@@ -116,6 +116,23 @@ class MeshConfig:
     tensor: int = 1
 
 
+# The mesh axes that arrays are split over, by the logical names of their axes.
+BATCH_AXES = ("data", "fsdp", "expert")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "seq": ("context",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "embed": ("fsdp",),
+    "head_dim": (),
+    "layers": (),
+    "norm": (),
+}
+
+
 def mesh_shape(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
     """Devices along each axis, with -1 resolved.
 

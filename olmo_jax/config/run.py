@@ -229,7 +229,7 @@ def _eval(e: EvalConfig, d: DataConfig) -> list[str]:
 
 
 def _optim(o: OptimConfig, t: TrainConfig, m: ModelConfig, d: DataConfig) -> list[str]:
-    names = list(parameters.weights(m))
+    names = list(parameters.table(m))
     problems = [
         f"config.optim.no_decay: {shown(glob)} matches no parameter; there are {', '.join(names)}"
         for glob in o.no_decay

@@ -12,7 +12,7 @@ from olmo_jax.config.model import ComputeConfig, ModelConfig
 from olmo_jax.kernels import rotary
 from olmo_jax.kernels.attention import attention
 from olmo_jax.nn import rope
-from olmo_jax.nn.layers import constant, einsum, matrix_init, rms_norm, weight
+from olmo_jax.nn.layers import einsum, rms_norm, weight
 from olmo_jax.parallel.sharding import constrain
 
 
@@ -27,7 +27,6 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         kind: jax.Array,
-        layer: jax.Array,
         tables: rope.Table,
         segment_ids: jax.Array | None,
     ) -> jax.Array:
@@ -36,20 +35,14 @@ class Attention(nn.Module):
         Args:
           x: [batch, seq, d_model], positions in `ring.order`.
           kind: int32, which of `rope.kinds` this layer is.
-          layer: int32, the layer's index, for the initial scale.
           tables: of RoPE per kind of layer, as `rope.tables` makes them.
           segment_ids: [batch, seq], or None.
 
         Returns: [batch, seq, d_model].
         """
         c, product = self.config, functools.partial(einsum, grad_dtype=self.compute.grad_dtype)
-        d, n, k, h = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
-        init = matrix_init(c, d)
-        wq = weight(self, "wq", (d, n, h), ("embed", "heads", "head_dim"), init)
-        wk = weight(self, "wk", (d, k, h), ("embed", "kv_heads", "head_dim"), init)
-        wv = weight(self, "wv", (d, k, h), ("embed", "kv_heads", "head_dim"), init)
-        out_init = matrix_init(c, n * h, layer)
-        wo = weight(self, "wo", (n, h, d), ("heads", "head_dim", "embed"), out_init)
+        n, k, h = c.n_heads, c.n_kv_heads, c.head_dim
+        wq, wk, wv, wo = (weight(self, f"layers/attn/{w}") for w in ("wq", "wk", "wv", "wo"))
 
         # Flat, as the products make them and as a TPU's kernels take them.
         q, key, value = (
@@ -60,15 +53,12 @@ class Attention(nn.Module):
             q, key, value = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (q, key, value))
         q_gain = k_gain = None
         if c.qk_norm == "full":
-            q_gain = weight(self, "q_norm", (n, h), ("heads", "head_dim"), constant(1.0))
-            k_gain = weight(self, "k_norm", (k, h), ("kv_heads", "head_dim"), constant(1.0))
+            q_gain, k_gain = (weight(self, f"layers/attn/{x}_norm") for x in "qk")
         # What a remat policy may keep; norm and rotation cost less than memory for their results.
         q, key, value = (
             checkpoint_name(y, f"attention_{name}")
             for y, name in ((q, "q"), (key, "k"), (value, "v"))
         )
-        if self.is_initializing():  # one token, which no mesh can split
-            return x
 
         cos, sin = (table[kind] for table in tables)
         # The scale of the scores, and the kernel's base of 2, go into the rotation of the queries.

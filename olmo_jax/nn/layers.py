@@ -6,16 +6,15 @@ d d_model, n heads, k kv heads, g heads per kv head, h head_dim, f d_ff, v vocab
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.config.parameters import table
 from olmo_jax.parallel.sharding import (
     Axes,
     axis_index,
@@ -25,65 +24,21 @@ from olmo_jax.parallel.sharding import (
     sum_gradient,
 )
 
-Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
-
-@flax.struct.dataclass
-class Named(nn.Partitioned):
-    """A fresh parameter with its logical axes; unlike flax's, it never constrains by itself."""
-
-    def unbox(self, apply_constraint: bool = True) -> Any:
-        """The array."""
-        return self.value
-
-
-def weight(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, init: Init
-) -> jax.Array:
-    """Declare a parameter in fp32: made by `init` with its logical axes, or fetched and checked.
+def weight(module: Any, path: str) -> jax.Array:
+    """Fetch a parameter of one layer, or of none, by its path in `config/parameters.py`.
 
     Raises:
-      ValueError: if the parameter is missing or has another shape, by its path.
+      ValueError: if it is missing or has another shape.
     """
-    if module.is_initializing():
-        boxed: Any = lambda *a: Named(init(*a), axes)  # noqa: E731
-        return module.param(name, boxed, shape, jnp.float32)
-    path = "/".join((*module.path, name))
+    *_, name = path.split("/")
+    sizes = table(module.config)[path].sizes
     if not module.has_variable("params", name):
-        raise ValueError(f"parameter {path} is missing; the model needs it with shape {shape}")
+        raise ValueError(f"parameter {path} is missing; the model needs it with shape {sizes}")
     value = module.get_variable("params", name)
-    if value.shape != shape:
-        raise ValueError(f"parameter {path} has shape {value.shape}, the config needs {shape}")
+    if value.shape != sizes:
+        raise ValueError(f"parameter {path} has shape {value.shape}, the config needs {sizes}")
     return value
-
-
-def normal(std: float | jax.Array) -> Init:
-    """A normal of this std, truncated at three of it (`trunc_normal_` of OLMo and OLMo-core)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, dtype)
-
-    return init
-
-
-def constant(value: float) -> Init:
-    """Every entry the same."""
-    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
-
-
-def matrix_init(config: ModelConfig, fan_in: int, layer: jax.Array | None = None) -> Init:
-    """How a matrix of a block starts: OLMo 2's one std, or OLMo 1's `mitchell`.
-
-    Args:
-      config: the model.
-      fan_in: inputs of the matrix.
-      layer: index of the layer, for the matrices that write to the residual stream: mitchell
-        makes them smaller with depth.
-    Source: OLMo olmo/initialization.py; OLMo-core nn/transformer/init.py.
-    """
-    if config.init == "normal":
-        return normal(config.init_std)
-    return normal(fan_in**-0.5 if layer is None else (2.0 * fan_in * (layer + 1)) ** -0.5)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -139,23 +94,23 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(
-    table: jax.Array, tokens: jax.Array, dtype: str, grad_dtype: str = "float32"
+    embed: jax.Array, tokens: jax.Array, dtype: str, grad_dtype: str = "float32"
 ) -> jax.Array:
-    """Rows of `table [vocab, d_model]` at `tokens [batch, seq]`, in `dtype`.
+    """Rows of `embed [vocab, d_model]` at `tokens [batch, seq]`, in `dtype`.
 
     Its gradient is added up in fp32 on each device, and over the mesh in `grad_dtype`.
     """
     # Looked up in a table sharded on d_model, XLA would rematerialise the whole output.
-    return jnp.take(constrain(table, ("vocab", None)).astype(dtype), tokens, axis=0)
+    return jnp.take(constrain(embed, ("vocab", None)).astype(dtype), tokens, axis=0)
 
 
-def _lookup_forward(table, tokens, dtype, grad_dtype):
-    return lookup(table, tokens, dtype, grad_dtype), (table, tokens)
+def _lookup_forward(embed, tokens, dtype, grad_dtype):
+    return lookup(embed, tokens, dtype, grad_dtype), (embed, tokens)
 
 
 def _lookup_backward(dtype, grad_dtype, residuals, dy):
-    table, tokens = residuals
-    n_rows = table.shape[0] // axis_size("tensor")
+    embed, tokens = residuals
+    n_rows = embed.shape[0] // axis_size("tensor")
 
     def here(tokens, dy):
         row = tokens - axis_index("tensor") * n_rows
@@ -165,29 +120,27 @@ def _lookup_backward(dtype, grad_dtype, residuals, dy):
         return (sum_gradient(sums, 1),)
 
     into: list[Axes] = [("batch", "seq"), ("batch", "seq", None)]
-    (d_table,) = on_each_device(here, into, [("vocab", "embed")], tokens, dy)
-    return d_table.astype(table.dtype), None
+    (d_embed,) = on_each_device(here, into, [("vocab", "embed")], tokens, dy)
+    return d_embed.astype(embed.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def norm(
-    module: nn.Module, name: str, x: jax.Array, config: ModelConfig, gain: float = 1.0
-) -> jax.Array:
+def norm(module: Any, path: str, x: jax.Array) -> jax.Array:
     """Normalise `x [batch, seq, d_model]` as the family does, in fp32, back in the dtype of `x`.
 
     rms: x / sqrt(mean x² + eps) times a weight, the product in fp32 (OLMo 2, Olmo 3).
     nonparametric: LayerNorm without weight or bias (OLMo 1).
     """
-    with jax.named_scope(name):
-        if config.norm == "nonparametric":
-            y = x.astype(jnp.float32)
-            y = y - y.mean(-1, keepdims=True)
-            y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + config.norm_eps)
-            return y.astype(x.dtype)
-        scale = weight(module, name, x.shape[-1:], ("norm",), constant(gain))
-        return rms_norm(x, scale, config.norm_eps)
+    c: ModelConfig = module.config
+    with jax.named_scope(path.split("/")[-1]):
+        if c.norm != "nonparametric":
+            return rms_norm(x, weight(module, path), c.norm_eps)
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + c.norm_eps)
+        return y.astype(x.dtype)
 
 
 # Here and in `gated_product` the backward pass keeps the inputs only and makes the rest again:
@@ -208,13 +161,12 @@ class MLP(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
-        """`x [batch, seq, d_model]` -> the same shape; `layer`: index, for the initial scale."""
-        c, product = self.config, functools.partial(einsum, grad_dtype=self.compute.grad_dtype)
-        d, f = c.d_model, c.d_ff
-        w_gate = weight(self, "w_gate", (d, f), ("embed", "mlp"), matrix_init(c, d))
-        w_up = weight(self, "w_up", (d, f), ("embed", "mlp"), matrix_init(c, d))
-        w_down = weight(self, "w_down", (f, d), ("mlp", "embed"), matrix_init(c, f, layer))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [batch, seq, d_model]` -> the same shape."""
+        product = functools.partial(einsum, grad_dtype=self.compute.grad_dtype)
+        w_gate = weight(self, "layers/mlp/w_gate")
+        w_up = weight(self, "layers/mlp/w_up")
+        w_down = weight(self, "layers/mlp/w_down")
         gate = product("btd,df->btf", x, w_gate)
         up = product("btd,df->btf", x, w_up)
         gate = checkpoint_name(gate, "gate")

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.config.parameters import table
 from olmo_jax.kernels import exchange
 from olmo_jax.kernels.grouped_matmul import grouped_matmul
 from olmo_jax.nn import router as routing
-from olmo_jax.nn.layers import constant, matrix_init, weight
+from olmo_jax.nn.layers import weight
 from olmo_jax.nn.router import Stats
 from olmo_jax.parallel.sharding import axis_size, spec, summed
 
@@ -30,39 +31,32 @@ class MoE(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array) -> tuple[jax.Array, Stats]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Stats]:
         """`x [batch, seq, d_model]` -> the same shape, and what the router did.
 
         Args:
           x: input of the block's feed-forward part.
-          layer: int32, the layer's index, for the initial scale.
 
         Returns:
           The experts' weighted sum, and the `Stats` of the router.
         """
-        c, e, d, f = self.config, self.config.n_experts, self.config.d_model, self.config.d_ff
-        # Axes and initial scale of each; the last writes to the residual stream.
-        router = weight(self, "router", (d, e), ("embed", None), matrix_init(c, d))
-        into, out_of = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-        w_gate = weight(self, "w_gate", (e, d, f), into, matrix_init(c, d))
-        w_up = weight(self, "w_up", (e, d, f), into, matrix_init(c, d))
-        w_down = weight(self, "w_down", (e, f, d), out_of, matrix_init(c, f, layer))
-        bias = None
-        if c.router_bias_gamma is not None:
-            bias = weight(self, "router_bias", (e,), (None,), constant(0.0))
-
-        if self.is_initializing():  # one token, which no mesh can split
-            return x, {}
+        c = self.config
+        names = ["router", "w_gate", "w_up", "w_down"]
+        names += ["router_bias"] if c.router_bias_gamma is not None else []
+        paths = [f"layers/moe/{name}" for name in names]
+        given = x, *(weight(self, path) for path in paths)
         local = functools.partial(_experts, c, self.compute)
         if jax.sharding.get_abstract_mesh().empty:
-            return local(x, router, w_gate, w_up, w_down, bias)
+            return local(*given)
         rows, whole = spec(("batch", "seq", None)), PartitionSpec()
+        logical = [table(c)[path].logical for path in paths]
         return jax.shard_map(
             local,
-            in_specs=(rows, whole, spec(into), spec(into), spec(out_of), whole),
+            # Each device routes with the whole router.
+            in_specs=(rows, *(spec(x) if "expert" in x else whole for x in logical)),
             out_specs=(rows, whole),
             check_vma=False,
-        )(x, router, w_gate, w_up, w_down, bias)
+        )(*given)
 
 
 def _experts(

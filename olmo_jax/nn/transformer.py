@@ -1,5 +1,6 @@
 """The one Transformer of all OLMo generations: embedding, a scan over blocks, head."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.config.parameters import Parameter, nested, table
 from olmo_jax.kernels import ring
 from olmo_jax.nn import rope
 from olmo_jax.nn.attention import Attention
-from olmo_jax.nn.layers import MLP, einsum, lookup, matrix_init, norm, normal, weight
+from olmo_jax.nn.layers import MLP, einsum, lookup, norm, weight
 from olmo_jax.nn.moe import MoE
 from olmo_jax.parallel.sharding import axis_size, constrain
 
@@ -30,7 +32,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        layer: dict[str, jax.Array],
+        kind: jax.Array,
         tables: rope.Table,
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -38,27 +40,27 @@ class Block(nn.Module):
 
         Args:
           x: the residual stream.
-          layer: int32 `kind` (entry of `tables`) and `index` of this layer.
+          kind: int32, the entry of `tables` for this layer.
           tables: of RoPE, per kind.
           segment_ids: [batch, seq], or None.
         """
         c = self.config
-        before, gain = c.norm_position == "before", c.post_norm_init
+        before = c.norm_position == "before"
         attend = Attention(c, self.compute, name="attn")
 
-        y = norm(self, "attn_norm", x, c) if before else x
-        y = attend(y, layer["kind"], layer["index"], tables, segment_ids)
+        y = norm(self, "layers/attn_norm", x) if before else x
+        y = attend(y, kind, tables, segment_ids)
         y = checkpoint_name(y, "attention_projected")
-        x = x + (y if before else norm(self, "attn_norm", y, c, gain))
+        x = x + (y if before else norm(self, "layers/attn_norm", y))
         x = constrain(x, ("batch", "seq", None))
 
-        y = norm(self, "mlp_norm", x, c) if before else x
+        y = norm(self, "layers/mlp_norm", x) if before else x
         if c.n_experts:
-            y, stats = MoE(c, self.compute, name="moe")(y, layer["index"])
+            y, stats = MoE(c, self.compute, name="moe")(y)
         else:
-            y, stats = MLP(c, self.compute, name="mlp")(y, layer["index"]), {}
+            y, stats = MLP(c, self.compute, name="mlp")(y), {}
         y = checkpoint_name(y, "mlp_projected")
-        x = x + (y if before else norm(self, "mlp_norm", y, c, gain))
+        x = x + (y if before else norm(self, "layers/mlp_norm", y))
         x = constrain(x, ("batch", "seq", None))
         if self.stats:
             stats["activation rms"] = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
@@ -114,13 +116,11 @@ class Transformer(nn.Module):
         """
         c = self.config
         # Inside, a split sequence is in the order of the ring; outside nobody needs to know.
-        is_split = axis_size("context") > 1 and not self.is_initializing()
+        is_split = axis_size("context") > 1
         if is_split:
             given = tokens, positions, segment_ids
             tokens, positions, segment_ids = jax.tree.map(ring.to_zigzag, given)
-        embed_std = c.embed_init_std
-        init = normal(embed_std) if embed_std is not None else matrix_init(c, c.d_model)
-        embed = weight(self, "embed", (c.vocab_rows, c.d_model), ("vocab", "embed"), init)
+        embed = weight(self, "embed")
         with jax.named_scope("embed"):
             x: Any = lookup(embed, tokens, self.compute.dtype, self.compute.grad_dtype)
             x = constrain(x, ("batch", "seq", None))
@@ -129,10 +129,7 @@ class Transformer(nn.Module):
             seq = tokens.shape[1]
             positions = (ring.order(seq) if is_split else jnp.arange(seq))[None]
         kinds, tables = rope.kinds(c), rope.tables(c, positions)
-        layer = {
-            "kind": jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32),
-            "index": jnp.arange(c.n_layers, dtype=jnp.int32),
-        }
+        kind = jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32)
         block = Block
         if self.compute.remat != "none":
             policy = _REMAT[self.compute.remat]
@@ -140,26 +137,20 @@ class Transformer(nn.Module):
         scan = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
             length=c.n_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
         )
         blocks = scan(c, self.compute, output == "stats", name="layers")
-        x, stats = blocks(x, layer, tables, segment_ids)
-        x = norm(self, "final_norm", x, c)
+        x, stats = blocks(x, kind, tables, segment_ids)
+        x = norm(self, "final_norm", x)
         x = ring.from_zigzag(x) if is_split else x
 
-        if self.is_initializing() and not c.tie_embeddings:
-            head_std = c.head_init_std
-            init = normal(head_std) if head_std is not None else matrix_init(c, c.d_model)
-            weight(self, "lm_head", (c.d_model, c.vocab_rows), ("embed", "vocab"), init)
-        if output == "logits" and not self.is_initializing():
+        if output == "logits":
             # fp32 out of the product, as OLMo-core's head does for its loss.
-            w = head(self.variables["params"])
+            w = embed.T if c.tie_embeddings else weight(self, "lm_head")
             logits = cast("jax.Array", einsum("btd,dv->btv", x.astype(jnp.float32), w))
             return logits[..., : c.vocab_size]
-        return x if output == "logits" else (x, stats)
+        return x, stats
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:
@@ -167,14 +158,38 @@ def head(params: Mapping[str, Any]) -> jax.Array:
     return params["embed"].T if "lm_head" not in params else params["lm_head"]
 
 
-def init(model: Transformer, key: jax.Array) -> Params:
-    """Fresh parameters, fp32; the values do not depend on a mesh."""
-    variables: Any = model.init(key, jnp.zeros((1, 1), jnp.int32))
-    return nn.meta.unbox(variables["params"])
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters, fp32: a map over the table.
+
+    Each depends on its path, its layer's number and the key alone: on no mesh, and on no other
+    parameter or layer.
+    """
+    return nested({path: _start(path, row, key) for path, row in table(config).items()})
 
 
-def logical_axes(model: Transformer) -> Any:
+def _start(path: str, row: Parameter, key: jax.Array) -> jax.Array:
+    if not row.start.std:
+        return jnp.full(row.shape, row.start.constant, jnp.float32)
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+    def draw(key: jax.Array, std: jax.Array | float) -> jax.Array:
+        """`trunc_normal_` of OLMo and OLMo-core."""
+        return std * jax.random.truncated_normal(key, -3.0, 3.0, row.sizes, jnp.float32)
+
+    if row.layers is None:
+        return draw(key, row.start.std)
+    layers = jnp.array(row.layers, jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, layers)
+    stds = row.start.std * ((layers + 1.0) ** -0.5 if row.start.falls else jnp.ones(len(layers)))
+    return jax.vmap(draw)(keys, stds)
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
+    """The tree of parameters as shapes; takes no memory."""
+    rows = table(config).items()
+    return nested({path: jax.ShapeDtypeStruct(row.shape, dtype) for path, row in rows})
+
+
+def logical_axes(config: ModelConfig) -> Any:
     """The tree of parameters with each leaf replaced by its logical axes."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    is_box = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
-    return jax.tree.map(lambda leaf: tuple(leaf.names), boxed, is_leaf=is_box)
+    return nested({path: row.stored_axes for path, row in table(config).items()})

@@ -17,24 +17,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from olmo_jax.config.model import MeshConfig, mesh_shape
+from olmo_jax.config.model import BATCH_AXES, RULES, MeshConfig, mesh_shape
 
 Axes = tuple[str | None, ...]
 
-BATCH_AXES = ("data", "fsdp", "expert")
-RULES: dict[str, tuple[str, ...]] = {
-    "batch": BATCH_AXES,
-    "seq": ("context",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "expert": ("expert",),
-    "embed": ("fsdp",),
-    "head_dim": (),
-    "layers": (),
-    "norm": (),
-}
 # Whether what is traced is the part of one device, which others join only at its end.
 _in_replica: ContextVar[bool] = ContextVar("in_replica", default=False)
 

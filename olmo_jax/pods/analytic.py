@@ -7,10 +7,12 @@ corrected by each program that was compiled (`corrected`).
 """
 
 import math
+from collections import Counter
 from typing import Any, NamedTuple, Protocol
 
 from olmo_jax.config import costs
 from olmo_jax.config.model import MeshConfig, ModelConfig, mesh_shape
+from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.parallel import sharding
 from olmo_jax.pods.kernels import Case
@@ -172,26 +174,34 @@ def _again(config: Config) -> tuple[str, ...]:
     return tuple(x for x in parts if not (is_added and x == "down"))
 
 
+# Matrices of a layer by the part that computes with them, as `_AGAIN` names them.
+_PARTS = {
+    "wq": "q", "wk": "k", "wv": "v", "wo": "out", "w_gate": "into", "w_up": "into",
+    "w_down": "down",
+}  # fmt: skip
+
+
 def _weights(m: ModelConfig) -> dict[str, int]:
     """Numbers of a layer's matrices that a token meets, by part."""
-    d, width, k = m.d_model, m.head_dim, m.n_experts_per_token if m.n_experts else 1
-    return {
-        "q": d * m.n_heads * width,
-        "k": d * m.n_kv_heads * width,
-        "v": d * m.n_kv_heads * width,
-        "out": d * m.n_heads * width,
-        "into": 2 * d * m.d_ff * k,
-        "down": d * m.d_ff * k,
-    }
+    taken = Counter[str]()
+    for path, row in table(m).items():
+        if part := _PARTS.get(path.split("/")[-1]):
+            n = math.prod(row.sizes)
+            taken[part] += n * m.n_experts_per_token // m.n_experts if "e" in row.axes else n
+    return dict(taken)
 
 
 def _stored(m: ModelConfig) -> tuple[int, int]:
     """Numbers of a layer's matrices: outside the experts, and of all experts."""
-    parts = _weights(m)
-    mlp = parts.pop("into") + parts.pop("down")
-    if m.n_experts:
-        return sum(parts.values()), mlp * m.n_experts // m.n_experts_per_token
-    return sum(parts.values()) + mlp, 0
+    dense = experts = 0
+    for path, row in table(m).items():
+        if path.split("/")[-1] in _PARTS:
+            dense, experts = (
+                (dense, experts + math.prod(row.sizes))
+                if "e" in row.axes
+                else (dense + math.prod(row.sizes), experts)
+            )
+    return dense, experts
 
 
 def _item(config: Config) -> int:

@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from olmo_jax.config.parameters import ROUTER_BIAS
 from olmo_jax.config.training import OptimConfig
 
 Tree = Any  # nested dicts of arrays
-
-# Has no gradient, so that its moments, and what AdamW would do to it, stay 0; `step` moves it.
-ROUTER_BIAS = "layers/moe/router_bias"
 
 
 def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
@@ -34,7 +32,7 @@ def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    exempt = (*cfg.no_decay, ROUTER_BIAS)
+    exempt = (*cfg.no_decay, ROUTER_BIAS)  # nothing that AdamW would do to that may happen
     for glob in cfg.no_decay:
         if not fnmatch.filter(names, glob):
             raise ValueError(

@@ -36,7 +36,7 @@ def build_model(config: Config) -> Transformer:
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     """Where each array of the state lives: moments beside their parameters, scalars everywhere."""
-    params = shardings(mesh, transformer.logical_axes(build_model(config)))
+    params = shardings(mesh, transformer.logical_axes(config.model))
     whole = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
     opt_state = {
@@ -76,5 +76,5 @@ def replicated(mesh: Mesh, value: Any) -> jax.Array:
 
 
 def _fresh(config: Config, key: jax.Array) -> TrainState:
-    params = transformer.init(build_model(config), key)
+    params = transformer.init(config.model, key)
     return TrainState(jnp.zeros((), jnp.int32), params, optim.init(config.optim, params))

@@ -18,6 +18,7 @@ import olmo_jax
 from olmo_jax.checkpoints import conversion, names
 from olmo_jax.checkpoints.formats import hf_config, hub, native, safetensors
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import axis_sizes
 from olmo_jax.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow  # several short runs, and a model of 200 million parameters
@@ -187,7 +188,7 @@ def large(tmp_path) -> tuple[pathlib.Path, int]:
     model = ModelConfig(
         vocab_size=20_000, d_model=1024, n_layers=14, n_heads=8, n_kv_heads=8, d_ff=3072
     )
-    folder, lengths = tmp_path / "hf", names.sizes(model)
+    folder, lengths = tmp_path / "hf", axis_sizes(model)
     folder.mkdir()
     numbers = np.random.default_rng(0).standard_normal(30_000_000, np.float32)
     shapes = {

@@ -1,6 +1,5 @@
 """The table of parameters against the model itself, and the change of layout."""
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -10,16 +9,16 @@ from olmo_jax import presets
 from olmo_jax.checkpoints import names, storage
 from olmo_jax.checkpoints.formats.stacked import keys_of
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import axis_sizes
 from olmo_jax.nn import transformer
-from olmo_jax.nn.transformer import Transformer
 
 
 @pytest.mark.parametrize("name", presets.MODELS)
 @pytest.mark.parametrize("whose", names.LAYERS)
 def test_the_table_has_exactly_the_parameters_of_the_model(name, whose):
     model = ModelConfig(**presets.MODELS[name])
-    tree = jax.eval_shape(lambda: transformer.init(Transformer(model), jax.random.key(0)))
-    lengths = names.sizes(model)
+    tree = transformer.abstract_params(model)
+    lengths = axis_sizes(model)
     table = {
         row.ours: (model.n_layers,) * row.is_layered + names.shape(row.axes, lengths)
         for row in names.rows(model, whose)
@@ -32,7 +31,7 @@ def test_names_and_layouts_are_those_of_transformers(name, tmp_path):
     theirs, model, params = random_model(name)
     theirs.save_pretrained(tmp_path)  # experts are one tensor in memory and many in the file
     state = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    ours, lengths = storage.names(params), names.sizes(model)
+    ours, lengths = storage.names(params), axis_sizes(model)
     seen = set()
     for row in names.rows(model, "Hugging Face"):
         leaf = np.asarray(ours[row.ours])

@@ -191,23 +191,55 @@ def test_ladder_follows_the_scaling_rule():
     assert len(presets.ladder(n, batch, multiple=1)["optim"]["schedule"]["period_lengths"]) == 2
 
 
+SPLIT = {  # the mesh axis that divides each dimension
+    "embed": ("tensor", "fsdp"),
+    "layers/attn/wq": (None, "fsdp", "tensor", None),
+    "layers/attn/wo": (None, "tensor", None, "fsdp"),
+    "layers/attn/k_norm": (None, "tensor", None),
+    "layers/attn_norm": (None, None),
+    "layers/mlp/w_gate": (None, "fsdp", "tensor"),
+    "layers/mlp/w_down": (None, "tensor", "fsdp"),
+    "layers/moe/router": (None, "fsdp", None),
+    "layers/moe/w_up": (None, "expert", "fsdp", "tensor"),
+    "layers/moe/w_down": (None, "expert", "tensor", "fsdp"),
+    "final_norm": (None,),
+    "lm_head": ("fsdp", "tensor"),
+}
+
+
 @pytest.mark.parametrize(
-    "name", ["olmo1_1B", "olmo1_7B", "olmo2_1B_v2", "olmo3_32B", "olmo3_7B_hf"]
-)
-def test_counts_and_shardings_are_those_of_the_real_tree(name):
-    model = transformer.Transformer(config.ModelConfig(**presets.MODELS[name]))
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    axes = transformer.logical_axes(model)
-    names = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, spec)
-        for (path, leaf), spec in zip(
-            jax.tree_util.tree_leaves_with_path(shapes),
-            jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple)),
-            strict=True,
+    ("name", "shapes"),
+    [
+        ("olmo3_32B", {"layers/attn/wk": (64, 5120, 8, 128), "lm_head": (5120, 100_352),
+                       "layers/mlp/w_down": (64, 27_648, 5120), "layers/attn_norm": (64, 5120)}),
+        ("olmo1_1B", {"embed": (50_304, 2048), "layers/attn/wo": (16, 16, 128, 2048)}),
+        ("olmoe_1B_7B", {"layers/moe/w_gate": (16, 64, 2048, 1024),
+                         "layers/moe/router": (16, 2048, 64), "layers/attn/q_norm": (16, 16, 128)}),
+    ],
+)  # fmt: skip
+def test_shapes_and_splits_of_parameters(name, shapes):
+    table = parameters.table(config.ModelConfig(**presets.MODELS[name]))
+    assert {path: table[path].shape for path in shapes} == shapes
+    for path in SPLIT.keys() & table.keys():
+        assert tuple(sharding.spec(table[path].stored_axes)) == SPLIT[path], path
+
+
+@pytest.mark.parametrize("name", ["olmo1_1B", "olmo3_7B", "olmoe_1B_7B"])
+def test_the_model_fetches_all_parameters_of_the_table_and_no_other(name):
+    model = transformer.Transformer(config.ModelConfig(**presets.MODELS[name] | {"n_layers": 4}))
+    table = parameters.table(model.config)
+
+    def trace(rows):
+        params = parameters.nested(
+            {path: jax.ShapeDtypeStruct(row.shape, "float32") for path, row in rows.items()}
         )
-    }
-    table = parameters.weights(model.config)
-    assert names.keys() == table.keys()
-    for path, (shape, logical) in names.items():
-        assert shape == tuple(n for n, _ in table[path]), path
-        assert tuple(sharding.spec(logical)) == tuple(axis for _, axis in table[path]), path
+        return jax.eval_shape(
+            model.apply, {"params": params}, jax.ShapeDtypeStruct((1, 8), "int32")
+        )
+
+    assert trace(table).shape == (1, 8, model.config.vocab_size)
+    for path in table:
+        rest = {other: row for other, row in table.items() if other != path}
+        missing = "embed is missing" if path == "embed" else f"{path} is missing"
+        with pytest.raises(ValueError, match=missing):
+            trace(rest)

@@ -44,7 +44,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(0))
+    return jax.jit(transformer.init, static_argnums=0)(model.config, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

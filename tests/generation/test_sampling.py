@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(1))
+    return jax.jit(transformer.init, static_argnums=0)(model.config, jax.random.key(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

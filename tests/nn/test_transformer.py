@@ -68,7 +68,7 @@ def test_a_wrong_window_or_theta_would_be_seen():
 
 @pytest.mark.slow
 def test_documents_do_not_see_each_other():
-    params = transformer.init(Transformer(SMALL), jax.random.key(0))
+    params = transformer.init(SMALL, jax.random.key(0))
     ends = [10, 37]
     tokens = np.random.default_rng(1).integers(0, 97, (1, 64))
     segments = np.zeros((1, 64), np.int32)
@@ -86,7 +86,7 @@ def test_documents_do_not_see_each_other():
 @pytest.mark.slow
 def test_padded_vocabulary_rows_do_not_score():
     padded = dataclasses.replace(SMALL, padded_vocab_size=128)
-    params = transformer.init(Transformer(padded), jax.random.key(0))
+    params = transformer.init(padded, jax.random.key(0))
     logits = logits_of(padded, params)
     assert logits.shape[-1] == 97
     loud = params | {"lm_head": params["lm_head"].at[:, 97:].set(100.0)}
@@ -95,7 +95,7 @@ def test_padded_vocabulary_rows_do_not_score():
 
 @functools.cache
 def gradients(remat):
-    params = transformer.init(Transformer(SMALL), jax.random.key(0))
+    params = transformer.init(SMALL, jax.random.key(0))
     model = Transformer(SMALL, ComputeConfig(dtype="float32", remat=remat))
     loss = lambda p: jnp.square(model.apply({"params": p}, jnp.asarray(TOKENS))).mean()  # noqa: E731
     return jax.jit(jax.grad(loss))(params)
@@ -158,7 +158,7 @@ def test_yarn_equals_the_published_correction_range():
 def test_init_has_olmo2_distributions():
     config = dataclasses.replace(SMALL, vocab_size=2000, d_model=256, n_heads=8, n_kv_heads=8,
                                  head_dim=32, d_ff=512)  # fmt: skip
-    params = transformer.init(Transformer(config), jax.random.key(1))
+    params = transformer.init(config, jax.random.key(1))
     truncated = 0.02 * 0.98658  # a normal cut at three of its std
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if "norm" in jax.tree_util.keystr(path):
@@ -174,7 +174,7 @@ def test_init_has_olmo1_distributions():
         vocab_size=2000, d_model=256, n_layers=3, n_heads=8, n_kv_heads=8, head_dim=32, d_ff=512,
         norm="nonparametric", norm_position="before", qk_norm="none", init="mitchell",
     )  # fmt: skip
-    p = transformer.init(Transformer(config), jax.random.key(1))
+    p = transformer.init(config, jax.random.key(1))
     std = lambda leaf: np.asarray(leaf).std() / 0.98658  # noqa: E731
     for leaf in (p["embed"], p["lm_head"], *(p["layers"]["attn"][w] for w in ("wq", "wk", "wv"))):
         np.testing.assert_allclose(std(leaf), 256**-0.5, rtol=1e-2)
@@ -185,7 +185,7 @@ def test_init_has_olmo1_distributions():
 
 
 def test_a_missing_or_misshapen_parameter_is_named():
-    params = transformer.init(Transformer(SMALL), jax.random.key(0))
+    params = transformer.init(SMALL, jax.random.key(0))
     other = dataclasses.replace(SMALL, d_ff=64)
     with pytest.raises(
         ValueError, match=r"layers/mlp/w_gate has shape \(64, 48\), the config needs"

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import gzip
 import json
+import math
 import os
 import pathlib
 import re
@@ -280,12 +281,7 @@ def test_without_recomputation_what_is_done_is_what_is_useful(name):
 
 
 def _sizes(model):
-    sizes = {}
-    for path, dims in parameters.weights(model).items():
-        sizes[path] = 1
-        for n, _ in dims:
-            sizes[path] *= n
-    return sizes
+    return {path: math.prod(row.shape) for path, row in parameters.table(model).items()}
 
 
 def test_each_remat_policy_does_less_and_keeps_more_than_the_next():

@@ -39,9 +39,7 @@ def bytes_over(text, size, *kinds):
 
 def of_matrices(c, layers, rest):
     """Bytes in bf16 of all matrices, those of layers and the two tables so often."""
-    sizes = {
-        path: math.prod(n for n, _ in dims) for path, dims in parameters.weights(c.model).items()
-    }
+    sizes = {path: math.prod(row.shape) for path, row in parameters.table(c.model).items()}
     return 2 * sum(
         n * (layers if path.startswith("layers") else rest)
         for path, n in sizes.items()

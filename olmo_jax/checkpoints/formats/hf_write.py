@@ -16,6 +16,7 @@ from olmo_jax.checkpoints.formats import folders, hf_config, safetensors
 from olmo_jax.checkpoints.formats.hf import CONFIG, GENERATION, INDEX, SINGLE
 from olmo_jax.checkpoints.names import Row
 from olmo_jax.checkpoints.weights import Index, Weights, ahead, parts, pieces, size
+from olmo_jax.config.parameters import axis_sizes
 
 
 class Planned(NamedTuple):
@@ -56,7 +57,7 @@ def write(
     config = hf_config.write(model, weights.meta.get("token_ids", {}), as_dtype.name)
     plan = _plan(weights, as_dtype)
     shards = _shards(plan, max_shard_bytes)
-    lengths = names.sizes(model) | {"v": model.vocab_size}
+    lengths = axis_sizes(model) | {"v": model.vocab_size}
     written: dict[str, int] = {}
 
     made = itertools.chain.from_iterable(ahead(_fills(weights, plan, lengths)))
@@ -124,7 +125,7 @@ def check(
 def _plan(weights: Weights, dtype: np.dtype) -> dict[str, Planned]:
     """Every tensor by key: table, layer after layer, norm and head."""
     model = weights.model
-    lengths = names.sizes(model) | {"v": model.vocab_size}
+    lengths = axis_sizes(model) | {"v": model.vocab_size}
     rows = names.rows(model, "Hugging Face")
     layered = [row for row in rows if row.is_layered]
     order = [(row, 0) for row in rows if row.ours == "embed"]

@@ -14,6 +14,7 @@ from olmo_jax.checkpoints.formats.fields import find, odd_ids
 from olmo_jax.checkpoints.weights import Index, Leaves, Weights, whole
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.options import ConfigError
+from olmo_jax.config.parameters import axis_sizes
 from olmo_jax.config.run import from_dict
 
 
@@ -115,7 +116,7 @@ def _model(values: Any, stored: Leaves, where: str) -> ModelConfig:
         raise ValueError(f"{where}: {n_kinds} layer_types for {model.n_layers} layers")
     for row in names.rows(model, "Hugging Face"):
         layers = (model.n_layers,) if row.is_layered else ()
-        need = (*layers, *names.shape(row.axes, names.sizes(model)))
+        need = (*layers, *names.shape(row.axes, axis_sizes(model)))
         found = stored.get(f"params/{row.ours}")
         if found is None or found.shape != need:
             shape = "not there" if found is None else list(found.shape)

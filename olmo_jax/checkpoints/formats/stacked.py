@@ -13,6 +13,7 @@ from olmo_jax.checkpoints import names
 from olmo_jax.checkpoints.names import Row
 from olmo_jax.checkpoints.weights import Index, Leaves, Weights, whole
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import axis_sizes
 
 SHOWN = 3  # problems of one kind in an error
 COMPARED_ROWS = 4096  # at once
@@ -55,7 +56,7 @@ class Stacked(Weights):
         self.leaves: Leaves = {}
         self.files: dict[str, Any] = {}
         self.meta: dict[str, Any] = {}
-        self._lengths = names.sizes(model)
+        self._lengths = axis_sizes(model)
         self._trees: dict[str, tuple[_Tree, Row]] = {}
         self._values: dict[str, np.ndarray] = {}
 
