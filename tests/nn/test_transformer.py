@@ -194,3 +194,17 @@ def test_a_missing_or_misshapen_parameter_is_named():
     del params["final_norm"]
     with pytest.raises(ValueError, match="final_norm is missing"):
         logits_of(SMALL, params)
+
+
+def test_first_values_depend_on_path_and_layer_alone():
+    long = transformer.init(
+        dataclasses.replace(SMALL, n_layers=2 * SMALL.n_layers), jax.random.key(3)
+    )
+    short = transformer.init(SMALL, jax.random.key(3))
+    first = jax.tree.map(lambda leaf: leaf[: SMALL.n_layers], long["layers"])
+    jax.tree.map(np.testing.assert_array_equal, first, short["layers"])
+    other = transformer.init(dataclasses.replace(SMALL, tie_embeddings=True), jax.random.key(3))
+    np.testing.assert_array_equal(other["embed"], short["embed"])
+    wq, wk = (short["layers"]["attn"][w][..., :1, :] for w in ("wq", "wk"))
+    assert not np.allclose(wq, wk)
+    assert not np.allclose(wq[0], wq[1])
