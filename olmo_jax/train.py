@@ -192,7 +192,8 @@ def _dry_run(config: Config, flags: dict[str, str]) -> int:
     from olmo_jax.config.parameters import nested, table
     from olmo_jax.training import optim
 
-    groups = optim.describe_groups(config.optim, nested(table(config.model))).splitlines()
+    rows = table(config.model)
+    groups = optim.describe_groups(config.optim, nested(rows), rows).splitlines()
     print(describe.describe(config, _devices(config, flags), groups))
     return 0
 

@@ -77,7 +77,7 @@ def _canonical(flat: Mapping[str, Any]) -> dict[str, Any]:
         values["model.padded_vocab_size"] = values.get("model.vocab_size")
     if not values.get("model.n_experts"):
         unused |= {"model.n_experts_per_token", "model.normalize_expert_weights", "model.router"}
-    if values.get("optim.name") == "adamw":
+    if values.get("optim.name") != "skip_step_adamw":
         unused |= {"optim.skip_window", "optim.skip_sigma"}
     return {key: value for key, value in values.items() if key not in unused}
 

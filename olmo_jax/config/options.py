@@ -130,6 +130,12 @@ class Name:
         return "need a plain name of at most 128 bytes, no path"
 
 
+class Pairs(tuple[tuple[str, Any], ...]):
+    """Options that are not ours: (name, value) by name; those who set them see a mapping."""
+
+    __slots__ = ()
+
+
 Count = Annotated[int, Range(1, INT32)]
 Natural = Annotated[int, Range(0, INT32)]
 Units = Annotated[int, Range(0, INT64)]  # steps or tokens
@@ -169,6 +175,8 @@ def read(hint: Any, text: str) -> Any:
         return tuple(read(h, w) for h, w in pairs) if len(each) == len(words) else text
     if origin is Literal and word == "none" in args:
         return word
+    if hint is Pairs:
+        return _group(text)
     if hint is bool:
         return {"true": True, "false": False}.get(word, text)
     if hint in (int, float):
@@ -183,6 +191,13 @@ def _number(hint: type, text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def word(text: str) -> Any:
+    """What was typed for an option without a hint: a number, true, false, none, or the text."""
+    known = {"true": True, "false": False, "none": None}
+    number = _number(int, text)
+    return known.get(text.lower(), text) if number is text else number
 
 
 def _group(text: str) -> Any:
@@ -290,7 +305,20 @@ def convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return value
     if origin is tuple:
         return _sequence(hint, value, path, problems)
+    if hint is Pairs:
+        return _pairs(value, path, problems)
     return _scalar(hint, value, path, problems)
+
+
+def _pairs(value: Any, path: str, problems: list[str]) -> Any:
+    if not hasattr(value, "items"):
+        problems.append(f"{path}: expected options by name, found {shown(value)}")
+        return Pairs()
+    items: list[tuple[str, Any]] = sorted(value.items())
+    for name, each in items:
+        if not isinstance(each, (bool, int, float, str, type(None))):
+            problems.append(f"{path}.{name}: found {shown(each)}, need a number, a word or none")
+    return Pairs(items)
 
 
 def _sequence(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

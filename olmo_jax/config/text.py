@@ -30,6 +30,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
+    if isinstance(value, options.Pairs):
+        return dict(value)
     return [_plain(v) for v in _items(value)] if isinstance(value, (tuple, list)) else value
 
 
@@ -75,11 +77,12 @@ def assign(group: Any, values: Any, keys: list[str], text: str) -> None:
       keys: the option's dotted path, cut.
       text: its value as typed.
     """
-    hint: Any = group
+    hint, is_open = group, False
     for i, key in enumerate(keys):
+        is_open = hint is options.Pairs  # what is in it has no hints
         hint = options.hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
         if i < len(keys) - 1:
             if not isinstance(values.get(key), ConfigDict):
                 values[key] = ConfigDict()
             values = values[key]
-    values[keys[-1]] = options.read(hint, text)
+    values[keys[-1]] = options.word(text) if is_open else options.read(hint, text)

@@ -13,6 +13,7 @@ from olmo_jax.config.options import (
     Folder,
     Natural,
     NonNegative,
+    Pairs,
     Positive,
     Range,
     RunName,
@@ -81,11 +82,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its groups, its guard and its schedule."""
+    """The optimizer, its groups, its guard and its schedule."""
 
-    name: Annotated[Literal["adamw", "skip_step_adamw"], Bears.STATE | Bears.PROGRAM] = (
-        "skip_step_adamw"
-    )
+    # adamw or skip_step_adamw; muon, lion, sgd, adafactor or another optimizer of Optax.
+    name: Annotated[str, Bears.STATE | Bears.PROGRAM] = "skip_step_adamw"
+    # Arguments of an optimizer of Optax, by its names.
+    options: Annotated[Pairs, Bears.STATE | Bears.PROGRAM] = field(default_factory=Pairs)
     lr: Annotated[NonNegative, Bears.NOTHING] = 3e-4  # peak
     beta1: Beta = 0.9
     beta2: Beta = 0.95
@@ -216,6 +218,8 @@ def _optimizer(cfg: OptimConfig) -> list[str]:
     found: list[str] = []
     if cfg.clip_warmup > 0 and cfg.max_grad_norm is None:
         found.append(f"clip_warmup={cfg.clip_warmup}: max_grad_norm=none clips nothing")
+    if cfg.name in ("adamw", "skip_step_adamw"):
+        found += [f"options.{name}: {cfg.name} has none" for name, _ in cfg.options]
     if cfg.name == "skip_step_adamw" and cfg.skip_window < 6:
         # The guard starts at half a window, and a standard deviation needs two earlier steps.
         found.append(f"skip_window={cfg.skip_window}: need at least 6 steps")

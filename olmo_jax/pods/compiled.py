@@ -152,7 +152,12 @@ class Store:
 
     def _path(self, config: Config, where: Slice) -> pathlib.Path:
         options = flatten(to_dict(config))
-        reaches = {name: options[name] for name in sorted(bearing(Config, Bears.PROGRAM))}
+        known = bearing(Config, Bears.PROGRAM)  # and what is in an open group of options
+        reaches = {
+            name: value
+            for name, value in sorted(options.items())
+            if name in known or name.rpartition(".")[0] in known
+        }
         what = [reaches, where.name, _versions(), _sources(SOURCES)]
         return self.folder / f"step-{_digest(what)}.json.gz"
 

@@ -20,6 +20,7 @@ from olmo_jax import files
 from olmo_jax.checkpoints import checkpointer
 from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config.options import ConfigError
+from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
@@ -107,7 +108,8 @@ def _train(
         start.compare_data(source, loader)
         pacing = Pacing(config.train, config.optim, config.data, loader, first)
         evaluators = make_evaluators(config, mesh)
-        say(optim.describe_groups(config.optim, abstract_state(config, mesh).params))
+        rows = table(config.model)
+        say(optim.describe_groups(config.optim, abstract_state(config, mesh).params, rows))
         is_done = first >= pacing.last
         if is_done and not is_resume:
             end = f"config.train.duration={config.train.duration} ends at step {pacing.last}"
@@ -162,8 +164,8 @@ def _train(
         )  # fmt: skip
         try:
             if not is_done:
-                rows = f"{loader.n_instances:,} rows"
-                say(f"training steps {first + 1:,} to {pacing.last:,} on {rows}")
+                n_rows = f"{loader.n_instances:,} rows"
+                say(f"training steps {first + 1:,} to {pacing.last:,} on {n_rows}")
                 with trace:
                     state = run.steps(state, first)
             watchdog.beat("the end of the run")

@@ -1,8 +1,9 @@
-"""AdamW with groups, clipping and the guard against bad steps: pure functions over plain trees.
+"""Optimizers with groups, clipping and the guard against bad steps, as Optax transformations.
 
-The state mirrors the parameters, so it can take their shardings:
+AdamW's state mirrors the parameters, so it can take their shardings:
 `{"mu": like params, "nu": like params, "count": int32}`, all moments float32, and for
 skip_step_adamw `"history": {"loss": [skip_window], "grad_norm": [skip_window], "filled": int32}`.
+Other optimizers are Optax's: `{"optax": {path: its state}}`, see `optim_optax.py`.
 The learning rate is an argument (`schedules.py`), never a part of the state.
 Source: Decoupled Weight Decay Regularization, arXiv 1711.05101; the guard is OLMo-core's,
 `src/olmo_core/optim/skip_step_optimizer.py`.
@@ -10,16 +11,20 @@ Source: Decoupled Weight Decay Regularization, arXiv 1711.05101; the guard is OL
 
 import fnmatch
 import math
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from olmo_jax.config.parameters import ROUTER_BIAS
+from olmo_jax.config.parameters import ROUTER_BIAS, Parameter
 from olmo_jax.config.training import OptimConfig
+from olmo_jax.training.optim_optax import NATIVE, describe, transformation
 
 Tree = Any  # nested dicts of arrays
+NO_ROWS: Mapping[str, Parameter] = types.MappingProxyType({})
 
 
 def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
@@ -43,7 +48,7 @@ def decay_mask(cfg: OptimConfig, params: Tree) -> Tree:
     return structure.unflatten(decayed)
 
 
-def describe_groups(cfg: OptimConfig, params: Tree) -> str:
+def describe_groups(cfg: OptimConfig, params: Tree, rows: Mapping[str, Parameter] = NO_ROWS) -> str:
     """The decayed and the exempt parameters, one line each: how many, and their names."""
     heads = (f"weight decay {cfg.weight_decay:g}", "no weight decay", "moved by the experts' loads")
     groups: tuple[dict[str, int], ...] = ({}, {}, {})
@@ -52,14 +57,23 @@ def describe_groups(cfg: OptimConfig, params: Tree) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         groups[0 if decayed else 2 if name == ROUTER_BIAS else 1][name] = math.prod(leaf.shape)
     shown = zip(heads, groups if groups[2] else groups[:2], strict=False)
-    return "\n".join(
+    others = [] if cfg.name in NATIVE else describe(cfg.name, dict(cfg.options), rows)
+    return "\n".join(others + [
         f"{head}, {sum(group.values()):,} parameters: {', '.join(group) or 'nothing'}"
         for head, group in shown
-    )
+    ])  # fmt: skip
 
 
-def init(cfg: OptimConfig, params: Tree) -> dict[str, Any]:
-    """The optimizer's state before the first step, see the head of this file."""
+def init(cfg: OptimConfig, params: Tree, rows: Mapping[str, Parameter] = NO_ROWS) -> dict[str, Any]:
+    """The optimizer's state before the first step, see the head of this file.
+
+    Args:
+      cfg: which optimizer.
+      params: arrays or tracers.
+      rows: their table; AdamW does without.
+    """
+    if cfg.name not in NATIVE:
+        return {"optax": transformation(cfg.name, dict(cfg.options), rows).init(params)}
 
     def zeros() -> Tree:
         return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
@@ -83,6 +97,7 @@ def update(
     max_grad_norm: jax.Array | float,
     loss: jax.Array,
     has_tokens: jax.Array | bool,
+    rows: Mapping[str, Parameter] = NO_ROWS,
 ) -> tuple[Tree, dict[str, Any], dict[str, jax.Array]]:
     """One step of the optimizer, or none where the step must not be taken.
 
@@ -97,6 +112,7 @@ def update(
       max_grad_norm: scalar; infinite for no clipping.
       loss: scalar, cross entropy of the whole batch (as in OLMo-core without z-loss).
       has_tokens: scalar bool; false if the batch has nothing to learn from.
+      rows: the table of the parameters; AdamW does without.
     Returns: params, opt_state, and metrics by OLMo-core's names: the norm is that before clipping,
       "optim/step skipped" is 1.0 where nothing changed.
     """
@@ -111,6 +127,13 @@ def update(
 
     clip = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * clip, grads)
+    metrics = {
+        "optim/total grad norm": norm,
+        "optim/step skipped": 1.0 - take.astype(jnp.float32),
+    }
+    if cfg.name not in NATIVE:
+        params, state = _other_step(cfg, rows, take, grads, opt_state["optax"], params, lr)
+        return params, {"optax": state}, metrics
     mu = optax.tree.update_moment(grads, opt_state["mu"], cfg.beta1, 1)
     nu = optax.tree.update_moment(grads, opt_state["nu"], cfg.beta2, 2)
     # OLMo: multiplies the step by 0 there, which makes parameters NaN if it is not finite.
@@ -120,10 +143,6 @@ def update(
     params = _keep(take, jax.tree.map(lambda p, step: p - lr * step, params, steps), params)
     # OLMo: before PR#317 the count stayed at zero: every step was corrected like the first.
     count = jnp.where(take & (not cfg.freeze_adam_step), count, opt_state["count"])
-    metrics = {
-        "optim/total grad norm": norm,
-        "optim/step skipped": 1.0 - take.astype(jnp.float32),
-    }
     return params, {"mu": mu, "nu": nu, "count": count} | history, metrics
 
 
@@ -140,6 +159,31 @@ def _adamw_steps(cfg: OptimConfig, mu: Tree, nu: Tree, count: jax.Array, params:
     steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu_hat, nu_hat)
     decay = optax.add_decayed_weights(cfg.weight_decay, decay_mask(cfg, params))
     return decay.update(steps, decay.init(params), params)[0]
+
+
+def _other_step(
+    cfg: OptimConfig,
+    rows: Mapping[str, Parameter],
+    take: jax.Array,
+    grads: Tree,
+    state: Tree,
+    params: Tree,
+    lr: jax.Array | float,
+) -> tuple[Tree, Tree]:
+    """A step of an optimizer of Optax, or none: then nothing of it is computed.
+
+    A selection of old and new values outside, as AdamW has inside, would take four times as long.
+    """
+    optimizer = transformation(cfg.name, dict(cfg.options), rows)
+    decay = optax.add_decayed_weights(-cfg.weight_decay, decay_mask(cfg, params))
+
+    def step(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        updates, state = optimizer.update(grads, state, params)
+        updates, _ = decay.update(updates, decay.init(params), params)
+        return jax.tree.map(lambda p, u: p + lr * u, params, updates), state
+
+    stay = lambda grads, state, params: (params, state)  # noqa: E731
+    return jax.lax.cond(take, step, stay, grads, state, params)
 
 
 def _keep(take: jax.Array, new: Tree, old: Tree) -> Tree:

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from olmo_jax.config.parameters import nested, table
 from olmo_jax.config.run import Config
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
-from olmo_jax.parallel.sharding import (
-    shardings,
-)
+from olmo_jax.parallel.sharding import shardings, spec
 from olmo_jax.training import optim
 
 Batch = dict[str, jax.Array]
@@ -36,13 +35,19 @@ def build_model(config: Config) -> Transformer:
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     """Where each array of the state lives: moments beside their parameters, scalars everywhere."""
-    params = shardings(mesh, transformer.logical_axes(config.model))
+    rows = table(config.model)
+    params = shardings(mesh, nested({path: row.stored_axes for path, row in rows.items()}))
     whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        """Beside its parameter, whose path is a part of its own, if it has that shape."""
+        name = f"/{jax.tree_util.keystr(path, simple=True, separator='/')}/"
+        row = next((r for p, r in rows.items() if f"/{p}/" in name), None)
+        is_like = row is not None and row.shape == leaf.shape
+        return NamedSharding(mesh, spec(row.stored_axes)) if row is not None and is_like else whole
+
     shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
-    opt_state = {
-        name: params if name in ("mu", "nu") else jax.tree.map(lambda _: whole, value)
-        for name, value in shapes.opt_state.items()
-    }
+    opt_state = jax.tree_util.tree_map_with_path(place, shapes.opt_state)
     return TrainState(whole, params, opt_state)
 
 
@@ -66,7 +71,9 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
 def init_opt_state(config: Config, mesh: Mesh, params: Any) -> Any:
     """A fresh optimizer state for parameters that are there already."""
     out = state_shardings(config, mesh).opt_state
-    return jax.jit(lambda p: optim.init(config.optim, p), out_shardings=out)(params)
+    return jax.jit(lambda p: optim.init(config.optim, p, table(config.model)), out_shardings=out)(
+        params
+    )
 
 
 def replicated(mesh: Mesh, value: Any) -> jax.Array:
@@ -77,4 +84,6 @@ def replicated(mesh: Mesh, value: Any) -> jax.Array:
 
 def _fresh(config: Config, key: jax.Array) -> TrainState:
     params = transformer.init(config.model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optim.init(config.optim, params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optim.init(config.optim, params, table(config.model))
+    )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Transformer
@@ -43,7 +44,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[..., tuple[TrainStat
         with jax.named_scope("optimizer"):
             params, opt_state, metrics = optim.update(
                 config.optim, grads, state.opt_state, state.params, lr, max_grad_norm,
-                parts["ce"], (weights.sum() > 0) & is_whole,
+                parts["ce"], (weights.sum() > 0) & is_whole, table(config.model),
             )  # fmt: skip
         if config.model.router_bias_gamma is not None:
             # OLMo: moves it after a skipped step too.
