@@ -94,7 +94,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
         "--debug=maybe": "--debug=maybe: leave it out",
         "--n_devices=many": "--n_devices=many: need a whole number",
         "--process_id=1": "--coordinator and --n_processes missing",
-        "--config.optim.learning_rate=1": "learning_rate: unknown option; known: name, lr",
+        "--config.optim.learning_rate=1": "learning_rate: unknown option; known: name, options, lr",
         "--config.data.prefech=1": "config.data.prefech: unknown option; did you mean prefetch?",
         "--config.model.d_model=wide": "config.model.d_model: found 'wide', need int",
         "--config.train.duration=1.5": "config.train.duration: found 1.5, need int",

@@ -36,7 +36,7 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 # What a compiled step depends on, of the package and of a config.
 SOURCES = (
     "config/model.py", "parallel/sharding.py", "parallel/xla_flags.py", "nn", "kernels",
-    "training/experts.py", "training/losses.py", "training/optim.py", "training/state.py",
+    "training/experts.py", "training/losses.py", "training/optim.py", "training/optim_optax.py", "training/state.py",
     "training/step.py",
 )  # fmt: skip
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
