@@ -10,9 +10,13 @@ def __getattr__(name: str) -> Any:
         from olmo_jax.config import presets
 
         return presets
-    # `load` needs JAX; printing help does not, and JAX costs a second to import.
+    # These need JAX; printing help does not, and JAX costs a second to import.
     if name == "load":
         from olmo_jax.checkpoints.load import load
 
         return load
+    if name == "logits":
+        from olmo_jax.nn.transformer import logits
+
+        return logits
     raise AttributeError(f"module 'olmo_jax' has no attribute {name!r}")

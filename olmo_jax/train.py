@@ -213,9 +213,9 @@ def _train(config: Config, flags: dict[str, str]) -> int:
     import jax
 
     from olmo_jax.evals import perplexity, summary
+    from olmo_jax.nn.transformer import Transformer
     from olmo_jax.parallel import processes
     from olmo_jax.parallel.processes import say
-    from olmo_jax.training.state import build_model
 
     began = time.perf_counter()
     # Before the devices too: who is being stopped may hold them. Signals are heard from the start:
@@ -231,7 +231,7 @@ def _train(config: Config, flags: dict[str, str]) -> int:
             return outcome.code
         if jax.process_index() == 0 and config.train.summary:
             seconds = time.perf_counter() - began
-            model = build_model(config)
+            model = Transformer(config.model, config.compute)
             summary.write(
                 config, model, outcome.state.params, outcome.scores, seconds, outcome.saved
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import hf
 import jax
+import made
 import numpy as np
 
 from olmo_jax.config.data import DataConfig
@@ -13,8 +14,7 @@ from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.config.run import Config, from_dict
 from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import sharding
-from olmo_jax.training import step
-from olmo_jax.training.state import TrainState, state_shardings
+from olmo_jax.training.state import TrainState
 
 # Two batches in turn, so that there is something to learn.
 BATCHES = np.tile(np.random.default_rng(3).integers(0, 128, (2, 4, 24)), (3, 1, 1))
@@ -51,7 +51,8 @@ def assert_goes_on(weights, want: dict[str, Any], src: str, tmp_path: pathlib.Pa
     position = {key: weights.meta["position"][key] for key in ("row", "tokens")}
     assert position == {"row": SAVED_AFTER * 4, "tokens": SAVED_AFTER * 4 * 24}
     state, first = state_of(weights), BATCHES[0][:1]
-    logits = Transformer(weights.model).apply({"params": state.params}, first)
+    model = Transformer(weights.model)
+    logits = made.logits_of(model, state.params, first)
     np.testing.assert_allclose(logits[0], want["logits"], atol=2e-5)
     exported = hf.exported_logits(src, str(tmp_path / "hf"), first)
     np.testing.assert_allclose(exported[0], want["logits"], atol=2e-5)
@@ -76,14 +77,14 @@ def next_losses(config: Config, state: TrainState, batches: np.ndarray) -> list[
         mesh=MeshConfig(fsdp=1),
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state = jax.device_put(state, state_shardings(config, mesh))
-    update = step.make_train_step(config, mesh)
+    state = jax.device_put(state, made.state_places(config, mesh))
+    update = made.make_update(config, mesh)
     losses = []
     for tokens in batches.astype(np.int32):
         weights = np.ones(tokens.shape, np.float32)
         weights[:, -1] = 0
         batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_weights": weights}
         arrays = sharding.to_global(batch, mesh, n_rows)
-        state, metrics = update(state, arrays, np.float32(config.optim.lr), np.float32(1.0))
-        losses.append(float(metrics["train/CE loss"]))
+        state, report = update(state, arrays, np.float32(config.optim.lr), np.float32(1.0))
+        losses.append(float(report.loss))
     return losses

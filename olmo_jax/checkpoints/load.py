@@ -24,8 +24,9 @@ def load(
 ) -> tuple[Transformer, Params]:
     """The model and the parameters of a checkpoint of any kind.
 
-    `model.apply({"params": params}, tokens)` gives fp32 logits `[batch, seq, vocab_size]`. Under
-    `jax.set_mesh` the batch has to divide by the mesh's ways; without it XLA splits what it can.
+    `model.apply({"params": params}, tokens)` gives hidden states, of which `logits` makes
+    scores. Under `jax.set_mesh` the batch has to divide by the mesh's ways; without it XLA splits
+    what it can.
 
     Args:
       src: a run's folder or a checkpoint, a Hugging Face, OLMo or OLMo-core folder, here, on

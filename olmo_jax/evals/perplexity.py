@@ -21,6 +21,7 @@ from olmo_jax.data.batch import segments
 from olmo_jax.data.documents import read_boundaries
 from olmo_jax.data.token_files import TokenFile, TokenFiles, resolve_paths, token_dtype
 from olmo_jax.data.tokenizer import Tokenizer
+from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import sharding
 from olmo_jax.training import step
 from olmo_jax.training.loop import Budget
@@ -179,7 +180,7 @@ class Evaluator:
           ValueError: if a file is no token file of this model, or two files have one name.
         """
         self._config, self._mesh = config, mesh
-        self._eval_step = step.make_eval_step(config, mesh)
+        self._eval_step = step.make_eval_step(Transformer(config.model, config.compute), mesh)
         option, vocab_size = "config.eval.paths", config.model.vocab_size
         paths = resolve_paths(config.eval.paths, config.data.root, option=option)
         dtype = token_dtype(config.data.dtype, vocab_size)

@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from olmo_jax.nn import transformer
+from olmo_jax.nn.transformer import Transformer
+
 
 def sample(
-    model: Any,
+    model: Transformer,
     params: Any,
     prompt_ids: Sequence[int],
     n_new: int,
@@ -20,8 +23,7 @@ def sample(
     """Continue a prompt; one compilation serves all prompts, temperatures and seeds.
 
     Args:
-      model: `model.apply({"params": params}, tokens [1, context])` gives logits
-        `[1, context, vocab_size]`.
+      model: the Transformer.
       params: of the model.
       prompt_ids: at least one id; only the last `context` are seen.
       n_new: ids to make.
@@ -71,7 +73,8 @@ def _continue(
     def step(carry: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[Any, jax.Array]:
         window, length = carry
         # What stands behind `length` is never seen: the model does not look ahead.
-        logits = model.apply({"params": params}, window[None])[0, length - 1]
+        hidden = model.apply({"params": params}, window[None]).hidden
+        logits = transformer.logits(model, params, hidden[:, length - 1][:, None])[0, 0]
         # Gumbel-max: a sample of softmax(logits / temperature), and the argmax at 0.
         noise = jax.random.gumbel(key, logits.shape, logits.dtype)
         new = jnp.argmax(logits + temperature * noise).astype(jnp.int32)

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -86,8 +86,17 @@ _REMAT: dict[str, Any] = {
 }
 
 
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    hidden: jax.Array  # [batch, seq, d_model], what the head multiplies; see `logits`
+    cache: Any  # keys and values for what follows; None: no cache was given
+    routed: dict[str, jax.Array]  # what the routers did, `{name: [n_layers, …]}`; see `MoE`
+    stats: dict[str, jax.Array]  # "activation rms" of each layer [n_layers], if asked for
+
+
 class Transformer(nn.Module):
-    """A decoder-only language model; `model.apply({"params": params}, tokens)` gives logits."""
+    """A decoder-only language model; `model.apply({"params": params}, tokens)` gives `Output`."""
 
     config: ModelConfig
     compute: ComputeConfig = ComputeConfig(dtype="float32", remat="none")
@@ -99,20 +108,15 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         *,
-        output: str = "logits",
-    ) -> Any:
-        """Score every next token.
+        has_stats: bool = False,
+    ) -> Output:
+        """The hidden state of every token; `logits` makes scores of next tokens of it.
 
         Args:
           tokens: [batch, seq] int32.
           positions: [batch, seq] int32 within the document; None: 0, 1, 2, …
           segment_ids: [batch, seq] int32, equal within a document; None: one document.
-          output: "logits", "hidden", or "stats".
-
-        Returns:
-          logits: fp32 `[batch, seq, vocab_size]`. hidden: what the head multiplies,
-          `[batch, seq, d_model]`, and what the routers did (`MoE`), `{name: [n_layers, …]}`, empty
-          without experts. stats: the same with `activation rms`.
+          has_stats: also gather `Output.stats`.
         """
         c = self.config
         # Inside, a split sequence is in the order of the ring; outside nobody needs to know.
@@ -140,17 +144,28 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
             length=c.n_layers,
         )
-        blocks = scan(c, self.compute, output == "stats", name="layers")
-        x, stats = blocks(x, kind, tables, segment_ids)
+        blocks = scan(c, self.compute, has_stats, name="layers")
+        x, routed = blocks(x, kind, tables, segment_ids)
         x = norm(self, "final_norm", x)
         x = ring.from_zigzag(x) if is_split else x
 
-        if output == "logits":
-            # fp32 out of the product, as OLMo-core's head does for its loss.
-            w = embed.T if c.tie_embeddings else weight(self, "lm_head")
-            logits = cast("jax.Array", einsum("btd,dv->btv", x.astype(jnp.float32), w))
-            return logits[..., : c.vocab_size]
-        return x, stats
+        stats = {"activation rms": routed.pop("activation rms")} if has_stats else {}
+        return Output(x, None, routed, stats)
+
+
+def logits(model: Transformer, params: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
+    """Scores of next tokens, fp32 `[batch, seq, vocab_size]`.
+
+    Args:
+      model: the model.
+      params: of it.
+      hidden: [batch, seq, d_model], of `Output`.
+    """
+    if not model.config.tie_embeddings and "lm_head" not in params:
+        raise ValueError("parameter lm_head is missing; the model has a head of its own")
+    # fp32 out of the product, as OLMo-core's head does for its loss.
+    scores = einsum("btd,dv->btv", hidden.astype(jnp.float32), head(params))
+    return cast("jax.Array", scores)[..., : model.config.vocab_size]
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:

@@ -26,17 +26,19 @@ from jax.sharding import Mesh, NamedSharding
 from olmo_jax.config.options import Bears, bearing
 from olmo_jax.config.run import Config, from_dict
 from olmo_jax.config.text import flatten, to_dict
+from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import sharding
 from olmo_jax.pods import kernels
 from olmo_jax.pods.chips import ENVIRONMENT, Slice
-from olmo_jax.training import step
+from olmo_jax.training import losses, step
 from olmo_jax.training.state import abstract_state
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 # What a compiled step depends on, of the package and of a config.
 SOURCES = (
     "config/model.py", "parallel/sharding.py", "parallel/xla_flags.py", "nn", "kernels",
-    "training/experts.py", "training/losses.py", "training/optim.py", "training/optim_optax.py", "training/state.py",
+    "training/experts.py", "training/losses.py", "training/optim.py", "training/optim_optax.py",
+    "training/state.py",
     "training/step.py",
 )  # fmt: skip
 _OUT_OF_MEMORY = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")
@@ -78,9 +80,11 @@ def lower(config: Config, mesh: Mesh) -> Any:
         names |= {"positions": jnp.int32, "segment_ids": jnp.int32}
     batch = {n: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for n, dtype in names.items()}
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    state, update = abstract_state(config, mesh), step.make_train_step(config, mesh)
-    with jax.set_mesh(mesh):
-        return update.jitted.lower(state, batch, scalar, scalar)  # type: ignore[attr-defined]
+    m, t, o = config.model, config.train, config.optim
+    state, model = abstract_state(m, o, mesh), Transformer(m, config.compute)
+    objective = losses.next_token(m, config.compute, t)
+    update = step.make_update(objective, model, t, o, mesh)
+    return update.lower(state, batch, scalar, scalar)
 
 
 def compile_step(config: Config, mesh: Mesh) -> Any:

@@ -5,12 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from olmo_jax.config.run import Config
-from olmo_jax.training.state import Metrics
+from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.training import TrainConfig
 
 
 def router(
-    routed: dict[str, jax.Array], n_tokens: int, n_counted: jax.Array | float, config: Config
+    routed: dict[str, jax.Array],
+    n_tokens: int,
+    n_counted: jax.Array | float,
+    m: ModelConfig,
+    t: TrainConfig,
+    accumulate: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the routers of a (micro-)batch add to the loss.
 
@@ -18,12 +23,14 @@ def router(
       routed: `tokens` and `probability` `[n_layers, n_experts]`, `z` `[n_layers]`; see `nn/moe.py`.
       n_tokens: of the (micro-)batch, with those that have no loss.
       n_counted: of the whole batch, as `counted` says.
-      config: of the run; `train.router_loss_form` says whose form:
+      m: the model.
+      t: `router_loss_form` says whose form:
         olmoe: E / (L T k) Σ_l Σ_e n_le p_le, and mean logsumexp² / k, as OLMoE trained
         (Muennighoff/megablocks@olmoe, layers/moe.py). megablocks: without that k. olmo_core: as
         megablocks, but the divisor T is `n_counted`, that of the cross entropy: the fewer tokens
         have a loss, the more it weighs (nn/moe/loss.py). hugging_face: E Σ_e f_e P_e over all
         layers at once, about k at balance (modeling_olmoe.py).
+      accumulate: micro-batches of a step.
 
     Returns:
       The loss, and its parts: `balance` and `router z` (without their coefficients, means over the
@@ -31,9 +38,8 @@ def router(
       of the layers, where it is limited.
     """
     # OLMo: the products n · p there are of one device's tokens, here of the whole micro-batch's.
-    m, t = config.model, config.train
     is_core = t.router_loss_form == "olmo_core"
-    share = n_tokens / n_counted if is_core else 1.0 / config.compute.accumulate
+    share = n_tokens / n_counted if is_core else 1.0 / accumulate
     tokens, probability = routed["tokens"] / n_tokens, routed["probability"]
     if t.router_loss_form == "hugging_face":
         balance = m.n_experts * jnp.sum(tokens.mean(0) * probability.mean(0))
@@ -48,9 +54,8 @@ def router(
     return loss + (t.router_z_loss or 0.0) * parts["router z"], parts
 
 
-def reached_all(config: Config, parts: dict[str, jax.Array]) -> Any:
+def reached_all(limit: float | None, parts: dict[str, jax.Array]) -> Any:
     """Whether every token reached its experts; if not, the step is void and the run ends."""
-    limit = config.compute.expert_buffer
     return limit is None or "buffer" not in parts or parts["buffer"] <= limit
 
 
@@ -68,21 +73,25 @@ def balance(params: Any, tokens: jax.Array, gamma: jax.Array) -> Any:
     return params | {"layers": layers | {"moe": moe | {"router_bias": bias}}}
 
 
-def metrics(config: Config, parts: Metrics) -> Metrics:
+def metrics(t: TrainConfig, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What the routers of a step did, by OLMo-core's names."""
-    t, tokens = config.train, parts["routed"]  # [n_layers, n_experts]
-    load = tokens / tokens.mean(1, keepdims=True)
-    metrics = {f"train/block {i:02}/load imbalance": x for i, x in enumerate(load.max(1))}
-    metrics["train/expert load"] = load
+    load = loads(parts)
+    scalars = {f"train/block {i:02}/load imbalance": x for i, x in enumerate(load.max(1))}
     if "buffer" in parts:
-        metrics["train/expert buffer"] = parts["buffer"]
+        scalars["train/expert buffer"] = parts["buffer"]
     for name, key, weight in (
         ("load balancing loss", "balance", t.load_balancing_loss),
         ("router Z loss", "router z", t.router_z_loss),
     ):
         if weight is not None:
-            metrics |= {
+            scalars |= {
                 f"train/{name}": weight * parts[key],
                 f"train/{name} unscaled": parts[key],
             }
-    return metrics
+    return scalars
+
+
+def loads(parts: dict[str, jax.Array]) -> jax.Array:
+    """The tokens of each expert in terms of the balanced load, `[n_layers, n_experts]`."""
+    tokens = parts["routed"]
+    return tokens / tokens.mean(1, keepdims=True)

@@ -19,15 +19,17 @@ from jax.sharding import Mesh
 from olmo_jax import files
 from olmo_jax.checkpoints import checkpointer
 from olmo_jax.checkpoints.checkpointer import Checkpointer
+from olmo_jax.config import costs
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.order import Position
+from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import distributed, processes, sharding
 from olmo_jax.parallel.processes import say
 from olmo_jax.records import jsonl, writer
-from olmo_jax.training import optim, profiler, program, start, step
+from olmo_jax.training import losses, optim, profiler, program, start, step
 from olmo_jax.training.keeping import FellBack, Keeper, Stopped
 from olmo_jax.training.pacing import Pacing
 from olmo_jax.training.state import TrainState, abstract_state
@@ -94,7 +96,7 @@ def _train(
         kind = jax.devices()[0].device_kind
         say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
         start.check_attention(config, mesh)
-        program.check_flags(config, mesh)
+        program.check_flags(config.compute.xla_flags, mesh)
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)
         stack.callback(_wait_for_save, checkpointer)
@@ -109,7 +111,11 @@ def _train(
         pacing = Pacing(config.train, config.optim, config.data, loader, first)
         evaluators = make_evaluators(config, mesh)
         rows = table(config.model)
-        say(optim.describe_groups(config.optim, abstract_state(config, mesh).params, rows))
+        say(
+            optim.describe_groups(
+                config.optim, abstract_state(config.model, config.optim, mesh).params, rows
+            )
+        )
         is_done = first >= pacing.last
         if is_done and not is_resume:
             end = f"config.train.duration={config.train.duration} ends at step {pacing.last}"
@@ -213,8 +219,8 @@ def checkpoint_meta(config: Config, loader: Loader, position: Position, at: int)
 class Done(NamedTuple):
     """A step that the devices have been given, and of which the host has read nothing yet."""
 
-    step: int
-    metrics: dict[str, jax.Array]
+    at: int
+    report: step.Report | None  # None: its batch was passed over
     lr: float
     tokens: int  # seen by the run at its end
     batch_tokens: int
@@ -245,8 +251,17 @@ class Run:
           ValueError: if batches cannot be read any more; what was trained is saved.
         """
         c, at = self.config, first
-        update = program.Program(c, self.mesh, self.log)
-        norms = step.make_norms(c, self.mesh) if c.log.norms_interval else None
+        model = Transformer(c.model, c.compute)
+        objective = losses.next_token(c.model, c.compute, c.train)
+        update = program.CompiledUpdate(
+            step.make_update(objective, model, c.train, c.optim, self.mesh),
+            self.log,
+            c.compute.xla_flags,
+            costs.flops_per_token(c.model, c.data.seq_len) * c.data.seq_len,
+        )
+        norms = None
+        if c.log.norms_interval:
+            norms = step.make_norms(objective, model, c.train, self.mesh)
         slowest = sharding.make_max(self.mesh)
         if first == 0 and (kind := self.keeper.checkpointer.due(0)):
             self.keeper.save(state, 0, self.loader.order.start, kind)
@@ -279,14 +294,12 @@ class Run:
                 lr, clip = self.pacing.rates(at, seen, batch_tokens)
                 if self.pacing.is_skipped(at):
                     state = dataclasses.replace(state, step=state.step + jnp.int32(1))
-                    device_metrics = {}
+                    report = None
                 else:
-                    state, device_metrics = update(
-                        at, state, arrays, np.float32(lr), np.float32(clip)
-                    )
+                    state, report = update(at, state, arrays, np.float32(lr), np.float32(clip))
                 self.record(pending)
                 wait = slowest(self.loader.wait_s)
-                pending = Done(at, device_metrics, lr, seen, batch_tokens, wait)
+                pending = Done(at, report, lr, seen, batch_tokens, wait)
 
             kind, stop = self.keeper.checkpointer.due(at), self.preemption.requested()
             due_eval = self.due_eval(at)
@@ -313,16 +326,14 @@ class Run:
         """
         if pending is None:
             return
-        at = pending.step
-        values = jax.device_get(pending.metrics)
-        load = values.pop("train/expert load", None)  # [n_layers, n_experts]
-        values = {name: float(v) for name, v in values.items()}
-        if values.get("train/masked labels (%)") == 1.0:  # no token, so no loss either: not 0
+        at, report = pending.at, jax.device_get(pending.report)
+        values = {} if report is None else {k: float(v) for k, v in report.metrics().items()}
+        if report is not None and not report.has_loss:  # no token, so no loss either: not 0
             values.pop("train/CE loss")
         if at % self.config.log.interval == 0:
             values |= _device_memory()
-            if load is not None:
-                self.log.table(at, "train/expert load", load)
+            for name, table in ({} if report is None else report.tables).items():
+                self.log.table(at, name, table)
         self.log.step(
             at,
             values,
@@ -331,14 +342,17 @@ class Run:
             batch_tokens=pending.batch_tokens,
             data_wait_s=float(pending.wait_s),
         )
-        self.keeper.judge(at, values.get("train/CE loss"), values.get("optim/total grad norm", 0.0))
-        needed, limit = values.get("train/expert buffer", 0.0), self.config.compute.expert_buffer
-        if limit is not None and needed > np.float32(limit):
+        if report is None:
+            return
+        loss, norm = float(report.loss), float(report.grad_norm)
+        self.keeper.judge(at, loss if report.has_loss else None, norm)
+        limit = self.config.compute.expert_buffer
+        if limit is not None and report.room is not None and report.room > np.float32(limit):
             raise ValueError(
-                f"step {at}: the experts of one device are to take {needed:.3f} times the balanced"
-                f" load; config.compute.expert_buffer={limit} needs to be"
-                f" {math.ceil(100 * needed) / 100} or more. The step did not change the parameters;"
-                f" {self.keeper.saved()}"
+                f"step {at}: the experts of one device are to take {report.room:.3f} times the"
+                f" balanced load; config.compute.expert_buffer={limit} needs to be"
+                f" {math.ceil(100 * report.room) / 100} or more. The step did not change the"
+                f" parameters; {self.keeper.saved()}"
             )
 
     def evaluate_between(self, state: TrainState, at: int, position: Position) -> None:

@@ -4,15 +4,37 @@ A normalisation is a scale on the batch's `loss_weights`, fixed before the batch
 loss is then a plain sum, the same for any sharding and any number of micro-batches.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from olmo_jax.config.run import Config
+from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.config.training import TrainConfig
 from olmo_jax.kernels.cross_entropy import cross_entropy
+from olmo_jax.nn import transformer
+from olmo_jax.nn.transformer import Output
+from olmo_jax.training import experts
 
 Batch = dict[str, jax.Array]
+Parts = dict[str, jax.Array]  # `ce` and `z` (mean logsumexp², not scaled), and those of experts
+Apply = Callable[[Any, Batch], Output]
+
+
+class Objective(Protocol):
+    """A loss: the sum over a (micro-)batch, and its parts; the divisor is in the weights."""
+
+    def __call__(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
+        """The sum and its parts.
+
+        Args:
+          apply: the forward pass of a batch.
+          params: of the model.
+          batch: `[batch, seq]` arrays: tokens, targets, loss_weights, normalised, and what the
+            model and the objective need besides; `n_counted`, a scalar of the whole batch.
+        """
+        ...
 
 
 def normalize(weights: jax.Array, mode: str, ranks: int) -> jax.Array:
@@ -53,28 +75,38 @@ def counted(weights: jax.Array) -> jax.Array:
     return jnp.where(per_row > 0, per_row, weights.shape[1])
 
 
+def next_token(m: ModelConfig, compute: ComputeConfig, t: TrainConfig) -> Objective:
+    """The objective of pretraining: the next token, and what experts add to it."""
+
+    def objective(apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
+        output = apply(params, batch)
+        loss, parts = cross_entropy_of(m, compute, t.z_loss, output.hidden, params, batch)
+        if not output.routed:
+            return loss, parts
+        n_tokens, n_counted = batch["tokens"].size, batch["n_counted"]
+        added, more = experts.router(output.routed, n_tokens, n_counted, m, t, compute.accumulate)
+        return loss + added, parts | more
+
+    return objective
+
+
 @jax.named_scope("loss")
-def next_token(
-    hidden: jax.Array, head: jax.Array, batch: Batch, config: Config
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Weighted sum of the next-token loss over a (micro-)batch.
-
-    Args:
-      hidden: [batch, seq, d_model].
-      head: [d_model, vocab_rows].
-      batch: with `targets` and `loss_weights`, normalised.
-      config: of the run.
-
-    Returns:
-      The loss, and its parts: `ce` and `z` (mean logsumexp², not scaled).
-    """
+def cross_entropy_of(
+    m: ModelConfig,
+    compute: ComputeConfig,
+    z_loss: float | None,
+    hidden: jax.Array,
+    params: Any,
+    batch: Batch,
+) -> tuple[jax.Array, Parts]:
+    """The weighted sum of the next-token loss of `hidden [batch, seq, d_model]`, and its parts."""
     return cross_entropy(
         hidden,
-        head,
+        transformer.head(params),
         batch["targets"],
         batch["loss_weights"],
-        config.model.vocab_size,
-        config.train.z_loss,
-        config.compute.loss_chunk,
-        config.compute.grad_dtype,
+        m.vocab_size,
+        z_loss,
+        compute.loss_chunk,
+        compute.grad_dtype,
     )

@@ -98,7 +98,7 @@ def update(
     loss: jax.Array,
     has_tokens: jax.Array | bool,
     rows: Mapping[str, Parameter] = NO_ROWS,
-) -> tuple[Tree, dict[str, Any], dict[str, jax.Array]]:
+) -> tuple[Tree, dict[str, Any], jax.Array, jax.Array]:
     """One step of the optimizer, or none where the step must not be taken.
 
     Nothing changes after a step without tokens, with a loss or gradient norm that is not finite,
@@ -113,8 +113,8 @@ def update(
       loss: scalar, cross entropy of the whole batch (as in OLMo-core without z-loss).
       has_tokens: scalar bool; false if the batch has nothing to learn from.
       rows: the table of the parameters; AdamW does without.
-    Returns: params, opt_state, and metrics by OLMo-core's names: the norm is that before clipping,
-      "optim/step skipped" is 1.0 where nothing changed.
+    Returns: params, opt_state, the norm of the gradients before clipping, and whether anything
+      changed, a bool.
     """
     norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
     loss = jnp.asarray(loss, jnp.float32)
@@ -127,13 +127,9 @@ def update(
 
     clip = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) * clip, grads)
-    metrics = {
-        "optim/total grad norm": norm,
-        "optim/step skipped": 1.0 - take.astype(jnp.float32),
-    }
     if cfg.name not in NATIVE:
         params, state = _other_step(cfg, rows, take, grads, opt_state["optax"], params, lr)
-        return params, {"optax": state}, metrics
+        return params, {"optax": state}, norm, take
     mu = optax.tree.update_moment(grads, opt_state["mu"], cfg.beta1, 1)
     nu = optax.tree.update_moment(grads, opt_state["nu"], cfg.beta2, 2)
     # OLMo: multiplies the step by 0 there, which makes parameters NaN if it is not finite.
@@ -143,7 +139,7 @@ def update(
     params = _keep(take, jax.tree.map(lambda p, step: p - lr * step, params, steps), params)
     # OLMo: before PR#317 the count stayed at zero: every step was corrected like the first.
     count = jnp.where(take & (not cfg.freeze_adam_step), count, opt_state["count"])
-    return params, {"mu": mu, "nu": nu, "count": count} | history, metrics
+    return params, {"mu": mu, "nu": nu, "count": count} | history, norm, take
 
 
 def _adamw_steps(cfg: OptimConfig, mu: Tree, nu: Tree, count: jax.Array, params: Tree) -> Tree:

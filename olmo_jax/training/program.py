@@ -11,14 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from olmo_jax.config import costs
 from olmo_jax.config.options import ConfigError
-from olmo_jax.config.run import Config
 from olmo_jax.parallel import xla_flags
 from olmo_jax.parallel.processes import say
 from olmo_jax.records import writer
-from olmo_jax.training import step
-from olmo_jax.training.state import Batch, Metrics, TrainState
+from olmo_jax.training.losses import Batch
+from olmo_jax.training.state import TrainState
+from olmo_jax.training.step import Jitted, Report
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all",
@@ -28,25 +27,28 @@ COLLECTIVES = (
 GIB = 2**30
 
 
-class Program:
-    """`step.make_train_step`, compiled ahead of its first call with each shape of a batch.
+class CompiledUpdate:
+    """An update, compiled ahead of its first call with each shape of a batch.
 
     JAX keeps the program for the calls that follow: nothing is compiled twice.
 
     Args:
-      config: the run.
-      mesh: its devices.
-      log: records what was found, at the step that is called next.
+      update: from `step.make_update`.
+      log: records what the compiler said, at the step that is called next.
+      flags: `compute.xla_flags`.
+      row_flops: useful FLOPs of a row, by formula.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, log: writer.Writer):
-        self._config, self._mesh, self._log = config, mesh, log
-        self._update = step.make_train_step(config, mesh)
+    def __init__(
+        self, update: Jitted, log: writer.Writer, flags: tuple[str, ...], row_flops: float,
+    ):  # fmt: skip
+        self._update, self._log = update, log
+        self._flags, self._row_flops = flags, row_flops
         self._rows: set[int] = set()  # of the batches whose program is there
 
     def __call__(
         self, at: int, state: TrainState, batch: Batch, lr: Any, max_grad_norm: Any
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Report]:
         """One update, number `at`; returns without waiting for the devices."""
         arguments = state, batch, lr, max_grad_norm
         rows = batch["tokens"].shape[0]
@@ -55,24 +57,22 @@ class Program:
         return self._update(*arguments)
 
     def _compile(self, at: int, rows: int, arguments: Any) -> None:
-        kind = self._mesh.devices.flat[0].device_kind
+        kind = self._update.mesh.devices.flat[0].device_kind
         if not self._rows:
-            chosen = xla_flags.flags(kind, self._config.compute.xla_flags)
+            chosen = xla_flags.flags(kind, self._flags)
             for name, (value, reason) in chosen.items():
                 say(f"XLA flag: {name}={value} ({reason})")
         self._rows.add(rows)
         say(f"compiling the step for batches of {rows:,} rows")
         began = time.perf_counter()
-        with jax.set_mesh(self._mesh), _cache_hits() as hits:
-            lowered = self._update.jitted.lower(*arguments)  # type: ignore[attr-defined]
-            compiled = lowered.compile()
+        with _cache_hits() as hits:
+            compiled = self._update.lower(*arguments).compile()
         seconds = time.perf_counter() - began
         say(f"compiled in {seconds:.1f} s{' (found in the compilation cache)' if hits else ''}")
-        memory, tokens = memory_of(compiled, arguments), rows * self._config.data.seq_len
+        memory = memory_of(compiled, arguments)
         there = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
         say(f"  memory per device: {memory_words(memory, there.get('bytes_limit'))}")
-        by_formula = costs.flops_per_token(self._config.model, self._config.data.seq_len) * tokens
-        by_formula /= self._mesh.size
+        by_formula = self._row_flops * rows / self._update.mesh.size
         by_compiler = (compiled.cost_analysis() or {}).get("flops", math.nan)
         say(
             f"  FLOPs per device: {by_formula:.3g} by formula; {by_compiler:.3g} by the compiler,"
@@ -105,14 +105,14 @@ def _cache_hits() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_listener(listen)
 
 
-def check_flags(config: Config, mesh: Mesh) -> None:
+def check_flags(flags: tuple[str, ...], mesh: Mesh) -> None:
     """Show the flags of the step to the compiler, with a program of one number.
 
     Raises:
       ConfigError: if it refuses an option of `compute.xla_flags`.
     """
     kind = mesh.devices.flat[0].device_kind
-    chosen: Any = xla_flags.options(kind, config.compute.xla_flags)
+    chosen: Any = xla_flags.options(kind, flags)
     try:
         jax.jit(lambda: 0).lower().compile(compiler_options=chosen)
     except jax.errors.JaxRuntimeError as error:

@@ -263,14 +263,14 @@ def compare_data(source: Source | None, loader: Loader) -> None:
 def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
     """The state after `first` steps: fresh, or with the parts that the source gives."""
     if source is None:
-        return init_state(config, mesh)
+        return init_state(config.model, config.optim, mesh, config.train.seed)
     new = ()
     if config.model.router_bias_gamma is not None and not _has_biases(source):
         say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
         new = (ROUTER_BIAS,)
-    loaded = source.load(abstract_state(config, mesh), new)
+    loaded = source.load(abstract_state(config.model, config.optim, mesh), new)
     if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
-        loaded["opt_state"] = init_opt_state(config, mesh, loaded["params"])
+        loaded["opt_state"] = init_opt_state(config.model, config.optim, mesh, loaded["params"])
     if "step" not in loaded:
         loaded["step"] = replicated(mesh, np.int32(first))
     return TrainState(**loaded)

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from olmo_jax.config.parameters import nested, table
-from olmo_jax.config.run import Config
+from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import table
+from olmo_jax.config.training import OptimConfig
 from olmo_jax.nn import transformer
-from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel.sharding import shardings, spec
 from olmo_jax.training import optim
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -28,15 +25,14 @@ class TrainState:
     opt_state: Any
 
 
-def build_model(config: Config) -> Transformer:
-    """The model of a config, computed as it says."""
-    return Transformer(config.model, config.compute)
+def param_shardings(m: ModelConfig, mesh: Mesh) -> Any:
+    """Where each parameter lives."""
+    return shardings(mesh, transformer.logical_axes(m))
 
 
-def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+def state_shardings(m: ModelConfig, o: OptimConfig, mesh: Mesh) -> TrainState:
     """Where each array of the state lives: moments beside their parameters, scalars everywhere."""
-    rows = table(config.model)
-    params = shardings(mesh, nested({path: row.stored_axes for path, row in rows.items()}))
+    rows, params = table(m), param_shardings(m, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -46,34 +42,32 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
         is_like = row is not None and row.shape == leaf.shape
         return NamedSharding(mesh, spec(row.stored_axes)) if row is not None and is_like else whole
 
-    shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: _fresh(m, o, jax.random.key(0)))
     opt_state = jax.tree_util.tree_map_with_path(place, shapes.opt_state)
     return TrainState(whole, params, opt_state)
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+def abstract_state(m: ModelConfig, o: OptimConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; takes no memory, whatever the model's size."""
-    shapes = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: _fresh(m, o, jax.random.key(0)))
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         shapes,
-        state_shardings(config, mesh),
+        state_shardings(m, o, mesh),
     )
 
 
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """A fresh state, born sharded; its values depend on `train.seed`, never on the mesh."""
-    fresh = jax.jit(_fresh, static_argnums=0, out_shardings=state_shardings(config, mesh))
+def init_state(m: ModelConfig, o: OptimConfig, mesh: Mesh, seed: int) -> TrainState:
+    """A fresh state, born sharded; its values depend on the seed, never on the mesh."""
+    fresh = jax.jit(_fresh, static_argnums=(0, 1), out_shardings=state_shardings(m, o, mesh))
     with jax.set_mesh(mesh):
-        return fresh(config, jax.random.key(config.train.seed))
+        return fresh(m, o, jax.random.key(seed))
 
 
-def init_opt_state(config: Config, mesh: Mesh, params: Any) -> Any:
+def init_opt_state(m: ModelConfig, o: OptimConfig, mesh: Mesh, params: Any) -> Any:
     """A fresh optimizer state for parameters that are there already."""
-    out = state_shardings(config, mesh).opt_state
-    return jax.jit(lambda p: optim.init(config.optim, p, table(config.model)), out_shardings=out)(
-        params
-    )
+    out = state_shardings(m, o, mesh).opt_state
+    return jax.jit(lambda p: optim.init(o, p, table(m)), out_shardings=out)(params)
 
 
 def replicated(mesh: Mesh, value: Any) -> jax.Array:
@@ -82,8 +76,6 @@ def replicated(mesh: Mesh, value: Any) -> jax.Array:
     return jax.make_array_from_callback((), sharding, lambda _: value)
 
 
-def _fresh(config: Config, key: jax.Array) -> TrainState:
-    params = transformer.init(config.model, key)
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, optim.init(config.optim, params, table(config.model))
-    )
+def _fresh(m: ModelConfig, o: OptimConfig, key: jax.Array) -> TrainState:
+    params = transformer.init(m, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optim.init(o, params, table(m)))

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 
@@ -15,7 +16,6 @@ from olmo_jax.data.tokenizer import Tokenizer
 from olmo_jax.evals.perplexity import Evaluator, Stream, evaluate
 from olmo_jax.nn import transformer
 from olmo_jax.parallel import sharding
-from olmo_jax.training import step
 from olmo_jax.training.loop import Budget
 
 VOCAB, SEQ, EOS = 97, 16, 3
@@ -49,12 +49,12 @@ def params(model):
 
 @pytest.fixture(scope="module")
 def eval_step(mesh):
-    return step.make_eval_step(cfg(), mesh)
+    return made.make_eval_step(cfg(), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def nats_of(model, params, window, length, target):
-    logits = model.apply({"params": params}, window[None])[0, length - 1]
+    logits = made.logits_of(model, params, window[None])[0, length - 1]
     return jax.nn.logsumexp(logits) - logits[target]
 
 
@@ -127,17 +127,17 @@ def test_all_batch_sizes_and_meshes_agree(mesh, params, eval_step):
         assert score.nats == pytest.approx(expected.nats, rel=1e-6)
     split = sharding.make_mesh(config.MeshConfig(fsdp=2, context=2, tensor=2))
     score = evaluate(
-        step.make_eval_step(cfg(), split), params, split, stream, batch_rows=3, **options
+        made.make_eval_step(cfg(), split), params, split, stream, batch_rows=3, **options
     )
     assert score.n_tokens == 203
     assert score.nats == pytest.approx(expected.nats, rel=1e-5)
 
 
 def test_evaluation_compiles_once(mesh, params):
-    eval_step = step.make_eval_step(cfg(), mesh)
+    eval_step = made.make_eval_step(cfg(), mesh)
     for text in (TEXT, TEXT[:50]):
         evaluate(eval_step, params, mesh, Stream(text, EOS), seq_len=SEQ, stride=8, batch_rows=4)
-    assert eval_step.jitted._cache_size() == 1
+    assert eval_step.function._cache_size() == 1
 
 
 def test_a_few_rows_are_evenly_spaced(mesh):

@@ -4,6 +4,7 @@ import functools
 import compile_step
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 
@@ -12,7 +13,6 @@ from olmo_jax.generation import sampling
 from olmo_jax.generation.sampling import sample
 from olmo_jax.nn import transformer
 from olmo_jax.parallel import sharding
-from olmo_jax.training.state import abstract_state
 
 MODEL = config.ModelConfig(
     vocab_size=50, padded_vocab_size=64, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2,
@@ -32,17 +32,17 @@ def params(model):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, tokens):
-    return model.apply({"params": params}, tokens)
+    return made.logits_of(model, params, tokens)
 
 
 class Fixed:
     """A model whose logits do not depend on its input."""
 
-    def __init__(self, logits):
-        self.logits = jnp.array(logits, jnp.float32)
+    def __init__(self, n_ids):
+        self.config = config.ModelConfig(vocab_size=n_ids)
 
     def apply(self, variables, tokens):
-        return jnp.broadcast_to(self.logits, (*tokens.shape, self.logits.size))
+        return transformer.Output(jnp.ones((*tokens.shape, 1)), None, {}, {})
 
 
 @pytest.mark.parametrize("n_prompt", [1, 7, 8, 20])
@@ -71,7 +71,8 @@ def test_the_same_seed_gives_the_same_ids_and_another_seed_others(model, params)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_samples_follow_the_distribution_at_their_temperature(temperature):
     logits = np.log([0.5, 0.25, 0.15, 0.07, 0.03])
-    ids = sample(Fixed(logits), {}, [0], 4000, temperature, seed=3, context=2)
+    params = {"lm_head": jnp.array(logits, jnp.float32)[None]}
+    ids = sample(Fixed(5), params, [0], 4000, temperature, seed=3, context=2)
     p = np.exp(logits / temperature)
     p /= p.sum()
     counts = np.bincount(ids, minlength=5)
@@ -97,7 +98,7 @@ def test_parameters_on_all_chips_of_a_tpu_are_sampled_from(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: chips)
     wide = dataclasses.replace(MODEL, head_dim=128)  # takes the kernel for rotary embedding too
     c = config.Config(model=wide)
-    params = abstract_state(c, sharding.make_mesh(c.mesh, chips)).params
+    params = made.state_shapes(c, sharding.make_mesh(c.mesh, chips)).params
     window, scalar = jax.ShapeDtypeStruct((16,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     sampling._continue.lower(

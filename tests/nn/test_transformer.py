@@ -3,6 +3,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ SMALL = ModelConfig(
 
 def logits_of(config, params, tokens=TOKENS, compute=None, **kwargs):
     model = Transformer(config, compute or ComputeConfig(dtype="float32", remat="none"))
-    return jax.jit(lambda p: model.apply({"params": p}, jnp.asarray(tokens), **kwargs))(params)
+    return jax.jit(lambda p: made.logits_of(model, p, jnp.asarray(tokens), **kwargs))(params)
 
 
 @pytest.mark.parametrize("name", hf.FAMILIES)
@@ -97,7 +98,7 @@ def test_padded_vocabulary_rows_do_not_score():
 def gradients(remat):
     params = transformer.init(SMALL, jax.random.key(0))
     model = Transformer(SMALL, ComputeConfig(dtype="float32", remat=remat))
-    loss = lambda p: jnp.square(model.apply({"params": p}, jnp.asarray(TOKENS))).mean()  # noqa: E731
+    loss = lambda p: jnp.square(made.logits_of(model, p, jnp.asarray(TOKENS))).mean()  # noqa: E731
     return jax.jit(jax.grad(loss))(params)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import made
 import numpy as np
 import pytest
 
@@ -20,8 +21,7 @@ from olmo_jax.config.run import Config
 from olmo_jax.evals import perplexity
 from olmo_jax.parallel import sharding
 from olmo_jax.parallel.processes import Preemption
-from olmo_jax.training import loop, step
-from olmo_jax.training.state import abstract_state
+from olmo_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATHS = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}
@@ -79,8 +79,8 @@ def step_of(n_layers, d_ff):
     rows = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32}
     batch = {name: jax.ShapeDtypeStruct((2, 64), dtype) for name, dtype in rows.items()}
     scalar = jax.ShapeDtypeStruct((), np.float32)
-    arguments = abstract_state(c, mesh), batch, scalar, scalar
-    return step.make_train_step(c, mesh).jitted, mesh, arguments
+    arguments = made.state_shapes(c, mesh), batch, scalar, scalar
+    return made.make_update(c, mesh).function, mesh, arguments
 
 
 def seconds_to_compile(n_layers, d_ff):
@@ -119,16 +119,16 @@ def test_the_step_is_compiled_once_per_batch_shape(tmp_path, monkeypatch):
     )
     steps = []
 
-    def made(*args):
-        steps.append(step_maker(*args))
+    def kept(*args):
+        steps.append(make_update(*args))
         return steps[-1]
 
-    step_maker = step.make_train_step
-    monkeypatch.setattr(loop.step, "make_train_step", made)
+    make_update = loop.step.make_update
+    monkeypatch.setattr(loop.step, "make_update", kept)
     with Preemption() as preemption:
         assert loop.train(c, preemption, perplexity.evaluators).code == 0
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     sizes = {r["train/global batch size"] for r in records if "train/global batch size" in r}
     assert sizes == {8 * seq, 16 * seq}
-    assert [update.jitted._cache_size() for update in steps] == [2]
+    assert [update.function._cache_size() for update in steps] == [2]

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 import runs
@@ -15,8 +16,6 @@ from olmo_jax.nn import moe, router
 from olmo_jax.parallel import sharding
 from olmo_jax.records import jsonl
 from olmo_jax.training import experts as expert_training
-from olmo_jax.training import step
-from olmo_jax.training.state import init_state
 
 EXPERTS = dataclasses.replace(
     PLAIN, n_experts=8, n_experts_per_token=3, norm_position="before", init_std=0.2
@@ -123,10 +122,10 @@ def one_step(factor, accumulate=1):
     compute = dataclasses.replace(config.compute, expert_buffer=factor)
     config = dataclasses.replace(config, compute=compute)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
-    state, update = init_state(fresh, mesh), step.make_train_step(config, mesh)
+    state, update = made.fresh_state(fresh, mesh), made.make_update(config, mesh)
     before, arrays = jax.tree.map(np.asarray, state), sharding.to_global(make_batch(), mesh, 8)
-    state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
-    return before, state, float(metrics["train/expert buffer"])
+    state, report = update(state, arrays, np.float32(1e-2), np.float32(1.0))
+    return before, state, float(report.room)
 
 
 def test_a_step_that_finds_no_room_changes_nothing():
@@ -215,7 +214,7 @@ def routed(n_layers: int = 3, n: int = 40) -> tuple[dict, list, list]:
 
 def parts(form: str) -> dict:
     config = make_config(model=EXPERTS, router_loss_form=form, **LOSSES)
-    return expert_training.router(routed()[0], 40, 40, config)[1]
+    return expert_training.router(routed()[0], 40, 40, config.model, config.train, 1)[1]
 
 
 def test_the_balancing_loss_of_hugging_face_is_its_own():
@@ -238,7 +237,9 @@ def test_the_losses_of_megablocks_and_olmoe_by_their_formulas():
         found = parts(form)
         np.testing.assert_allclose(found["balance"], balance, rtol=1e-5)
         np.testing.assert_allclose(found["router z"], z / divisor, rtol=1e-5)
-    total, found = expert_training.router(routed()[0], 40, 40, make_config(model=EXPERTS, **LOSSES))
+    total, found = expert_training.router(
+        routed()[0], 40, 40, EXPERTS, make_config(**LOSSES).train, 1
+    )
     expected = 0.01 * found["balance"] + 0.001 * found["router z"]
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 

@@ -35,7 +35,10 @@ def draw(seed, scale=1.0, shapes=SHAPES):
 
 @partial(jax.jit, static_argnums=0)
 def update(cfg, params, state, grads, lr=1e-2, clip=1.0, loss=2.0, has_tokens=True):
-    return optim.update(cfg, grads, state, params, lr, clip, jnp.float32(loss), has_tokens)
+    *new, norm, taken = optim.update(
+        cfg, grads, state, params, lr, clip, jnp.float32(loss), has_tokens
+    )
+    return *new, {"optim/total grad norm": norm, "optim/step skipped": 1.0 - taken}
 
 
 def assert_same(got, want):
@@ -343,5 +346,5 @@ def test_the_update_is_one_compilation_in_place_and_without_temporaries():
     assert sizes.alias_size_in_bytes >= 6 * 256 * 256 * 4
     grads = draw(1, shapes={"embed": (256, 256), "lm_head": (256, 256)})
     for lr, loss in ((1e-3, 2.0), (2e-3, np.nan), (0.0, 3.0)):
-        params, state, _ = step(params, state, grads, lr, jnp.float32(loss))
+        params, state, *_ = step(params, state, grads, lr, jnp.float32(loss))
     assert step._cache_size() == 1

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import optax
 import pytest
@@ -14,8 +15,7 @@ from olmo_jax.config.parameters import table
 from olmo_jax.config.training import OptimConfig
 from olmo_jax.nn import transformer
 from olmo_jax.parallel import sharding
-from olmo_jax.training import optim, optim_optax, step
-from olmo_jax.training.state import abstract_state, init_state
+from olmo_jax.training import optim, optim_optax
 
 SMALL = ModelConfig(
     vocab_size=40, d_model=24, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32
@@ -104,11 +104,11 @@ def test_a_step_that_must_not_be_taken_changes_nothing(name):
     params = draw(0)
     state = optim.init(cfg, params, ROWS)
     step_ = jax.jit(lambda p, s, g, loss: optim.update(cfg, g, s, p, 1e-2, 1.0, loss, True, ROWS))
-    new, new_state, metrics = step_(params, state, draw(1), jnp.float32(jnp.nan))
-    assert metrics["optim/step skipped"] == 1
+    new, new_state, _, taken = step_(params, state, draw(1), jnp.float32(jnp.nan))
+    assert not taken
     jax.tree.map(np.testing.assert_array_equal, (new, new_state), (params, state))
-    new, _, metrics = step_(params, state, draw(1), jnp.float32(1.0))
-    assert metrics["optim/step skipped"] == 0
+    new, _, _, taken = step_(params, state, draw(1), jnp.float32(1.0))
+    assert taken
     assert all(
         not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (new, params)), strict=True)
     )
@@ -154,11 +154,11 @@ def test_sharded_equals_single(name):
         config = config.__class__(**{**vars(config), "optim": optimizer})
         n = int(np.prod([max(1, v) for v in (mesh or {"fsdp": 1}).values()]))
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:n])
-        state, update = init_state(config, mesh), step.make_train_step(config, mesh)
+        state, update = made.fresh_state(config, mesh), made.make_update(config, mesh)
         for _ in range(2):
             arrays = sharding.to_global(make_batch(), mesh, 8)
             state, _ = update(state, arrays, np.float32(1e-2), np.float32(1.0))
-        return jax.device_get(state.params), abstract_state(config, mesh)
+        return jax.device_get(state.params), made.state_shapes(config, mesh)
 
     one, _ = two_steps({"fsdp": 1})
     many, shapes = two_steps({"fsdp": 2, "tensor": 2, "data": 2})

@@ -7,6 +7,7 @@ from typing import Any
 
 import compile_step
 import jax
+import made
 import numpy as np
 import pytest
 import runs
@@ -20,7 +21,6 @@ from olmo_jax.parallel import sharding
 from olmo_jax.pods import hlo
 from olmo_jax.pods.compiled import lower
 from olmo_jax.training import pacing, program, start
-from olmo_jax.training.state import abstract_state
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_memory_is_that_of_the_formula_and_of_the_compiler(compiled_step):
     c, mesh, compiled = compiled_step
     rows = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "seq")))
     batch = {name: jax.ShapeDtypeStruct((8, 64), "int32", sharding=rows) for name in "abc"}
-    found = program.memory_of(compiled, (abstract_state(c, mesh), batch, 0.0, 0.0))
+    found = program.memory_of(compiled, (made.state_shapes(c, mesh), batch, 0.0, 0.0))
     formula = costs.state_bytes(c.model, mesh_shape(c.mesh, 8))
     assert found["parameters"] == formula.params
     assert found["optimizer"] - formula.moments == 4  # the count
@@ -158,7 +158,7 @@ def test_collectives_are_counted_as_a_second_way_counts_them(compiled_step):
 
 
 class Spy:
-    """A metric of a step that tells when the host reads it."""
+    """A part of a step's report that tells when the host reads it."""
 
     def __init__(self, value: jax.Array, on_read):
         self.value, self.on_read = value, on_read
@@ -181,12 +181,12 @@ def timeline(monkeypatch) -> list[tuple[str, int]]:
     the host asks for what it made: a metric, or anything of the state ("read", 0).
     """  # fmt: skip
     seen: list[tuple[str, int]] = []
-    call = program.Program.__call__
+    call = program.CompiledUpdate.__call__
 
     def spied(self, at, *arguments):
-        state, made = call(self, at, *arguments)
+        state, report = call(self, at, *arguments)
         seen.append(("begun", at))
-        return state, {name: Spy(x, lambda: seen.append(("read", at))) for name, x in made.items()}
+        return state, jax.tree.map(lambda x: Spy(x, lambda: seen.append(("read", at))), report)
 
     def reads(name: str) -> None:
         old = getattr(array.ArrayImpl, name)
@@ -199,7 +199,7 @@ def timeline(monkeypatch) -> list[tuple[str, int]]:
 
         monkeypatch.setattr(array.ArrayImpl, name, property(new) if old is not read else new)
 
-    monkeypatch.setattr(program.Program, "__call__", spied)
+    monkeypatch.setattr(program.CompiledUpdate, "__call__", spied)
     reads("_value")
     reads("block_until_ready")
     return seen
@@ -228,19 +228,19 @@ def test_the_host_reads_a_step_when_the_next_one_is_with_the_devices(bare, timel
 @pytest.mark.parametrize("what", ["state", "metric"])
 def test_a_read_too_early_would_be_seen(what, bare, timeline, monkeypatch):
     advance = pacing.Pacing.rates
-    call, made = program.Program.__call__, []
+    call, results = program.CompiledUpdate.__call__, []
 
     def kept(self, at, *arguments):
-        made.append(call(self, at, *arguments))
-        return made[-1]
+        results.append(call(self, at, *arguments))
+        return results[-1]
 
     def reads(self, at, *arguments):
         if at == 5:
-            state, metrics = made[-1]
-            float(state.step if what == "state" else metrics["train/CE loss"])
+            state, report = results[-1]
+            float(state.step if what == "state" else report.loss)
         return advance(self, at, *arguments)
 
-    monkeypatch.setattr(program.Program, "__call__", kept)
+    monkeypatch.setattr(program.CompiledUpdate, "__call__", kept)
     monkeypatch.setattr(pacing.Pacing, "rates", reads)
     assert runs.run(*bare, "train.duration=7", "checkpoint.interval=20").code == 0
     assert waits(timeline, last=7) == [4]

@@ -7,6 +7,7 @@ import pathlib
 import ai2
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import pytest
 import runs
@@ -21,10 +22,9 @@ from olmo_jax.config.model import ComputeConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import validate
 from olmo_jax.config.text import to_dict
-from olmo_jax.nn import moe, router
+from olmo_jax.nn import moe, router, transformer
 from olmo_jax.parallel import sharding
-from olmo_jax.training import experts, optim, start, step
-from olmo_jax.training.state import _fresh, build_model, init_state
+from olmo_jax.training import experts, optim, start
 
 SCRIPT = pathlib.Path(__file__).with_name("route_olmo_core.py")
 BIASED = dataclasses.replace(EXPERTS, router_bias_gamma=0.03)
@@ -39,8 +39,13 @@ def routed(x, w_router, model, bias, n_counted):
     stats = router.stats(jnp.bincount(chosen.reshape(-1), length=8), scores, lse)
     stats = jax.tree.map(lambda a: a[None], stats)  # one layer
     config = make_config(model=model, router_loss_form="olmo_core", **LOSSES)
-    loss, parts = experts.router(stats, len(tokens), n_counted, config)
-    return loss, (chosen, weights, parts, experts.metrics(config, parts))
+    loss, parts = experts.router(stats, len(tokens), n_counted, model, config.train, 1)
+    return loss, (
+        chosen,
+        weights,
+        parts,
+        experts.metrics(config.train, parts) | {"train/expert load": experts.loads(parts)},
+    )
 
 
 @pytest.mark.slow
@@ -121,31 +126,31 @@ def test_a_bias_that_forces_experts_without_any_score_makes_no_nan():
 def test_the_bias_follows_the_loads_and_nothing_else():
     config = make_config(model=BIASED)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state, update = init_state(config, mesh), step.make_train_step(config, mesh)
+    state, update = made.fresh_state(config, mesh), made.make_update(config, mesh)
     arrays = sharding.to_global(make_batch(), mesh, 8)
-    forward = jax.jit(build_model(config).apply, static_argnames="output")
+    forward = jax.jit(made.model_of(config).apply)
     expected = np.zeros((2, 8))
     for _ in range(3):
-        _, stats = forward({"params": state.params}, arrays["tokens"], output="hidden")
-        tokens = np.asarray(stats["tokens"])
+        output = forward({"params": state.params}, arrays["tokens"])
+        tokens = np.asarray(output.routed["tokens"])
         expected += 0.03 * np.sign(tokens.mean(1, keepdims=True) - tokens)
-        state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
+        state, _ = update(state, arrays, np.float32(1e-2), np.float32(1.0))
     bias = state.params["layers"]["moe"]["router_bias"]
     np.testing.assert_allclose(bias, expected, atol=1e-6)
     for moment in ("mu", "nu"):
         assert not state.opt_state[moment]["layers"]["moe"]["router_bias"].any()
     before = np.asarray(bias)
     arrays = sharding.to_global(make_batch(range(8)), mesh, 8)  # nothing to learn from
-    state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
-    assert metrics["optim/step skipped"] == 1
+    state, report = update(state, arrays, np.float32(1e-2), np.float32(1.0))
+    assert not report.taken
     np.testing.assert_array_equal(state.params["layers"]["moe"]["router_bias"], before)
 
 
 def test_the_bias_is_a_group_of_its_own():
     config = make_config(model=BIASED)
-    state = jax.eval_shape(lambda: _fresh(config, jax.random.key(0)))
-    *others, last = optim.describe_groups(config.optim, state.params).splitlines()
-    shape = state.params["layers"]["moe"]["router_bias"].shape
+    params = transformer.abstract_params(BIASED)
+    *others, last = optim.describe_groups(config.optim, params).splitlines()
+    shape = params["layers"]["moe"]["router_bias"].shape
     n = shape[0] * shape[1]
     assert last == f"moved by the experts' loads, {n} parameters: layers/moe/router_bias"
     assert "router_bias" not in "".join(others)
@@ -232,7 +237,7 @@ def fields(state):
 def test_biases_begin_at_0_where_a_run_takes_weights_without_them(tmp_path, capsys):
     plain, biased = make_config(model=EXPERTS), make_config(model=BIASED)
     mesh = sharding.make_mesh(plain.mesh, jax.devices()[:1])
-    tree = storage.names(fields(init_state(plain, mesh)))
+    tree = storage.names(fields(made.fresh_state(plain, mesh)))
     writer = storage.Writer(files.path(tmp_path / "step3"), tree)
     for name, x in tree.items():
         writer.write(name, (0,) * x.ndim, jax.device_get(x))

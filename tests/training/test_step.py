@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import made
 import numpy as np
 import pytest
 
@@ -9,8 +10,6 @@ from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.config.run import Config
 from olmo_jax.config.training import OptimConfig, TrainConfig
 from olmo_jax.parallel import sharding
-from olmo_jax.training import step
-from olmo_jax.training.state import abstract_state, init_state
 
 MODEL = ModelConfig(
     vocab_size=100, padded_vocab_size=128, d_model=64, n_layers=4, n_heads=4, n_kv_heads=2,
@@ -55,13 +54,13 @@ def run(config, batch, n=1):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:n_devices])
     # From a config that differs in nothing else, so that a process compiles it once.
     fresh = make_config(vars(config.mesh), model=config.model)
-    state, update = init_state(fresh, mesh), step.make_train_step(config, mesh)
+    state, update = made.fresh_state(fresh, mesh), made.make_update(config, mesh)
     for _ in range(n):
         arrays = sharding.to_global(batch, mesh, 8)
-        state, metrics = update(state, arrays, np.float32(1e-2), np.float32(1.0))
+        state, report = update(state, arrays, np.float32(1e-2), np.float32(1.0))
         jax.block_until_ready(state)
-    assert update.jitted._cache_size() == 1
-    return jax.tree.map(np.asarray, state.params), jax.device_get(metrics)
+    assert update.function._cache_size() == 1
+    return jax.tree.map(np.asarray, state.params), made.metrics_of(report)
 
 
 MESHES = [
@@ -100,7 +99,7 @@ def test_init_does_not_depend_on_the_mesh():
     for mesh in (dict(), dict(fsdp=4, tensor=2)):
         config = make_config(mesh)
         n = int(np.prod(list(vars(config.mesh).values())))
-        states.append(init_state(config, sharding.make_mesh(config.mesh, jax.devices()[:n])))
+        states.append(made.fresh_state(config, sharding.make_mesh(config.mesh, jax.devices()[:n])))
     jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
 
 
@@ -167,7 +166,7 @@ def test_rows_masked_on_a_whole_device_stay_finite(mode):
 def test_a_batch_without_tokens_changes_nothing_and_says_so():
     config = make_config(dict(fsdp=8))
     params, metrics = run(config, make_batch(masked=range(8)))
-    fresh = init_state(config, sharding.make_mesh(config.mesh)).params
+    fresh = made.fresh_state(config, sharding.make_mesh(config.mesh)).params
     jax.tree.map(np.testing.assert_array_equal, params, jax.tree.map(np.asarray, fresh))
     assert metrics["train/masked instances (%)"] == 1.0
     assert metrics["optim/step skipped"] == 1.0
@@ -183,7 +182,10 @@ def test_documents_stay_apart_under_context_parallelism():
 
     def nats(config, *batches):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: config.mesh.context])
-        params, evaluate = init_state(config, mesh).params, step.make_eval_step(config, mesh)
+        params, evaluate = (
+            made.fresh_state(config, mesh).params,
+            made.make_eval_step(config, mesh),
+        )
         return [float(evaluate(params, sharding.to_global(b, mesh, 8))["ce_sum"]) for b in batches]
 
     first, second = nats(make_config(dict(context=4)), batch, changed)
@@ -194,7 +196,7 @@ def test_documents_stay_apart_under_context_parallelism():
 def test_abstract_state_has_the_shardings_of_the_real_one():
     config = make_config(dict(fsdp=2, tensor=2))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
-    abstract, real = abstract_state(config, mesh), init_state(config, mesh)
+    abstract, real = made.state_shapes(config, mesh), made.fresh_state(config, mesh)
     jax.tree.map(
         lambda a, r: (a.shape, a.dtype, a.sharding) == (r.shape, r.dtype, r.sharding) or 1 / 0,
         abstract,
@@ -206,8 +208,8 @@ def test_abstract_state_has_the_shardings_of_the_real_one():
 def test_norms_are_per_layer():
     config = make_config()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    params = init_state(config, mesh).params
-    out = step.make_norms(config, mesh)(params, sharding.to_global(make_batch(), mesh, 8))
+    params = made.fresh_state(config, mesh).params
+    out = made.make_norms(config, mesh)(params, sharding.to_global(make_batch(), mesh, 8))
     wq = np.asarray(params["layers"]["attn"]["wq"])
     expected = [np.linalg.norm(wq[i]) for i in range(2)]
     np.testing.assert_allclose(out["norms/param/layers/attn/wq"], expected, rtol=1e-5)

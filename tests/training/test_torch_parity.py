@@ -1,4 +1,5 @@
 import jax
+import made
 import numpy as np
 import pytest
 
@@ -12,12 +13,8 @@ from olmo_jax.config.training import OptimConfig
 from olmo_jax.parallel import sharding
 from olmo_jax.training import (
     optim,
-    step,
 )
-from olmo_jax.training.state import (
-    TrainState,
-    state_shardings,
-)
+from olmo_jax.training.state import TrainState
 
 
 @pytest.mark.parametrize(
@@ -55,15 +52,15 @@ def test_ten_steps_equal_pytorch_adamw_on_a_hugging_face_model(name):
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = TrainState(np.int32(0), params, optim.init(config.optim, params))
-    state = jax.device_put(state, state_shardings(config, mesh))
-    update = step.make_train_step(config, mesh)
+    state = jax.device_put(state, made.state_places(config, mesh))
+    update = made.make_update(config, mesh)
     losses = []
     for tokens in batches:
         weights = np.ones(tokens.shape, np.float32)
         weights[:, -1] = 0
         batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_weights": weights}
         arrays = sharding.to_global(batch, mesh, 4)
-        state, metrics = update(state, arrays, np.float32(lr), np.float32(clip))
-        losses.append(float(metrics["train/CE loss"]))
+        state, report = update(state, arrays, np.float32(lr), np.float32(clip))
+        losses.append(float(report.loss))
     assert expected[-1] < expected[0] - 0.1
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -56,7 +56,7 @@ def ours(n_tokens: int) -> Run:
     @jax.jit
     def step(params: Any, x: jax.Array) -> Any:
         def loss(params: Any, x: jax.Array) -> Any:
-            y, _ = layer.apply({"params": params}, x, jnp.int32(0))
+            y, _ = layer.apply({"params": params}, x)
             return y.sum(), y
 
         (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)

@@ -39,8 +39,9 @@ def ours() -> Callable[[], float]:
     from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
     from olmo_jax.config.run import Config
     from olmo_jax.config.training import OptimConfig
+    from olmo_jax.nn.transformer import Transformer
     from olmo_jax.parallel import sharding
-    from olmo_jax.training import step
+    from olmo_jax.training import losses, step
     from olmo_jax.training.state import init_state
 
     config = Config(
@@ -54,7 +55,10 @@ def ours() -> Callable[[], float]:
         optim=OptimConfig(name="adamw", weight_decay=DECAY),
     )  # fmt: skip
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state, update = init_state(config, mesh), step.make_train_step(config, mesh)
+    m, t, o = config.model, config.train, config.optim
+    state = init_state(m, o, mesh, t.seed)
+    objective = losses.next_token(m, config.compute, t)
+    update = step.make_update(objective, Transformer(m, config.compute), t, o, mesh)
     weights = np.ones((BATCH, SEQ), np.float32)
     weights[:, -1] = 0
     rows = batches()
@@ -64,9 +68,9 @@ def ours() -> Callable[[], float]:
         tokens = next(rows)
         batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "loss_weights": weights}
         arrays = sharding.to_global(batch, mesh, BATCH)
-        state, metrics = update(state, arrays, np.float32(LR), np.float32(CLIP))
+        state, report = update(state, arrays, np.float32(LR), np.float32(CLIP))
         jax.block_until_ready(state)
-        return float(metrics["train/CE loss"])
+        return float(report.loss)
 
     return run
 

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import jax
+import made
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -86,7 +87,7 @@ def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, na
     back = convert(folder, tmp_path)
     want = theirs(folder)
     model, params = olmo_jax.load(str(folder))
-    ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+    ours = np.asarray(jax.jit(made.logits_of, static_argnums=0)(model, params, TOKENS))
     assert np.abs(ours - want).max() < 2e-5
     streamed = logits(open.open_weights(str(folder)), TOKENS)
     assert np.abs(streamed - want).max() < 2e-5
@@ -306,7 +307,7 @@ def test_rows_of_padding_are_added_on_request_and_not_exported(tmp_path, name):
     assert (ours.model.vocab_size, ours.model.padded_vocab_size) == (97, 128)
     assert ours.leaves["params/embed"].shape == (128, 64)
     model, params = olmo_jax.load(str(tmp_path / "ours"))
-    found = np.asarray(model.apply({"params": params}, TOKENS))
+    found = np.asarray(made.logits_of(model, params, TOKENS))
     assert np.abs(found - theirs(folder)).max() < 2e-5
     assert conversion.check(str(folder), str(tmp_path / "ours"), say=quiet)
     assert conversion.check(str(tmp_path / "ours"), str(folder), say=quiet)
@@ -324,7 +325,7 @@ def test_load_spreads_any_source_over_a_mesh(tmp_path):
     assert params["layers"]["attn"]["wq"].addressable_shards[0].data.shape == (4, 16, 2, 16)
     assert params["lm_head"].shape == (64, 98)  # 97 tokens on two devices
     with jax.set_mesh(mesh):
-        ours = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
+        ours = np.asarray(jax.jit(made.logits_of, static_argnums=0)(model, params, TOKENS))
     assert np.abs(ours - theirs(folder)).max() < 2e-5
 
 

@@ -7,6 +7,7 @@ import pathlib
 import warnings
 
 import jax
+import made
 import numpy as np
 import pytest
 import web
@@ -39,7 +40,6 @@ from olmo_jax.config.run import from_dict
 from olmo_jax.config.training import OptimConfig
 from olmo_jax.parallel import sharding
 from olmo_jax.training import optim
-from olmo_jax.training.state import abstract_state
 
 SCRIPT = pathlib.Path(__file__).with_name("train_olmo_core.py")
 KEYS = {
@@ -302,7 +302,7 @@ def test_a_converted_checkpoint_is_what_training_restores(tmp_path, grouped):
     folder = files.path(str(tmp_path / "ours"))
     config = from_dict(storage.read_meta(folder)["config"])
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
-    restored = storage.restore(folder, abstract_state(config, mesh))
+    restored = storage.restore(folder, made.state_shapes(config, mesh))
     assert int(restored.step) == int(restored.opt_state["count"]) == 3
     np.testing.assert_array_equal(restored.params["lm_head"], params["lm_head"])
     w_up = params["layers"]["mlp"]["w_up"]
