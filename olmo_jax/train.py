@@ -213,7 +213,6 @@ def _train(config: Config, flags: dict[str, str]) -> int:
     import jax
 
     from olmo_jax.evals import perplexity, summary
-    from olmo_jax.nn.transformer import Transformer
     from olmo_jax.parallel import processes
     from olmo_jax.parallel.processes import say
 
@@ -231,10 +230,12 @@ def _train(config: Config, flags: dict[str, str]) -> int:
             return outcome.code
         if jax.process_index() == 0 and config.train.summary:
             seconds = time.perf_counter() - began
-            model = Transformer(config.model, config.compute)
-            summary.write(
-                config, model, outcome.state.params, outcome.scores, seconds, outcome.saved
-            )
+            run = summary.Run(
+                config.name, config.run_dir, config.eval.paths, config.data.tokenizer,
+                config.data.seq_len, config.optim.lr,
+            )  # fmt: skip
+            params, scores = outcome.state.params, outcome.scores
+            summary.write(run, outcome.model, params, scores, seconds, outcome.saved)
     return outcome.code
 
 

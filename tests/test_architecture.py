@@ -27,6 +27,10 @@ train __init__
 """
 LEVEL_OF = {name: i for i, line in enumerate(LEVELS.strip().splitlines()) for name in line.split()}
 
+# Files that are to get parts of a config in the place of all of it.
+STILL_WHOLE = {"checkpoints/checkpointer", "records/writer", "records/wandb", "records/speed",
+               "evals/perplexity"}  # fmt: skip
+
 # Third-party packages but jax and numpy, and the only files that may import them.
 HOMES = {
     "flax": "nn/",
@@ -105,6 +109,24 @@ def test_levels_and_homes_name_what_exists():
     parts = {name.split("/")[0] for name in FILES}
     assert set(LEVEL_OF) == parts
     assert all(any(name.startswith(home) for name in FILES) for home in HOMES.values())
+
+
+def test_few_functions_see_a_whole_config():
+    """Verbs, `start`, the loop's entry, the dry run, plans, and what checks relations."""
+    allowed = ("train", "convert", "plan", "plot", "training/start", "training/loop", "pods/")
+    allowed += ("config/describe", "config/run")
+    takers = [
+        name
+        for name, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and any(
+            a.annotation is not None and re.search(r"\bConfig\b", ast.unparse(a.annotation))
+            for a in (*node.args.args, *node.args.kwonlyargs)
+        )
+    ]
+    assert not {name for name in takers if not name.startswith(allowed)} - STILL_WHOLE
+    assert len(takers) <= 60
 
 
 def test_there_is_no_drawer_for_everything():

@@ -4,13 +4,12 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from olmo_jax import files
-from olmo_jax.config.run import Config
 from olmo_jax.data.tokenizer import Tokenizer
 from olmo_jax.evals.compression import compressed_bits_per_byte
 from olmo_jax.generation import sampling
@@ -24,26 +23,37 @@ def is_written(run_dir: Any) -> bool:
     return (files.path(run_dir) / "summary.md").exists()
 
 
+class Run(NamedTuple):
+    """The options that a summary speaks of."""
+
+    name: str
+    folder: str
+    heldout: Sequence[str]  # paths of token files, with their texts beside them as .txt
+    tokenizer: str | None
+    seq_len: int
+    lr: float
+
+
 def write(
-    config: Config, model: Any, params: Any, scores: Mapping[str, float], seconds: float, saved: Any
+    run: Run, model: Any, params: Any, scores: Mapping[str, float], seconds: float, saved: Any
 ) -> None:
     """Say what came out of a run: on the screen, in `summary.md`, and its curves in `summary.png`.
 
     Args:
-      config: of the run.
+      run: what it was.
       model: the Transformer.
       params: after the last step.
       scores: held-out metrics by OLMo-core's names, all rows scored.
       seconds: since the run was started (or resumed).
       saved: the folder of the last checkpoint.
     """
-    folder = files.path(config.run_dir)
+    folder = files.path(run.folder)
     plot.draw([folder], folder / "summary.png", x="steps")
-    lines = [f"{config.name}: done; this command took {seconds / 60:.1f} minutes", ""]
-    for path in config.eval.paths:
+    lines = [f"{run.name}: done; this command took {seconds / 60:.1f} minutes", ""]
+    for path in run.heldout:
         lines += _held_out_lines(pathlib.Path(path), scores)
-    if config.data.tokenizer is not None:
-        lines += _continuation(config, model, params)
+    if run.tokenizer is not None:
+        lines += _continuation(run, model, params)
     here = os.path.relpath(sys.executable)  # a newcomer has not activated the environment
     python = "python" if here.startswith("..") else here
     # The same options again, but for those that are of this run alone.
@@ -55,10 +65,10 @@ def write(
         f"checkpoint:  {saved}",
         "",
         "next:",
-        f"  {python} tools/plot_run.py {config.run_dir} --x steps",
-        f"  {python} -m olmo_jax.train {options} --config.name={config.name}-slower"
-        f" --config.optim.lr={config.optim.lr / 2:g}",
-        f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({config.run_dir!r})"',
+        f"  {python} tools/plot_run.py {run.folder} --x steps",
+        f"  {python} -m olmo_jax.train {options} --run.name={run.name}-slower"
+        f" --config.optim.lr={run.lr / 2:g}",
+        f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({run.folder!r})"',
     ]
     text = "\n".join(lines)
     (folder / "summary.md").write_bytes(f"```\n{text}\n```\n".encode(errors="replace"))
@@ -79,19 +89,17 @@ def _held_out_lines(path: pathlib.Path, scores: Mapping[str, float]) -> list[str
     return [f"held-out text ({path.stem}), bits per byte:", *table, ""]
 
 
-def _continuation(config: Config, model: Any, params: Any) -> list[str]:
+def _continuation(run: Run, model: Any, params: Any) -> list[str]:
     """A held-out prompt and what the model makes of it, as indented lines."""
-    text = pathlib.Path(config.eval.paths[0]).with_suffix(".txt") if config.eval.paths else None
+    text = pathlib.Path(run.heldout[0]).with_suffix(".txt") if run.heldout else None
     if text is None or not text.exists() or jax.process_count() > 1:
         return []
     if sampling.looks_ahead(model):
         return ["no continuation of a prompt: experts that choose their tokens look ahead", ""]
-    tokenizer = Tokenizer(str(config.data.tokenizer))
+    tokenizer = Tokenizer(str(run.tokenizer))
     prompt = _prompt(text.read_bytes().decode())
     ids = tokenizer.encode(prompt)
-    new = sampling.sample(
-        model, params, ids, N_NEW, temperature=TEMPERATURE, context=config.data.seq_len
-    )
+    new = sampling.sample(model, params, ids, N_NEW, temperature=TEMPERATURE, context=run.seq_len)
     known = prompt[prompt.rindex("\n", 0, -60) + 1 :] if "\n" in prompt[:-60] else prompt
     shown = f"{known}\u2588{tokenizer.decode(new)}"
     return [

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, NamedTuple, Protocol
 
 from olmo_jax.config import costs
-from olmo_jax.config.model import MeshConfig, ModelConfig, mesh_shape
+from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_shape
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.parallel import sharding
@@ -83,6 +83,22 @@ _AGAIN = {
 }
 
 
+class Work(NamedTuple):
+    """What a step's time and memory depend on, of a config."""
+
+    model: ModelConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    batch: int  # tokens
+    seq_len: int  # tokens
+
+
+def work_of(config: Config) -> Work:
+    """The parts that count."""
+    data = config.data
+    return Work(config.model, config.compute, config.mesh, data.global_batch_size, data.seq_len)
+
+
 def predict(config: Config, machine: Machine, corrections: Corrections | None = None) -> Plan:
     """A plan from shapes alone.
 
@@ -92,29 +108,29 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
       corrections: of `corrected`; None: none.
     """
     fix = {"temporary": 1.0} | (corrections or {})
-    m, chip = config.model, machine.chip
+    work, m, chip = work_of(config), config.model, machine.chip
     shape = mesh_shape(config.mesh, machine.n_devices)
     tokens = config.data.global_batch_size / token_ways(shape)
-    share, again = START.get(chip.kind, START["GPU"]), _again(config)
+    share, again = START.get(chip.kind, START["GPU"]), _again(work)
     parts = _weights(m)
     done = 2 * sum(n * (3 + (part in again)) for part, n in parts.items()) * m.n_layers
     done = tokens * (done + 6 * m.d_model * m.vocab_rows) / shape["tensor"]
     sizes = costs.state_bytes(m, shape, config.compute.grad_dtype)
-    touched = _PASSES * _kept(config, "none", shape)
+    touched = _PASSES * _kept(work, "none", shape)
     if shape["tensor"] > 1 or m.head_dim % 128:
         qk = (m.n_heads + m.n_kv_heads) * m.head_dim / shape["tensor"]
-        touched += _UNFUSED * _item(config) * qk
+        touched += _UNFUSED * _item(work) * qk
     touched *= tokens * m.n_layers
     floor = (touched + 7 * sizes.params) / chip.bandwidth
-    exchanged = _collectives(config, machine, shape, tokens)
+    exchanged = _collectives(work, machine, shape, tokens)
     seconds = {
         "products": done / chip.peak / share.products,
         "other": _LOST * floor,
-        "attention": _attention(config, machine, shape, "attention" in again),
+        "attention": _attention(work, machine, shape, "attention" in again),
         "collectives": sum(x[2] for x in exchanged.values()),
     }
-    kept = kept_bytes(config, shape)
-    working = fix["temporary"] * _working_bytes(config, shape, sizes.gradients)
+    kept = kept_bytes(work, shape)
+    working = fix["temporary"] * _working_bytes(work, shape, sizes.gradients)
     return Plan(
         memory={
             "parameters": sizes.params,
@@ -125,7 +141,7 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
         },
         available=chip.hbm,
         activations=kept,
-        flops=useful_flops(config) / machine.n_devices,
+        flops=useful_flops(work) / machine.n_devices,
         done=done,
         seconds={kind: fix.get(kind, 1.0) * took for kind, took in seconds.items()},
         other_floor=fix.get("other", 1.0) * floor,
@@ -152,10 +168,10 @@ def corrected(corrections: Corrections, predicted: Plan, compiled: Plan) -> Corr
     return new
 
 
-def useful_flops(config: Config) -> float:
+def useful_flops(work: Work) -> float:
     """Of a step, of all devices."""
-    per_token = costs.flops_per_token(config.model, config.data.seq_len)
-    return float(config.data.global_batch_size * per_token)
+    per_token = costs.flops_per_token(work.model, work.seq_len)
+    return float(work.batch * per_token)
 
 
 def attention_seconds(case: Case, chip: Any) -> tuple[float, float]:
@@ -167,10 +183,10 @@ def attention_seconds(case: Case, chip: Any) -> tuple[float, float]:
     return work / share.forward, 2.5 * work / share.backward
 
 
-def _again(config: Config) -> tuple[str, ...]:
+def _again(work: Work) -> tuple[str, ...]:
     """Parts that are computed twice; an output that is only added is not needed again."""
-    parts = _AGAIN[config.compute.remat]
-    is_added = config.model.norm_position == "before"
+    parts = _AGAIN[work.compute.remat]
+    is_added = work.model.norm_position == "before"
     return tuple(x for x in parts if not (is_added and x == "down"))
 
 
@@ -204,15 +220,15 @@ def _stored(m: ModelConfig) -> tuple[int, int]:
     return dense, experts
 
 
-def _item(config: Config) -> int:
-    return 2 if config.compute.dtype == "bfloat16" else 4
+def _item(work: Work) -> int:
+    return 2 if work.compute.dtype == "bfloat16" else 4
 
 
-def _kept(config: Config, remat: str, shape: dict[str, int]) -> float:
+def _kept(work: Work, remat: str, shape: dict[str, int]) -> float:
     """Bytes of a token and layer that the forward pass keeps."""
-    m, item, tensor = config.model, _item(config), shape["tensor"]
+    m, item, tensor = work.model, _item(work), shape["tensor"]
     q, kv = m.n_heads * m.head_dim / tensor, m.n_kv_heads * m.head_dim / tensor
-    taken = m.n_experts_per_token * _room(config, shape) if m.n_experts else 1
+    taken = m.n_experts_per_token * _room(work, shape) if m.n_experts else 1
     ff, lse = m.d_ff / tensor * taken, 4 * m.n_heads
     # Of experts: the rows into them, out of them and in the order of tokens, and of gate times up.
     rows = 3 * m.d_model * taken + ff if m.n_experts else 0
@@ -231,16 +247,14 @@ def _kept(config: Config, remat: str, shape: dict[str, int]) -> float:
     }[remat]
 
 
-def kept_bytes(config: Config, shape: dict[str, int]) -> float:
+def kept_bytes(work: Work, shape: dict[str, int]) -> float:
     """Bytes that the forward pass of a micro-batch keeps on a device for the backward pass."""
-    return (
-        _tokens(config, shape) * config.model.n_layers * _kept(config, config.compute.remat, shape)
-    )
+    return _tokens(work, shape) * work.model.n_layers * _kept(work, work.compute.remat, shape)
 
 
-def _tokens(config: Config, shape: dict[str, int]) -> float:
+def _tokens(work: Work, shape: dict[str, int]) -> float:
     """Of a micro-batch, of a device."""
-    return config.data.global_batch_size / token_ways(shape) / config.compute.accumulate
+    return work.batch / token_ways(shape) / work.compute.accumulate
 
 
 def token_ways(shape: dict[str, int]) -> int:
@@ -248,76 +262,76 @@ def token_ways(shape: dict[str, int]) -> int:
     return math.prod(shape[axis] for axis in (*sharding.BATCH_AXES, "context"))
 
 
-def _room(config: Config, shape: dict[str, int]) -> float:
+def _room(work: Work, shape: dict[str, int]) -> float:
     """Rows that the experts of a device can take, in terms of the balanced load."""
-    m, ways = config.model, shape["expert"]
+    m, ways = work.model, shape["expert"]
     if ways == 1 or m.router == "expert_choice":  # always balanced
         return 1.0
-    k, limit = m.n_experts_per_token, config.compute.expert_buffer
+    k, limit = m.n_experts_per_token, work.compute.expert_buffer
     most = ways * min(k, m.n_experts // ways) / k  # a token goes to an expert once
     return most if limit is None else min(most, limit)
 
 
-def _working_bytes(config: Config, shape: dict[str, int], gradients: float) -> float:
+def _working_bytes(work: Work, shape: dict[str, int], gradients: float) -> float:
     """What a layer's and the head's passes hold at once, weights as gathered, and gradients."""
-    m, item, tensor = config.model, _item(config), shape["tensor"]
-    tokens, table = _tokens(config, shape), m.d_model * m.vocab_rows / tensor
-    rows = m.n_experts_per_token * _room(config, shape) if m.n_experts else 1
+    m, item, tensor = work.model, _item(work), shape["tensor"]
+    tokens, embedding = _tokens(work, shape), m.d_model * m.vocab_rows / tensor
+    rows = m.n_experts_per_token * _room(work, shape) if m.n_experts else 1
     dense, experts = _stored(m)
     layer = tokens * item * (20 * m.d_model + 6 * rows * m.d_ff / tensor)
     if m.n_experts:
         layer += tokens * item * 6 * rows * m.d_model
-    head = 12.0 * min(config.compute.loss_chunk or tokens, tokens) * m.vocab_rows / tensor
-    gathered = 2 * item * (dense + experts / shape["expert"]) / tensor + (2 * item + 4) * table
-    return layer + head + gathered + gradients * (2 if config.compute.accumulate > 1 else 1)
+    head = 12.0 * min(work.compute.loss_chunk or tokens, tokens) * m.vocab_rows / tensor
+    gathered = 2 * item * (dense + experts / shape["expert"]) / tensor + (2 * item + 4) * embedding
+    return layer + head + gathered + gradients * (2 if work.compute.accumulate > 1 else 1)
 
 
-def _attention(config: Config, machine: Machine, shape: dict[str, int], again: bool) -> float:
-    m, total = config.model, 0.0
-    rows = config.data.global_batch_size / config.data.seq_len
+def _attention(work: Work, machine: Machine, shape: dict[str, int], again: bool) -> float:
+    m, total = work.model, 0.0
+    rows = work.batch / work.seq_len
     rows /= math.prod(n for axis, n in shape.items())  # context and tensor divide its pairs
     for kind in set(m.layer_kinds):
         window = m.window if kind == "sliding" else None
-        case = Case(machine.name, config.data.seq_len, m.n_heads, m.n_kv_heads, m.head_dim, window)
+        case = Case(machine.name, work.seq_len, m.n_heads, m.n_kv_heads, m.head_dim, window)
         forward, backward = attention_seconds(case, machine.chip)
         total += rows * m.layer_kinds.count(kind) * ((1 + again) * forward + backward)
     return total
 
 
 def _collectives(
-    config: Config, machine: Machine, shape: dict[str, int], tokens: float
+    work: Work, machine: Machine, shape: dict[str, int], tokens: float
 ) -> dict[str, tuple[float, float, float]]:
     """{kind along an axis: (times, bytes, seconds)}."""
-    m, item, again = config.model, _item(config), len(_again(config)) > 0
-    n, tensor, micro = m.n_layers, shape["tensor"], config.compute.accumulate
-    grad = 2 if config.compute.grad_dtype == "bfloat16" else 4
+    m, item, again = work.model, _item(work), len(_again(work)) > 0
+    n, tensor, micro = m.n_layers, shape["tensor"], work.compute.accumulate
+    grad = 2 if work.compute.grad_dtype == "bfloat16" else 4
     dense, experts = (x / tensor for x in _stored(m))
-    layer, table = dense + experts / shape["expert"], m.d_model * m.vocab_rows / tensor
+    layer, embedding = dense + experts / shape["expert"], m.d_model * m.vocab_rows / tensor
     activations = tokens / micro * m.d_model * item
     kv = tokens / micro * 2 * m.n_kv_heads * m.head_dim / tensor * item
     hops = [  # of a device's keys and values: around the ring, or as far as the window reaches
         shape["context"] - 1
         if kind == "full"
-        else min(1.0, 2 * (m.window or 0) * shape["context"] / config.data.seq_len)
+        else min(1.0, 2 * (m.window or 0) * shape["context"] / work.seq_len)
         for kind in m.layer_kinds
     ]
-    gradients = n * layer + 2 * table
+    gradients = n * layer + 2 * embedding
     # kind, axis, bytes of the array, times in a micro-batch
     wanted = [
         ("all-gather", "fsdp", layer * item, 2 * n),
-        ("all-gather", "fsdp", table * item, 2),
+        ("all-gather", "fsdp", embedding * item, 2),
         ("reduce-scatter", "fsdp", layer * grad, n),
-        ("reduce-scatter", "fsdp", table * grad, 2),
+        ("reduce-scatter", "fsdp", embedding * grad, 2),
         *(
             ("all-reduce", axis, gradients / shape["fsdp"] * grad, 1)
             for axis in ("data", "context")
         ),
-        ("all-reduce", "expert", (n * dense + 2 * table) / shape["fsdp"] * grad, 1),
+        ("all-reduce", "expert", (n * dense + 2 * embedding) / shape["fsdp"] * grad, 1),
         ("all-reduce", "tensor", activations, (4 + 2 * again) * n),
         ("collective-permute", "context", kv * sum(hops), 3 + again),
         ("all-to-all", "expert", activations * m.n_experts_per_token, (4 + 2 * again) * n),
     ]
-    rates, found = machine.rates(config.mesh), {}
+    rates, found = machine.rates(work.mesh), {}
     for kind, axis, n_bytes, times in wanted:
         if shape[axis] == 1:
             continue

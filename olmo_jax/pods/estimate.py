@@ -35,6 +35,7 @@ def estimate(
       program: the compiled step.
       seconds_of: of the attention kernels for a row (`kernels.seconds`).
     """
+    work = analytic.work_of(config)
     chip, kinds = where.chip, rope.kinds(config.model)  # as the model has its branches
     shares = [config.model.layer_kinds.count(kind) / config.model.n_layers for kind in kinds]
     found = hlo.totals(program.text, lambda n: shares if n == len(shares) else hlo.first_of_two(n))
@@ -51,8 +52,8 @@ def estimate(
             "program": program.memory["generated_code"],
         },
         available=chip.hbm,
-        activations=analytic.kept_bytes(config, dict(mesh.shape)),
-        flops=analytic.useful_flops(config) / where.n_devices,
+        activations=analytic.kept_bytes(work, dict(mesh.shape)),
+        flops=analytic.useful_flops(work) / where.n_devices,
         done=found.flops,
         seconds={
             "products": found.cycles(True) / chip.clock,

@@ -88,8 +88,8 @@ def compiler(where: Slice, store: Store) -> Callable[[Config], Plan | float]:
     def compile_(config: Config) -> Plan | float:
         program = store.kept(config, where)
         if program is None:
-            what = f"compiling, which may take minutes: {search.overrides(config)}"
-            print(what, file=sys.stderr, flush=True)
+            what = search.overrides(config.mesh, config.compute)
+            print(f"compiling, which may take minutes: {what}", file=sys.stderr, flush=True)
             program = store.make(config, where)
         if program.needs is not None:
             return program.needs
@@ -128,7 +128,7 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
     lines += [
         f"by formula{corrected}: the best of {len(ranked)} that fit, by the mean of step and serial"
     ]
-    lines += [*_table(ranked[:_SHOWN], machine), "", "paste", f"  {search.overrides(best.config)}"]
+    lines += [*_table(ranked[:_SHOWN], machine), "", "paste", f"  {best.overrides}"]
     print("\n".join(lines))
     return 0
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from olmo_jax.config.model import MeshConfig
+from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config, validate
 from olmo_jax.pods import analytic
@@ -28,6 +28,11 @@ class Candidate(NamedTuple):
 
     config: Config
     plan: Plan
+
+    @property
+    def overrides(self) -> str:
+        """What to put on the command line for it."""
+        return overrides(self.config.mesh, self.config.compute)
 
 
 def rank(
@@ -83,12 +88,12 @@ def search(
     refused: set[str] = set()
     for _ in range(times):
         ranked = rank(config, machine, fix)
-        best = next((x for x in ranked if overrides(x.config) not in refused | {*compiled}), None)
+        best = next((x for x in ranked if x.overrides not in refused | {*compiled}), None)
         if best is None:
             break
         if compiled and expected(best.plan) > min(expected(x.plan) for x in compiled.values()):
             break  # nothing better is expected any more
-        name, found = overrides(best.config), compile_(best.config)
+        name, found = best.overrides, compile_(best.config)
         if isinstance(found, Plan):
             compiled[name] = Candidate(best.config, found)
             fix = analytic.corrected(fix, best.plan, found)
@@ -97,16 +102,15 @@ def search(
         if isinstance(found, float):
             more = found / best.plan.total_memory
             fix = fix | {"temporary": fix.get("temporary", 1.0) * max(1.1, more)}
-    ranked = [x for x in rank(config, machine, fix) if overrides(x.config) not in refused]
+    ranked = [x for x in rank(config, machine, fix) if x.overrides not in refused]
     return sorted(compiled.values(), key=lambda x: expected(x.plan)), ranked
 
 
-def overrides(config: Config) -> str:
+def overrides(mesh: MeshConfig, compute: ComputeConfig) -> str:
     """What to put on the command line for this plan."""
-    mesh = dataclasses.asdict(config.mesh)
-    words = [f"--config.mesh.{axis}={n}" for axis, n in mesh.items()]
-    words.append(f"--config.compute.remat={config.compute.remat}")
-    words.append(f"--config.compute.accumulate={config.compute.accumulate}")
+    words = [f"--config.mesh.{axis}={n}" for axis, n in dataclasses.asdict(mesh).items()]
+    words.append(f"--config.compute.remat={compute.remat}")
+    words.append(f"--config.compute.accumulate={compute.accumulate}")
     return " ".join(words)
 
 

@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
     state: TrainState | None = None  # after the last step; None: there was nothing to do, or a stop
     scores: Mapping[str, float] = types.MappingProxyType({})  # of all evaluators, at the end
     saved: Any = None  # the folder of the last checkpoint
+    model: Transformer | None = None  # as it was computed
 
 
 def train(
@@ -175,7 +176,8 @@ def _train(
                 with trace:
                     state = run.steps(state, first)
             watchdog.beat("the end of the run")
-            return Outcome(0, state, *run.finish(state))
+            model = Transformer(config.model, config.compute)
+            return Outcome(0, state, *run.finish(state), model)
         except Stopped as stopped:
             checkpointer.finish()
             log.close()  # which also clears the progress bar

@@ -163,7 +163,7 @@ def test_rows_travel_to_experts_and_not_the_room_that_these_have():
 def test_room_for_rows_of_experts_is_what_can_come(ways, router, buffer, room):
     model = config.ModelConfig(n_experts=64, n_experts_per_token=8, router=router)
     run = config.Config(model=model, compute=config.ComputeConfig(expert_buffer=buffer))
-    assert analytic._room(run, {"expert": ways}) == room
+    assert analytic._room(analytic.work_of(run), {"expert": ways}) == room
 
 
 def test_a_collective_on_another_core_is_found():
@@ -352,7 +352,7 @@ def test_a_row_of_any_length_takes_what_its_padded_blocks_take(way, n_documents)
 
 def test_candidates_cover_the_devices_and_divide_the_batch():
     c, found = load("olmoe_1b_7b"), list(search.candidates(load("olmoe_1b_7b"), NODES))
-    assert len({search.overrides(x) for x in found}) == len(found) > 100
+    assert len({search.overrides(x.mesh, x.compute) for x in found}) == len(found) > 100
     assert {x.mesh.expert for x in found} >= {1, 2, 64}
     for x in found:
         mesh = x.mesh
@@ -382,7 +382,7 @@ def test_a_search_learns_from_what_it_compiles():
     c, tried = load("olmo3_7b"), []
 
     def compile_(config):
-        tried.append(search.overrides(config))
+        tried.append(search.overrides(config.mesh, config.compute))
         plan = analytic.predict(config, NODES)
         if config.compute.remat in ("none", "qkv_mlp"):
             return 1.3 * plan.available
@@ -390,7 +390,7 @@ def test_a_search_learns_from_what_it_compiles():
 
     compiled, ranked = search.search(c, NODES, compile_, 3)
     assert len(tried) == len({*tried}) == 3
-    assert not {search.overrides(x.config) for x in ranked} & {*tried[:1]}
+    assert not {x.overrides for x in ranked} & {*tried[:1]}
     times = [search.expected(x.plan) for x in compiled]
     assert times == sorted(times)
     search.search(c, NODES, compile_, 1)
