@@ -194,7 +194,8 @@ def _dry_run(config: Config, flags: dict[str, str]) -> int:
 
     rows = table(config.model)
     groups = optim.describe_groups(config.optim, nested(rows), rows).splitlines()
-    print(describe.describe(config, _devices(config, flags), groups))
+    moments = optim.moments(config.optim, rows)
+    print(describe.describe(config, _devices(config, flags), groups, moments))
     return 0
 
 

@@ -51,7 +51,7 @@ class StateBytes:
     """Bytes that the training state takes on one device."""
 
     params: int
-    moments: int  # both of Adam's
+    moments: int  # of the optimizer
     gradients: int  # alive at the end of the backward pass only
 
     @property
@@ -138,13 +138,15 @@ def state_bytes(
     model: ModelConfig,
     mesh_shape: dict[str, int],
     grad_dtype: str = ComputeConfig.grad_dtype,
+    moments: float = 2.0,
 ) -> StateBytes:
     """Memory of the training state on one device; activations come on top.
 
     Args:
-      model: the model, with fp32 parameters and two fp32 moments per parameter.
+      model: the model, whose parameters are fp32.
       mesh_shape: devices along each mesh axis, of `config.model.mesh_shape`.
       grad_dtype: "float32" or "bfloat16".
+      moments: fp32 numbers that the optimizer keeps for each parameter; Adam keeps two.
     """
     params = sum(
         math.prod(
@@ -153,4 +155,6 @@ def state_bytes(
         )
         for row in table(model).values()
     )
-    return StateBytes(4 * params, 8 * params, params * (2 if grad_dtype == "bfloat16" else 4))
+    return StateBytes(
+        4 * params, round(4 * moments * params), params * (2 if grad_dtype == "bfloat16" else 4)
+    )

@@ -12,17 +12,18 @@ from olmo_jax.config.run import Config
 GIB = 2**30
 
 
-def describe(config: Config, n_devices: int, optimizer: Sequence[str]) -> str:
+def describe(config: Config, n_devices: int, optimizer: Sequence[str], moments: float = 2.0) -> str:
     """The resolved config, parameters, FLOPs, mesh and memory of the state, as text.
 
     Args:
       config: validated.
       n_devices: devices of the run; they need not be here.
       optimizer: what it does with which parameters, in lines.
+      moments: fp32 numbers that it keeps for each parameter.
     """
     model, shape = config.model, mesh_shape(config.mesh, n_devices)
     counts = costs.n_params(model)
-    state = costs.state_bytes(model, shape, config.compute.grad_dtype)
+    state = costs.state_bytes(model, shape, config.compute.grad_dtype, moments)
     seq = config.data.seq_len
     ways = shape["data"] * shape["fsdp"] * shape["expert"]
     lines = [*_options(config), ""]
@@ -47,7 +48,7 @@ def describe(config: Config, n_devices: int, optimizer: Sequence[str]) -> str:
         f"state per device  {state.total / GIB:.2f} GiB: parameters {state.params / GIB:.2f},"
         f" moments {state.moments / GIB:.2f}, gradients {state.gradients / GIB:.2f};"
         " activations come on top",
-        f"checkpoint        {counts.total * 12 / GIB:.2f} GiB each",
+        f"checkpoint        {counts.total * 4 * (1 + moments) / GIB:.2f} GiB each",
         *(f"optimizer         {line}" for line in optimizer),
     ]
     return "\n".join(lines)

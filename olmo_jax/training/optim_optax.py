@@ -145,12 +145,11 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def describe(name: str, options: Mapping[str, Any], rows: Mapping[str, Parameter]) -> list[str]:
-    """What a user should know before the run: the size of the state, and whether it was tested."""
+def moments(name: str, options: Mapping[str, Any], rows: Mapping[str, Parameter]) -> float:
+    """Numbers that the state holds for each parameter."""
     params = nested(
         {path: jax.ShapeDtypeStruct(row.shape, "float32") for path, row in rows.items()}
     )
     state = jax.eval_shape(transformation(name, options, rows).init, params)
-    n_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    lines = [f"{name} of Optax, whose state takes {n_bytes / 2**30:.2f} GiB over all devices"]
-    return lines + ([] if name in TESTED else [f"{name} of Optax is not tested here"])
+    held, own = (sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for t in (state, params))
+    return held / own

@@ -114,6 +114,19 @@ def test_a_step_that_must_not_be_taken_changes_nothing(name):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "low", "high"),
+    [("sgd", {}, 0, 0), ("sgd", {"momentum": 0.9}, 1, 1), ("lion", {}, 1, 1.01),
+     ("adafactor", {"min_dim_size_to_factor": 4}, 0.1, 0.5)],
+)  # fmt: skip
+def test_the_size_of_the_state_is_known_before_a_run(name, options, low, high):
+    cfg = OptimConfig(name=name, options=Pairs(options.items()))
+    assert low <= optim.moments(cfg, ROWS) <= high
+    line = f"{name} of Optax, {optim.moments(cfg, ROWS):.2f} numbers for each parameter"
+    assert optim.describe_groups(cfg, draw(0), ROWS).splitlines()[0] == line
+    assert optim.moments(OptimConfig(), ROWS) == 2
+
+
 def test_weight_decay_is_that_of_all_optimizers():
     cfg = OptimConfig(name="sgd", weight_decay=0.5, no_decay=("embed", "*norm"), max_grad_norm=None)
     params = draw(0)
@@ -179,7 +192,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     assert runs.run(*options, f"dir={whole}", "train.duration=6").code == 0
     result = runs.run(*options, f"dir={parts}", "train.duration=6", "train.hard_stop=3")
     assert result.code == 0
-    assert "muon of Optax, whose state takes 0.00 GiB over all devices" in result.out
+    assert "muon of Optax, 1." in result.out
     assert runs.run(*options, f"dir={parts}", "train.duration=6").code == 0
     assert runs.arrays(whole / "checkpoints/step6") == runs.arrays(parts / "checkpoints/step6")
     refused = runs.run(*options, f"dir={parts}", "train.duration=9", "optim.name=lion")
