@@ -26,7 +26,7 @@ import argparse
 import os
 import re
 
-from olmo_jax.config import options
+from olmo_jax.config import options, typed
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    count, size = options.argument(options.Count), options.argument(options.NonNegative)
+    count, size = typed.argument(options.Count), typed.argument(options.NonNegative)
     verbs = top.add_subparsers(required=True, dest="verb", metavar="VERB")
 
     to_jax = verbs.add_parser("to_jax", help="write a checkpoint of olmo_jax", allow_abbrev=False)
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--n_experts_per_token", type=count, default=8, help="that a token takes")
     upcycle.add_argument("--router_std", type=size, default=0.02, help="of the routers' weights")
     upcycle.add_argument(
-        "--seed", type=options.argument(options.Seed), default=0, help="of the routers"
+        "--seed", type=typed.argument(options.Seed), default=0, help="of the routers"
     )
     upcycle.add_argument("--revision", help="branch, tag or commit on the Hub")
     return top

@@ -25,7 +25,7 @@ import argparse
 import os
 
 from olmo_jax import files
-from olmo_jax.config import options
+from olmo_jax.config import options, typed
 
 _FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mesh
 
@@ -64,11 +64,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     top.add_argument("--config", required=True, metavar="FILE", help="as for training")
     top.add_argument("--topology", required=True, help="such as v5p:4x4x8, v5e:16x16, h100:8x16")
     top.add_argument("--search", action="store_true", help="find the best plan, and compile it")
-    top.add_argument("--compiles", type=options.argument(options.Natural), default=3, metavar="N",
+    top.add_argument("--compiles", type=typed.argument(options.Natural), default=3, metavar="N",
                      help="programs that a search may compile (3; 0: formulas only)")  # fmt: skip
     top.add_argument(
         "--price",
-        type=options.argument(options.NonNegative),
+        type=typed.argument(options.NonNegative),
         help="of a chip and hour, for the cost of the run",
     )
     top.add_argument("--cache", default="~/.cache/olmo_jax/plans",

@@ -11,12 +11,11 @@ from olmo_jax.config.options import (
     Natural,
     Path,
     Range,
+    Row,
     Seed,
     SomeUnits,
     Units,
 )
-
-Row = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that predicts it
 
 
 @dataclass(frozen=True)

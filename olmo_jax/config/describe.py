@@ -6,7 +6,7 @@ from typing import Any
 
 from olmo_jax.config import costs
 from olmo_jax.config.data import batch_stages
-from olmo_jax.config.model import ModelConfig, mesh_shape
+from olmo_jax.config.model import LANES, ModelConfig, mesh_shape
 from olmo_jax.config.run import Config
 
 GIB = 2**30
@@ -58,8 +58,8 @@ def _chunks(seq: int, ways: int) -> list[str]:
     if ways == 1:
         return []
     chunk = seq // (2 * ways)
-    is_short = chunk % costs.LANES
-    short = f"; no multiple of {costs.LANES}, as it has to be on a TPU" if is_short else ""
+    is_short = chunk % LANES
+    short = f"; no multiple of {LANES}, as it has to be on a TPU" if is_short else ""
     return [f"chunks            {2 * ways} of each row, {chunk:,} tokens{short}"]
 
 

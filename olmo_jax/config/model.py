@@ -17,6 +17,8 @@ from olmo_jax.config.options import (
     Range,
 )
 
+LANES = 128  # columns of a TPU's tile; sequences there are cut into multiples of it
+
 
 @dataclass(frozen=True)
 class ModelConfig:

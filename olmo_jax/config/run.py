@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
 from olmo_jax import files
-from olmo_jax.config import costs, options, parameters
+from olmo_jax.config import costs, options, parameters, typed
 from olmo_jax.config.data import DataConfig, batch_stages
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_shape, model_problems
 from olmo_jax.config.options import (
@@ -30,6 +30,7 @@ from olmo_jax.config.options import (
     RunName,
     shown,
 )
+from olmo_jax.config.schedule_problems import optimizer_problems
 from olmo_jax.config.text import assign, cause, refuse_odd_keys, to_dict
 from olmo_jax.config.training import (
     CheckpointConfig,
@@ -39,7 +40,6 @@ from olmo_jax.config.training import (
     ProfileConfig,
     ScheduleConfig,
     TrainConfig,
-    optimizer_problems,
 )
 from olmo_jax.files import brief
 
@@ -84,7 +84,7 @@ def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
       ConfigError: with every unknown key and wrong type, one line each.
     """
     problems: list[str] = []
-    config = options.build(cls, values, name, problems)
+    config = typed.build(cls, values, name, problems)
     if problems:
         raise ConfigError(problems, config if cls is Config else None)
     return config
@@ -136,7 +136,7 @@ def validate(config: Config, n_devices: int, unread: Iterable[str] = ()) -> None
     Raises:
       ConfigError: with every problem at once, one line each.
     """
-    config, lines = options.checked(config, "config")
+    config, lines = typed.checked(config, "config")
     # What they are about is at its default now; the relations of that would mean nothing.
     unread = {name.split(".")[-1] for name in lines} | set(unread)
     problems = list(lines.values())

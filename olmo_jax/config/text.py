@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
-from olmo_jax.config import options
+from olmo_jax.config import options, typed
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -80,9 +80,9 @@ def assign(group: Any, values: Any, keys: list[str], text: str) -> None:
     hint, is_open = group, False
     for i, key in enumerate(keys):
         is_open = hint is options.Pairs  # what is in it has no hints
-        hint = options.hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
+        hint = typed.hints(hint).get(key) if dataclasses.is_dataclass(hint) else None
         if i < len(keys) - 1:
             if not isinstance(values.get(key), ConfigDict):
                 values[key] = ConfigDict()
             values = values[key]
-    values[keys[-1]] = options.word(text) if is_open else options.read(hint, text)
+    values[keys[-1]] = typed.word(text) if is_open else typed.read(hint, text)

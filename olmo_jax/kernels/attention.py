@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from olmo_jax.config.costs import LANES
+from olmo_jax.config.model import LANES
 from olmo_jax.kernels import blocked, cudnn, reference, ring
 from olmo_jax.parallel.sharding import BATCH_AXES, axis_size, device, is_split_by_xla
 

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from olmo_jax.config.costs import LANES
+from olmo_jax.config.model import LANES
 from olmo_jax.kernels import pallas_tpu_body as body
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.pallas_tpu_body import F32, HIDDEN

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from olmo_jax.config.costs import LANES
+from olmo_jax.config.model import LANES
 from olmo_jax.kernels import schedule
 from olmo_jax.kernels.schedule import LOG2E, Blocks, Tile
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from olmo_jax.config.costs import LANES
+from olmo_jax.config.model import LANES
 from olmo_jax.parallel.sharding import Axes, axis_size, device, is_split_by_xla, on_each_device
 
 _BLOCK = 1 << 19  # numbers of a block of rows

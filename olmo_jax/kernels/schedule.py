@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.config.costs import LANES
+from olmo_jax.config.model import LANES
 
 LOG2E = math.log2(math.e)  # kernels take powers of 2
 # The lowest bits of a pair: the first or last one in a row of the list; the first or last one that

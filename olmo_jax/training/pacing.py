@@ -4,7 +4,8 @@ import dataclasses
 
 from olmo_jax.config.data import DataConfig, batch_stages
 from olmo_jax.config.options import INT32, ConfigError
-from olmo_jax.config.training import OptimConfig, TrainConfig, optimizer_problems
+from olmo_jax.config.schedule_problems import optimizer_problems
+from olmo_jax.config.training import OptimConfig, TrainConfig
 from olmo_jax.data.loader import Loader
 from olmo_jax.training import schedules
 

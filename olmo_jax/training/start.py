@@ -16,8 +16,8 @@ from olmo_jax.checkpoints import storage
 from olmo_jax.checkpoints.checkpointer import Checkpointer, find
 from olmo_jax.checkpoints.formats import native
 from olmo_jax.config import changes
-from olmo_jax.config.costs import LANES
 from olmo_jax.config.data import DataConfig
+from olmo_jax.config.model import LANES
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import to_dict

@@ -11,7 +11,7 @@ import pytest
 from olmo_jax import config, presets, train
 from olmo_jax.config import costs
 from olmo_jax.config.run import validate
-from olmo_jax.config.training import optimizer_problems
+from olmo_jax.config.schedule_problems import optimizer_problems
 from olmo_jax.training import schedules
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"

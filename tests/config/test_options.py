@@ -19,7 +19,7 @@ import runs
 
 from olmo_jax import config, files, train
 from olmo_jax.checkpoints.formats import open
-from olmo_jax.config import options
+from olmo_jax.config import typed
 from olmo_jax.config.run import validate
 from olmo_jax.parallel import processes
 from olmo_jax.records import plot
@@ -135,7 +135,7 @@ def test_a_config_file_may_name_a_run_by_a_whole_number_only(tmp_path):
 def hints_of(group: Any = config.Config, path: str = "") -> dict[str, Any]:
     """The hints of all options by name."""
     found: dict[str, Any] = {}
-    for name, hint in options.hints(group).items():
+    for name, hint in typed.hints(group).items():
         is_group = dataclasses.is_dataclass(hint)
         found |= hints_of(hint, f"{path}{name}.") if is_group else {path + name: hint}
     return found
@@ -378,7 +378,7 @@ NUMBERS = [
 ]  # fmt: skip
 
 
-def typed(rng: random.Random, hint: Any) -> str:
+def odd_text(rng: random.Random, hint: Any) -> str:
     """Text for an option: of its kind more often than not, but odd."""
     args = [a for h in (hint, *typing.get_args(hint)) for a in typing.get_args(h)]
     words = [a for a in args if isinstance(a, str)] or ["true", "false"] * (hint is bool)
@@ -393,7 +393,7 @@ def odd_pairs(seed: int, n: int) -> list[list[str]]:
     rng, hints = random.Random(seed), hints_of()
     first = [*hints] * -(-n // len(hints))
     pairs = [(name, rng.choice([*hints])) for name in first[:n]]
-    return [[f"--config.{name}={typed(rng, hints[name])}" for name in pair] for pair in pairs]
+    return [[f"--config.{name}={odd_text(rng, hints[name])}" for name in pair] for pair in pairs]
 
 
 def test_two_thousand_pairs_of_odd_options_are_accepted_or_refused_in_words():

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from olmo_jax.config import options
-from olmo_jax.config.training import OptimConfig, ScheduleConfig, StageConfig, optimizer_problems
+from olmo_jax.config import typed
+from olmo_jax.config.schedule_problems import optimizer_problems
+from olmo_jax.config.training import OptimConfig, ScheduleConfig, StageConfig
 from olmo_jax.training import schedules
 
 
@@ -169,7 +170,7 @@ def test_a_larger_batch_scales_the_rate_by_its_square_root():
 
 def problems(cfg):
     """What is wrong for a run of 100 steps: with options of their own, then with relations."""
-    cfg, lines = options.checked(cfg, "config.optim")
+    cfg, lines = typed.checked(cfg, "config.optim")
     return [*lines.values(), *optimizer_problems(cfg, 100)]
 
 
