@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from olmo_jax.config.model import RULES, ComputeConfig, ModelConfig
 from olmo_jax.config.parameters import ROUTER_BIAS, table
 
+GIB = 2**30
+
 # Peak dense bfloat16 FLOP/s with fp32 accumulation of one device as JAX lists it, by `device_kind`.
 # Sources: Google Cloud TPU documentation; NVIDIA and AMD data sheets, whose sparse figures are
 # halved. A name must match wholly, so that a slice of a card (MIG) gets no figure. Left out: cards

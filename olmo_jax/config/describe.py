@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from olmo_jax.config import costs
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.data import batch_stages
 from olmo_jax.config.model import LANES, ModelConfig, mesh_shape
 from olmo_jax.config.run import Config
-
-GIB = 2**30
 
 
 def describe(config: Config, n_devices: int, optimizer: Sequence[str], moments: float = 2.0) -> str:

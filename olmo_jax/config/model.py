@@ -135,6 +135,11 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def divisors(n: int, most: int | None = None) -> list[int]:
+    """The numbers, of at most `most`, that divide `n`, ascending."""
+    return [d for d in range(1, min(n, most or n) + 1) if n % d == 0]
+
+
 def mesh_shape(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
     """Devices along each axis, with -1 resolved.
 

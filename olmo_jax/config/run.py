@@ -20,7 +20,14 @@ from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 from olmo_jax import files
 from olmo_jax.config import costs, options, parameters, typed
 from olmo_jax.config.data import DataConfig, batch_stages
-from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_shape, model_problems
+from olmo_jax.config.model import (
+    ComputeConfig,
+    MeshConfig,
+    ModelConfig,
+    divisors,
+    mesh_shape,
+    model_problems,
+)
 from olmo_jax.config.options import (
     INT32,
     INT64,
@@ -316,7 +323,7 @@ def _mesh(shape: dict[str, int], m: ModelConfig, lengths: dict[str, int | None])
         if size % shape[axis]:
             problems.append(
                 f"config.{name}={size} is not divisible by mesh.{axis}={shape[axis]};"
-                f" use {_divisors(size)}"
+                f" use {_in_words(divisors(size, 512))}"
             )
     chunks = 2 * shape["context"] if shape["context"] > 1 else 1
     problems += [
@@ -362,6 +369,6 @@ def _rows(shape: dict[str, int], d: DataConfig, accumulate: int, ranks: int | No
     return problems
 
 
-def _divisors(n: int) -> str:
-    small = [str(d) for d in range(1, min(n, 512) + 1) if n % d == 0]
+def _in_words(numbers: list[int]) -> str:
+    small = [str(n) for n in numbers]
     return ", ".join(small[:-1]) + f" or {small[-1]}" if len(small) > 1 else "1"

@@ -8,6 +8,7 @@ products are fp32.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,16 @@ def fits(head_dim: int) -> bool:
     """Whether heads are columns of whole tiles of a TPU, and the norm needs no other device."""
     is_whole = axis_size("tensor") == 1 and not is_split_by_xla()
     return device().platform == "tpu" and head_dim % LANES == 0 and is_whole
+
+
+def scales(head_dim: int) -> tuple[float, float]:
+    """What queries are scaled with when they are rotated, and what attention scales scores with.
+
+    The two make `head_dim ** -0.5`. Kernels for TPUs take powers of 2: where the rotation is ours,
+    it takes on the whole scale and the change of base, so that they multiply by nothing.
+    """
+    scale = math.log(2) if fits(head_dim) else head_dim**-0.5
+    return head_dim**-0.5 / scale, scale
 
 
 def norm_rotate(

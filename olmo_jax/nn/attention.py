@@ -1,7 +1,6 @@
 """Self-attention of every OLMo generation: projections, QK-norm, clipping, RoPE, attention."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -61,12 +60,9 @@ class Attention(nn.Module):
         )
 
         cos, sin = (table[kind] for table in tables)
-        # The scale of the scores, and the kernel's base of 2, go into the rotation of the queries.
-        is_fused = rotary.fits(h)
-        scale = math.log(2) if is_fused else h**-0.5
-        factor = h**-0.5 / scale
-        q = norm_rotate(q, q_gain, (factor * cos, factor * sin), n, c.norm_eps, is_fused)
-        key = norm_rotate(key, k_gain, (cos, sin), k, c.norm_eps, is_fused)
+        factor, scale = rotary.scales(h)
+        q = norm_rotate(q, q_gain, (factor * cos, factor * sin), n, c.norm_eps)
+        key = norm_rotate(key, k_gain, (cos, sin), k, c.norm_eps)
 
         mixed = _by_kind(c, self.compute.attention, kind, (q, key, value), segment_ids, scale)
         return product("btnh,nhd->btd", mixed.reshape(*x.shape[:2], n, h), wo)
@@ -101,7 +97,7 @@ def _by_kind(
 
 
 def norm_rotate(
-    x: jax.Array, gain: jax.Array | None, table: rope.Table, n: int, eps: float, is_fused: bool
+    x: jax.Array, gain: jax.Array | None, table: rope.Table, n: int, eps: float
 ) -> jax.Array:
     """QK-norm and RoPE of flat queries or keys.
 
@@ -111,9 +107,8 @@ def norm_rotate(
       table: cos and sin, `[1 or batch, seq, head_dim / 2]`.
       n: heads.
       eps: of the norm.
-      is_fused: by the kernel for TPUs; otherwise XLA does it, and sums over split heads.
     """
-    if is_fused:
+    if rotary.fits(x.shape[-1] // n):  # otherwise XLA does it, and sums over split heads
         return rotary.norm_rotate(x, None if gain is None else gain.reshape(-1), *table, eps)
     y = x.reshape(*x.shape[:2], n, -1)
     if gain is not None:

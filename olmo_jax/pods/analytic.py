@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any, NamedTuple, Protocol
 
 from olmo_jax.config import costs
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_shape
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
@@ -137,7 +138,7 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
             "moments": sizes.moments,
             "batch": 12.0 * tokens,
             "temporary": kept + working,
-            "program": 0.1 * 2**30,
+            "program": 0.1 * GIB,
         },
         available=chip.hbm,
         activations=kept,

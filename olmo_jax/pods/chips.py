@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from olmo_jax.config import costs
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.model import MeshConfig
 from olmo_jax.config.options import shown
 from olmo_jax.parallel.sharding import make_mesh
@@ -60,13 +61,12 @@ class Chip:
         return costs.peak_flops(self.kind) or math.nan
 
 
-_GIB = 2**30
 CHIPS = {
-    "v4": Chip("TPU v4", 1.05e9, 30.75 * _GIB, 1.2e12, 45e9, 4, cores=2),
-    "v5e": Chip("TPU v5 lite", 1.5e9, 15.75 * _GIB, 0.82e12, 45e9, 16, hosts=(2, 2, 1)),
-    "v5p": Chip("TPU v5", 1.75e9, 95.73 * _GIB, 2.765e12, 90e9, 4, cores=2),
-    "v6e": Chip("TPU v6 lite", 1.75e9, 31.24 * _GIB, 1.64e12, 90e9, 16, hosts=(2, 2, 1)),
-    "tpu7x": Chip("TPU7x", 2.2e9, 94.75 * _GIB, 3.69e12, 90e9, 4),
+    "v4": Chip("TPU v4", 1.05e9, 30.75 * GIB, 1.2e12, 45e9, 4, cores=2),
+    "v5e": Chip("TPU v5 lite", 1.5e9, 15.75 * GIB, 0.82e12, 45e9, 16, hosts=(2, 2, 1)),
+    "v5p": Chip("TPU v5", 1.75e9, 95.73 * GIB, 2.765e12, 90e9, 4, cores=2),
+    "v6e": Chip("TPU v6 lite", 1.75e9, 31.24 * GIB, 1.64e12, 90e9, 16, hosts=(2, 2, 1)),
+    "tpu7x": Chip("TPU7x", 2.2e9, 94.75 * GIB, 3.69e12, 90e9, 4),
 }
 
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.options import Bears, bearing
 from olmo_jax.config.run import Config, from_dict
 from olmo_jax.config.text import flatten, to_dict
@@ -67,7 +68,7 @@ class DoesNotFitError(Exception):
     """A program needs more memory than a device has; `needs` bytes."""
 
     def __init__(self, needs: float):
-        super().__init__(f"needs {needs / 2**30:.2f} GiB")
+        super().__init__(f"needs {needs / GIB:.2f} GiB")
         self.needs = needs
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.data import DataConfig, batch_stages
 from olmo_jax.config.model import MeshConfig, mesh_shape
 from olmo_jax.config.run import Config, planned_devices, validate
@@ -15,7 +16,6 @@ from olmo_jax.pods.chips import Slice
 from olmo_jax.pods.compiled import Store
 from olmo_jax.pods.plan import OPTIMISM, Plan
 
-GIB = 2**30
 _SHOWN = 8  # ranked plans
 _COMPILED = f"""\
 An estimate: nothing ran on such devices. Memory is what the compiler allotted. Time is made of its

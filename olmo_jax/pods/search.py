@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from olmo_jax.config.model import ComputeConfig, MeshConfig
+from olmo_jax.config.model import ComputeConfig, MeshConfig, divisors
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config, validate
 from olmo_jax.pods import analytic
@@ -137,8 +137,8 @@ def _meshes(mesh: MeshConfig, seq_len: int, has_experts: bool, n: int) -> Iterat
     for tensor in (x for x in (1, 2, 4, 8) if n % x == 0):
         for context in (x for x in (1, 2, 4, 8, 16) if n % (tensor * x) == 0 and (long or x == 1)):
             inner = tensor * context
-            for expert in (x for x in _divisors(n // inner) if x == 1 or has_experts):
-                for fsdp in _divisors(n // inner // expert):
+            for expert in (x for x in divisors(n // inner) if x == 1 or has_experts):
+                for fsdp in divisors(n // inner // expert):
                     yield dataclasses.replace(
                         mesh, data=n // inner // expert // fsdp, fsdp=fsdp, expert=expert,
                         context=context, tensor=tensor,
@@ -149,14 +149,10 @@ def _with_mesh(config: Config, mesh: MeshConfig, n: int) -> Iterator[Config]:
     rows = config.data.global_batch_size // config.data.seq_len
     is_dense = not config.model.n_experts
     policies = [x for x in _REMAT if is_dense or x != "qkv_mlp"]  # experts have no such names
-    for micro in _divisors(rows // (mesh.data * mesh.fsdp * mesh.expert)) or [1]:
+    for micro in divisors(rows // (mesh.data * mesh.fsdp * mesh.expert)) or [1]:
         compute = dataclasses.replace(config.compute, accumulate=micro)
         one = dataclasses.replace(config, mesh=mesh, compute=compute)
         validate(one, n)
         for remat in policies:
             changed = dataclasses.replace(compute, remat=remat)
             yield dataclasses.replace(one, compute=changed)
-
-
-def _divisors(n: int) -> list[int]:
-    return [x for x in range(1, n + 1) if n % x == 0]

@@ -20,6 +20,7 @@ from olmo_jax import files
 from olmo_jax.checkpoints import checkpointer
 from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config import costs
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
@@ -199,7 +200,7 @@ def _device_memory() -> dict[str, float]:
     if not peak or not limit:
         return {}
     name = "gpu_memory/GPU active mem"
-    return {f"{name} (GiB)": peak / 2**30, f"{name} (%)": 100 * peak / limit}
+    return {f"{name} (GiB)": peak / GIB, f"{name} (%)": 100 * peak / limit}
 
 
 def _or_rescue(batches: Iterable[T], rescue: Callable[[], str]) -> Iterator[T]:

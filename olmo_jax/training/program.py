@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from olmo_jax.config.costs import GIB
 from olmo_jax.config.options import ConfigError
 from olmo_jax.parallel import xla_flags
 from olmo_jax.parallel.processes import say
@@ -23,8 +24,6 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all",
     "collective-permute",
 )  # fmt: skip
-
-GIB = 2**30
 
 
 class CompiledUpdate:

@@ -28,7 +28,7 @@ def both(seq, n, dim, dtype, with_norm, batch_positions, mesh=None):
     cos, sin = rope.table(config, "full", jnp.asarray(positions))
 
     def plain(x, gain):
-        return norm_rotate(x, gain, (cos, sin), n, EPS, False)
+        return norm_rotate(x, gain, (cos, sin), n, EPS)
 
     def ours(x, gain):
         flat = None if gain is None else gain.reshape(-1)
