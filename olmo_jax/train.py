@@ -1,26 +1,4 @@
-"""Train a model: `python -m olmo_jax.train --config=configs/quickstart.py`."""
-
-if __name__ == "__main__":  # before all else, which takes its time
-    from olmo_jax import cli
-
-    cli.begin(preempted=75)  # nothing to save yet: the same answer as later, start it again
-
-import dataclasses
-import difflib
-import os
-import re
-import sys
-import time
-import traceback
-
-from olmo_jax import cli, files
-from olmo_jax.config.options import ConfigError
-from olmo_jax.config.run import Config, load, planned_devices, validate
-from olmo_jax.config.text import flatten, to_dict
-from olmo_jax.files import brief
-
-USAGE = """\
-Train an OLMo model, or go on with a run that was stopped.
+"""Train an OLMo model, or go on with a run that was stopped.
 
   python -m olmo_jax.train --config=FILE [--config.PART.OPTION=VALUE ...]
 
@@ -38,41 +16,67 @@ Train an OLMo model, or go on with a run that was stopped.
 Exit codes: 0 done, 1 failed, 2 wrong config, 74 a step stalled, 75 preempted: start it again,
 130 interrupted at once.
 """
-NUMBERS = ("n_devices", "n_processes", "process_id", "connect_timeout")
+
+if __name__ == "__main__":  # before all else, which takes its time
+    from olmo_jax import cli
+
+    cli.run("train")
+
+import dataclasses
+import os
+import re
+import sys
+import time
+import traceback
+from typing import Any
+
+from olmo_jax import cli, files
+from olmo_jax.config.options import ConfigError, Count, Natural
+from olmo_jax.config.run import Config, load, planned_devices, validate
+from olmo_jax.files import brief
+
 CLUSTER = ("coordinator", "n_processes", "process_id")
+INTERRUPTED = "interrupted; the same command goes on from the newest checkpoint"
 NO_ROOM = "{}; --dry_run says what the state takes, see compute.remat, compute.accumulate and mesh"
-PREEMPTED = 75  # as processes.EXIT_PREEMPTED
-SWITCHES = ("dry_run", "debug")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What a command says beside the options of its config."""
+
+    config: str
+    dry_run: bool = False
+    n_devices: Count | None = None
+    coordinator: str | None = None
+    n_processes: Count | None = None
+    process_id: Natural | None = None
+    connect_timeout: Count = 300
 
 
 def main(argv: list[str]) -> int:
     """Run the command line and return its exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
-        return 0 if argv else 2
     try:
-        flags, config = configure(argv)
-        code = _dry_run(config, flags) if "dry_run" in flags else _train(config, flags)
-    except ConfigError as error:
-        code = _fail(argv, 2, *error.problems)
-    except (ValueError, OSError, ImportError) as error:  # a package for gs:// or W&B may be missing
-        code = _fail(argv, 1, str(error) or type(error).__name__)
-    except KeyboardInterrupt:
-        code = _fail(argv, 130, "interrupted; the same command goes on from the newest checkpoint")
+        code = cli.attempt(argv, __doc__, _main, INTERRUPTED)
     except Exception as error:
         if _is_one_of_several():
             traceback.print_exc()
             said = "this process ends; another one may have ended before: see its output"
-            code = _fail([], 1, said)
+            code = cli.fail([], cli.FAILED, said)
         elif "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-            code = _fail(argv, 1, NO_ROOM.format(brief(str(error).strip() or "out of memory")))
+            said = NO_ROOM.format(brief(str(error).strip() or "out of memory"))
+            code = cli.fail(argv, cli.FAILED, said)
         else:
             raise
-    if code not in (0, PREEMPTED) and _is_one_of_several():
+    if code not in (cli.DONE, cli.PREEMPTED) and _is_one_of_several():
         from olmo_jax.parallel import distributed
 
         distributed.leave(code)
     return code
+
+
+def _main(argv: list[str]) -> int:
+    flags, config = configure(argv)
+    return _dry_run(config, flags) if flags.dry_run else _train(config, flags)
 
 
 def _is_one_of_several() -> bool:
@@ -80,114 +84,57 @@ def _is_one_of_several() -> bool:
     return distributed is not None and distributed.is_one_of_several()
 
 
-def _fail(argv: list[str], code: int, *lines: str) -> int:
-    if "--debug" in argv:
-        traceback.print_exc()
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return code
-
-
-def configure(argv: list[str]) -> tuple[dict[str, str], Config]:
-    """Flags by name, and the config, of a command line.
+def configure(argv: list[str]) -> tuple[Flags, Config]:
+    """Flags and config of a command line.
 
     Raises:
       ConfigError: with all that is wrong in arguments, options and their relations.
     """
-    flags, overrides, problems = _split(argv)
+    line = cli.read(argv, Flags)
+    problems = line.problems + _flag_problems(line.given)
     config, unread, cause = None, set(), None
     try:
-        config = load(flags["config"], overrides) if "config" in flags else None
+        config = load(line.given["config"], line.overrides) if "config" in line.given else None
     except ConfigError as error:
         problems += error.problems
         config, unread, cause = error.rest, error.options, error
     if config is not None:
         try:
-            validate(config, _devices(config, flags), unread)
+            validate(config, _devices(config, line.given.get("n_devices")), unread)
         except ConfigError as error:
             problems += error.problems
             cause = error
     if problems or config is None:
         raise ConfigError(problems) from cause
-    return flags, config
+    return Flags(**line.given), config
 
 
-def parse(argv: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Flags by name, and overrides of config options by dotted path.
-
-    Raises:
-      ConfigError: with every argument that makes no sense.
-    """
-    flags, overrides, problems = _split(argv)
-    if problems:
-        raise ConfigError(problems)
-    return flags, overrides
-
-
-def _split(argv: list[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    flags, overrides, problems, known = {}, {}, [], ("config", "coordinator", *NUMBERS)
-    for argument in argv:
-        name, _, value = argument.removeprefix("--").partition("=")
-        said = brief(argument)
-        if not argument.startswith("--"):
-            problems.append(f"{said}: options begin with --, see --help")
-        elif name in SWITCHES and value.lower() in ("", "true"):
-            flags[name] = "true"
-        elif name in SWITCHES:
-            problems.append(f"{said}: leave it out, or write --{name}")
-        elif name not in known and not name.startswith("config."):
-            problems.append(f"{said}: there is no such flag{_meant(name)}; see --help")
-        elif "=" not in argument:
-            problems.append(f"{said}: needs a value, as in {said}=…; see --help")
-        elif name in NUMBERS and not re.fullmatch(r"\d{1,9}", value, re.ASCII):
-            problems.append(f"{said}: need a whole number below a billion")
-        elif name in NUMBERS and not int(value) and name != "process_id":
-            problems.append(f"{said}: need 1 or more")
-        elif name in known:
-            flags[name] = value
-        else:
-            overrides[name.removeprefix("config.")] = value
-    if "config" not in flags:
-        problems.append("--config=FILE is missing; see configs/, and --help")
-    if "n_devices" in flags and "dry_run" not in flags:
+def _flag_problems(given: dict[str, Any]) -> list[str]:
+    """What is wrong with flags that go together, of those that are right by themselves."""
+    problems = []
+    if given.get("n_devices") and not given.get("dry_run"):
         problems.append("--n_devices is for --dry_run; a run takes the devices that it finds")
-    return flags, overrides, problems + _cluster_problems(flags)
-
-
-def _meant(name: str) -> str:
-    """A flag or an option that looks like `name`."""
-    flags = ["config", "coordinator", *SWITCHES, *NUMBERS]
-    options = flatten(to_dict(Config()))
-    by_word = {option.split(".")[-1]: f"config.{option}" for option in reversed(options)}
-    known = dict.fromkeys(flags) | {f"config.{o}": None for o in options} | by_word
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"; did you mean --{known[close[0]] or close[0]}?" if close else ""
-
-
-def _cluster_problems(flags: dict[str, str]) -> list[str]:
-    missing = [name for name in CLUSTER if name not in flags]
-    if len(missing) == len(CLUSTER):
-        return []
+    missing = [name for name in CLUSTER if given.get(name, "wrong") is None]
+    if len(missing) == len(CLUSTER) or set(CLUSTER) - given.keys():
+        return problems
     if missing:
         names = " and ".join(f"--{name}" for name in missing)
-        return [f"{names} missing: several processes need all of --{', --'.join(CLUSTER)}"]
-    problems = []
-    if not re.fullmatch(r"[!-~]+:\d{1,5}", flags["coordinator"]):
-        problems.append(f"--coordinator={brief(flags['coordinator'])}: need host:port")
-    if int(flags["process_id"]) >= int(flags["n_processes"]):
-        problems.append(
-            f"--process_id={flags['process_id']} is not below --n_processes={flags['n_processes']}"
-        )
+        need = f"several processes need all of --{', --'.join(CLUSTER)}"
+        return [*problems, f"{names} missing: {need}"]
+    where, n, index = (given[name] for name in CLUSTER)
+    if not re.fullmatch(r"[!-~]+:\d{1,5}", where):
+        problems.append(f"--coordinator={brief(where)}: need host:port")
+    if index >= n:
+        problems.append(f"--process_id={index} is not below --n_processes={n}")
     return problems
 
 
-def _devices(config: Config, flags: dict[str, str]) -> int:
+def _devices(config: Config, n_devices: int | None) -> int:
     """Devices of a run that is planned; those of a real one are counted when JAX is there."""
-    named = int(flags.get("n_devices", 0)) if "dry_run" in flags else 0
-    return named or planned_devices(config.mesh)
+    return n_devices or planned_devices(config.mesh)
 
 
-def _dry_run(config: Config, flags: dict[str, str]) -> int:
+def _dry_run(config: Config, flags: Flags) -> int:
     from olmo_jax.config import describe
     from olmo_jax.config.parameters import nested, table
     from olmo_jax.training import optim
@@ -195,11 +142,11 @@ def _dry_run(config: Config, flags: dict[str, str]) -> int:
     rows = table(config.model)
     groups = optim.describe_groups(config.optim, nested(rows), rows).splitlines()
     moments = optim.moments(config.optim, rows)
-    print(describe.describe(config, _devices(config, flags), groups, moments))
+    print(describe.describe(config, _devices(config, flags.n_devices), groups, moments))
     return 0
 
 
-def _train(config: Config, flags: dict[str, str]) -> int:
+def _train(config: Config, flags: Flags) -> int:
     if config.compute.deterministic:  # has to be set before JAX meets its devices
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
@@ -209,8 +156,8 @@ def _train(config: Config, flags: dict[str, str]) -> int:
     from olmo_jax.training import loop
 
     cli.raise_interrupts()  # several processes end together
-    cluster = distributed.find_cluster(flags, os.environ)
-    distributed.start(cluster, float(flags.get("connect_timeout", 300)))
+    cluster = distributed.find_cluster(vars(flags), os.environ)
+    distributed.start(cluster, flags.connect_timeout)
     import jax
 
     from olmo_jax.evals import perplexity, summary
@@ -262,9 +209,3 @@ def _with_corpus(config: Config) -> Config:
     )
     heldout = dataclasses.replace(config.eval, paths=config.eval.paths or (made.heldout_path,))
     return dataclasses.replace(config, data=data, eval=heldout)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    cli.end_at_once()
-    sys.exit(code)

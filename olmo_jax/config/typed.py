@@ -1,6 +1,5 @@
 """How text and plain values become options of the kinds that their hints ask for."""
 
-import argparse
 import ast
 import dataclasses
 import difflib
@@ -10,10 +9,19 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from olmo_jax.config.options import INT64, LARGEST, SMALLEST, Pairs, Path, shown, unmarked
+from olmo_jax.config.options import (
+    INT64,
+    LARGEST,
+    SMALLEST,
+    ConfigError,
+    Pairs,
+    Path,
+    shown,
+    unmarked,
+)
 from olmo_jax.files import brief
 
 # --- from text ------------------------------------------------------------------------------------
@@ -215,18 +223,18 @@ def _name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
-def argument(hint: Any) -> Callable[[str], Any]:
-    """The `type` of an argument of argparse that is an option with this hint."""
+def value(hint: Any, text: Any, path: str) -> Any:
+    """The value of an option with this hint that was typed as `text`, a tuple of texts for a list.
 
-    def value_of(text: str) -> Any:
-        problems: list[str] = []
-        value = convert(hint, read(hint, text), "value", problems)
-        problems += [] if problems else _problems(hint, value, "value")
-        if problems:
-            raise argparse.ArgumentTypeError(problems[0])
-        return value
-
-    return value_of
+    Raises:
+      ConfigError: with what is needed instead; `path` is its name.
+    """
+    problems: list[str] = []
+    found = convert(hint, read(hint, text) if isinstance(text, str) else text, path, problems)
+    problems += [] if problems else _problems(hint, found, path)
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 # --- what a kind does not allow -------------------------------------------------------------------

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-CONVERT = "python tools/convert.py"
+CONVERT = "python -m olmo_jax.convert"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 TOKENS = (".npy", ".csv.gz")
 

@@ -10,17 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax._src import cloud_tpu_init, xla_bridge  # whether a TPU is here, whether JAX has looked
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import GceTpuCluster, GkeTpuCluster  # what `initialize` asks on a TPU host
 
+from olmo_jax import cli
+
 WAIT_LINE_S = 10.0  # between lines that say who is missing
 GRACE_S = 3.0
 SAVE_S = 60.0  # for a save under way when a run ends with an error
 LEAVE_S = 5.0  # for the others to end too
-STALLED = 74  # exit code of a run that a stalled step ended (EX_IOERR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Cluster:
     is_found: bool = False  # SLURM or a TPU pod describes it, and no flags
 
 
-def find_cluster(flags: Mapping[str, str], environ: Mapping[str, str]) -> Cluster | None:
-    """The cluster that the flags (as `train.parse` checks them) or SLURM describe, or None."""
-    if "coordinator" in flags:
-        return Cluster(flags["coordinator"], int(flags["n_processes"]), int(flags["process_id"]))
+def find_cluster(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Cluster | None:
+    """The cluster that the flags of `train`, checked there, or SLURM describe, or None."""
+    if flags.get("coordinator"):
+        return Cluster(flags["coordinator"], flags["n_processes"], flags["process_id"])
     # srun sets all of these; sbatch alone, which starts one process, does not.
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
     if any(name not in environ for name in slurm):
@@ -348,7 +350,7 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(STALLED)  # the main thread is stuck inside a collective
+                os._exit(cli.STALLED)  # the main thread is stuck inside a collective
 
 
 def _is_of_the_devices(error: object) -> bool:

@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 
 WAIT_S = 1800  # for the word of another process
 LOCK_WAIT_S = 60.0  # for another run to leave the folder
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL, "try again later": the SLURM script answers with a requeue
 
 _calls = itertools.count()
 _kept: list[Any] = []  # files of locks that only the end of the process closes

@@ -1,6 +1,5 @@
-"""A plan in words: what `tools/plan_pod.py` prints."""
+"""A plan in words: what `olmo_jax.plan` prints."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -34,37 +33,50 @@ those of other programs by the TPU compiler. Good for ranking; the
 time and the temporary memory of a plan are known when it is compiled."""
 
 
-def run(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -> int:
-    """Plan as the command line says, and print it.
+def run(
+    config: Config,
+    machine: Slice | gpus.Nodes,
+    store: Store,
+    *,
+    n_compiles: int | None = None,
+    price: float | None = None,
+) -> int:
+    """Plan a run, and print the plan.
 
     Where the batch grows, the plan is of the largest.
 
+    Args:
+      config: of the run.
+      machine: where it is to run.
+      store: of compiled programs.
+      n_compiles: programs that a search for the best plan may compile; None: no search.
+      price: of a chip and hour, for the cost of the run.
     Returns: 0, or 1 for a plan that does not fit.
     Raises:
       ConfigError: for a mesh or batch that cannot be.
       ValueError: for a slice that the TPU compiler does not know.
       RuntimeError: if the compiler fails.
     """
-    n_devices = planned_devices(config.mesh) if args.search else machine.n_devices
+    n_devices = machine.n_devices if n_compiles is None else planned_devices(config.mesh)
     validate(config, n_devices)
     largest = max(size for _, size in batch_stages(config.data))
     data = dataclasses.replace(config.data, global_batch_size=largest)
     config = dataclasses.replace(config, data=data)
     if isinstance(machine, Slice):
         machine.devices()  # is there a compiler?
-    if args.search:
-        return _search(config, machine, args)
+    if n_compiles is not None:
+        return _search(config, machine, store, n_compiles, price)
     shape = mesh_shape(config.mesh, machine.n_devices)  # without a -1
     config = dataclasses.replace(config, mesh=MeshConfig(**shape))
     if isinstance(machine, gpus.Nodes):
         plan = analytic.predict(config, machine)
     else:
-        found = compiler(machine, Store(args.cache))(config)
+        found = compiler(machine, store)(config)
         if not isinstance(found, Plan):
             print(f"does not fit: needs {_size(found)}, a device has {_size(machine.chip.hbm)}")
             return 1
         plan = found
-    print("\n".join(describe(config, machine, plan, args.price)))
+    print("\n".join(describe(config, machine, plan, price)))
     return 0 if plan.fits else 1
 
 
@@ -99,10 +111,12 @@ def compiler(where: Slice, store: Store) -> Callable[[Config], Plan | float]:
     return compile_
 
 
-def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespace) -> int:
+def _search(
+    config: Config, machine: Slice | gpus.Nodes, store: Store, n_compiles: int, price: float | None
+) -> int:
     compiled, lines = [], []
-    if isinstance(machine, Slice) and args.compiles:
-        compile_ = compiler(machine, Store(args.cache))
+    if isinstance(machine, Slice) and n_compiles:
+        compile_ = compiler(machine, store)
 
         def attempt(config: Config) -> Plan | float | None:
             try:
@@ -111,7 +125,7 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
                 print(f"left out: {error}", file=sys.stderr, flush=True)
                 return None
 
-        compiled, ranked = search.search(config, machine, attempt, args.compiles)
+        compiled, ranked = search.search(config, machine, attempt, n_compiles)
         if not compiled:
             lines = ["Nothing that was compiled fits; this is the next best, by formula.", ""]
     else:
@@ -121,7 +135,7 @@ def _search(config: Config, machine: Slice | gpus.Nodes, args: argparse.Namespac
         print(_nothing_fits(sizes, machine))
         return 1
     best = (compiled or ranked)[0]
-    lines += [*describe(best.config, machine, best.plan, args.price), ""]
+    lines += [*describe(best.config, machine, best.plan, price), ""]
     if compiled:
         lines += ["compiled", *_table(compiled, machine), ""]
     corrected = ", corrected by what was compiled" if compiled else ""

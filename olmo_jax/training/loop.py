@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax import files
+from olmo_jax import cli, files
 from olmo_jax.checkpoints import checkpointer
 from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config import costs
@@ -183,7 +183,7 @@ def _train(
             checkpointer.finish()
             log.close()  # which also clears the progress bar
             say(f"stopped: saved step {stopped.step}; the same command goes on from there")
-            return Outcome(processes.EXIT_PREEMPTED)
+            return Outcome(cli.PREEMPTED)
 
 
 def _wait_for_save(checkpointer: Checkpointer) -> None:

@@ -1,16 +1,14 @@
-"""tools/convert.py as users run it: results, exit codes, ends in the middle, the Hub."""
+"""`olmo_jax.convert` as users run it: results, exit codes, ends in the middle, the Hub."""
 
 import concurrent.futures
 import contextlib
 import errno
 import hashlib
 import http.server
-import importlib.util
 import io
 import json
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -27,43 +25,27 @@ from hf import exported_logits, random_model
 from test_hf import TOKENS, quiet, save, tensors
 
 import olmo_jax
+from olmo_jax import convert
 from olmo_jax.checkpoints import conversion, storage
 from olmo_jax.checkpoints.formats import native, open, safetensors
 from olmo_jax.checkpoints.logits import logits
 from olmo_jax.data import foreign
 
-TOOL = pathlib.Path(__file__).parents[2] / "tools" / "convert.py"
-
-
-def tool():
-    """The command line as a module."""
-    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def run(*arguments) -> runs.Result:
     """Run the command line here."""
     out, err = io.StringIO(), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = tool().main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+        code = convert.main([str(a) for a in arguments])
     return runs.Result(code, out.getvalue(), err.getvalue())
 
 
 def start(*arguments, code: str = "", **environment) -> subprocess.Popen:
     """Run the command line in a process of its own, after some code."""
-    text = f"import sys; sys.argv = ['convert.py', *sys.argv[1:]]\n{code}\n"
-    text += f"import runpy; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    text = f"from olmo_jax import cli\n{code}\ncli.run('convert')"
     return subprocess.Popen(
         [sys.executable, "-c", text, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(TOOL.parents[1])} | environment,
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,6 +111,7 @@ def test_check_of_other_shapes_and_options_says_which(tmp_path):
         ["to_hf", "a", "b", "--max_shard_size=0GB"],
         ["to_hf", "a", "b", "--max_shard_size=much"],
         ["to_tf", "a", "b"],
+        ["check", "a", "b", "c"],
         [],
     ],
 )
@@ -259,12 +242,15 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
 
 def test_nothing_of_jax_is_imported_for_a_wrong_command_line():
     code = (
-        f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import convert\n"
-        "try: convert.main(['to_jax'])\nexcept SystemExit: pass\n"
-        "sys.exit('jax' in sys.modules)"
+        "import sys; from olmo_jax import convert\n"
+        "code = convert.main(['to_jax', '--dtype=int8'])\n"
+        "sys.exit(99 if 'jax' in sys.modules else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    lines = ["SRC is missing; see --help", "DST is missing; see --help",
+             "--dtype: found 'int8', need one of float32, bfloat16"]  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "".join(f"error: {line}\n" for line in lines))
 
 
 # --- averages -------------------------------------------------------------------------------------
@@ -331,23 +317,33 @@ def test_experts_that_cannot_be_are_refused_in_a_line(tmp_path, options):
 @pytest.mark.parametrize(
     ("arguments", "need"),
     [
-        ("upcycle a b --n_experts=4 --n_experts_per_token=0", "value=0: need a number from 1 to"),
-        ("upcycle a b --n_experts=-2", "value=-2: need a number from 1 to"),
+        ("upcycle a b --n_experts=4 --n_experts_per_token=0", "--n_experts_per_token=0: need a"),
+        ("upcycle a b --n_experts=-2", "--n_experts=-2: need a number from 1 to 2147483647"),
         ("upcycle a b --n_experts=1e30", "need a number from 1 to 2147483647"),
-        ("upcycle a b --n_experts=4 --router_std=nan", "value: found nan, need a finite number"),
-        ("upcycle a b --n_experts=4 --router_std=-1", "value=-1.0: need a number from 0.0 to"),
-        ("upcycle a b --n_experts=4 --seed=-1", "value=-1: need a number from 0 to 4294967295"),
-        ("check a b --atol=nan", "value: found nan, need a finite number"),  # differs from nothing
-        ("check a b --atol=-1", "value=-1.0: need a number from 0.0 to"),
-        ("to_jax a b --padded_vocab_size=0", "value=0: need a number from 1 to"),
-        (f"to_hf a b --max_shard_size={'9' * 400}GB", "is no size such as 5GB or 500MiB"),
+        ("upcycle a b --n_experts=4 --router_std=nan", "--router_std: found nan, need a finite"),
+        ("upcycle a b --n_experts=4 --router_std=-1", "--router_std=-1.0: need a number from 0.0"),
+        ("upcycle a b --n_experts=4 --seed=-1", "--seed=-1: need a number from 0 to 4294967295"),
+        ("check a b --atol=nan", "--atol: found nan, need a finite number"),  # differs from nothing
+        ("check a b --atol=-1", "--atol=-1.0: need a number from 0.0 to"),
+        ("to_jax a b --padded_vocab_size=0", "--padded_vocab_size=0: need a number from 1 to"),
+        (f"to_hf a b --max_shard_size={'9' * 400}GB", "need a size such as 5GB or 500MiB"),
+        ("to_jax a b c", "c: not expected; flags begin with --"),
+        ("to_jax a b --optimizer=true", "--optimizer=true: it takes no value"),
+        ("upcycle a b --n_experts 4", "--n_experts: needs a value, as in --n_experts=\u2026"),
+        (
+            "upcycle a b --experts=4",
+            "--experts=4: there is no such flag; did you mean --n_ex",
+        ),
+        (
+            "to_jaxx a b",
+            "to_jaxx: need one of to_jax, to_hf, check, average, upcycle",
+        ),
     ],
 )
-def test_numbers_that_cannot_be_are_a_wrong_command_line(arguments, need):
+def test_what_cannot_be_is_a_wrong_command_line(arguments, need):
     result = run(*arguments.split())
     assert result.code == 2
-    last = result.err.splitlines()[-1]
-    assert re.fullmatch(f"convert.py .*: error: argument .*: .*{re.escape(need)}.*", last)
+    assert len([line for line in result.errors if need in line]) == 1
 
 
 def test_only_equal_models_are_averaged(tmp_path):
@@ -355,7 +351,8 @@ def test_only_equal_models_are_averaged(tmp_path):
     result = run("average", one, two, tmp_path / "mean")
     assert result.code == 1
     assert "are different models: model.n_kv_heads: 4 and 2" in result.errors[0]
-    assert run("average", one, tmp_path / "mean").code == 1
+    alone = run("average", one, tmp_path / "mean")
+    assert alone.errors == ["average: need at least two checkpoints before OUT"]
     assert not (tmp_path / "mean").exists()
 
 

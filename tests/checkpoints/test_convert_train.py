@@ -11,7 +11,7 @@ import made
 import numpy as np
 import pytest
 import runs
-from test_convert_cli import TOOL, run
+from test_convert_cli import run
 from test_hf import TOKENS, quiet, theirs
 from transformers import AutoTokenizer
 
@@ -29,7 +29,7 @@ FILES = {name: name.encode() for name in hub.CARRIED}
 FILES["additional_chat_templates/tool_use.jinja"] = b"{{ tools }}"
 FILES["generation_config.json"] = b'{"eos_token_id": [7, 9], "pad_token_id": 11}'
 PEAK = """
-import resource, runpy, sys, threading, time, pathlib
+import resource, sys, threading, time, pathlib
 peak = 0
 def watch():
     global peak
@@ -38,10 +38,11 @@ def watch():
         peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
         time.sleep(0.005)
 threading.Thread(target=watch, daemon=True).start()
-main = runpy.run_path(sys.argv[1])["main"]
+from olmo_jax import convert
+convert.keep_memory()  # as the command does
 from olmo_jax.checkpoints import storage, weights
 weights.AHEAD_BYTES = storage.IN_FLIGHT_BYTES = 32 << 20  # little beside the model
-code = main(sys.argv[2:])
+code = convert.main(sys.argv[1:])
 assert code == 0, code
 print("peak", peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
@@ -173,8 +174,8 @@ def peaks(*arguments, n_devices: int) -> tuple[int, int]:
     """The peak of anonymous and of all resident memory of a conversion, in bytes."""
     flags = f"--xla_force_host_platform_device_count={n_devices}"
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(TOOL), *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": flags, "GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-c", PEAK, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": runs.PATHS, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

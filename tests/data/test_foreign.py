@@ -7,7 +7,7 @@ import pytest
 from olmo_jax.checkpoints import checkpointer
 from olmo_jax.checkpoints.formats import open
 
-TAKEN = "taken by: python tools/convert.py to_jax"
+TAKEN = "taken by: python -m olmo_jax.convert to_jax"
 HF = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
 RUN = {"model": {}, "data": {}, "optim": {}, "checkpoint": {}}
 # Its files -> what it is, with {0} for its path.

@@ -148,7 +148,7 @@ def test_a_hugging_face_folder_is_told_with_the_command_that_takes_it(tmp_path):
     (folder / "config.json").write_text('{"architectures": ["Olmo2ForCausalLM"]}')
     message = (
         f"config.data.paths: no such token file: {folder}, a Hugging Face folder"
-        f" (Olmo2ForCausalLM), taken by: python tools/convert.py to_jax {folder} OUT"
+        f" (Olmo2ForCausalLM), taken by: python -m olmo_jax.convert to_jax {folder} OUT"
     )
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
         token_files.resolve_paths([str(folder)])

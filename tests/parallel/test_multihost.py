@@ -417,7 +417,7 @@ SLURM = {
 
 
 def test_flags_win_over_slurm_and_one_process_needs_neither():
-    flags = {"coordinator": "a:1", "n_processes": "2", "process_id": "1"}
+    flags = {"coordinator": "a:1", "n_processes": 2, "process_id": 1}
     assert distributed.find_cluster(flags, SLURM) == Cluster("a:1", 2, 1)
     assert distributed.find_cluster({}, {}) is None
 

@@ -8,15 +8,13 @@ import math
 import os
 import pathlib
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 import sys
 
 import pytest
 
-from olmo_jax import config
+from olmo_jax import config, plan
 from olmo_jax.config import costs, parameters
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import validate
@@ -475,31 +473,26 @@ def sources_of_the_package():
 # --- the command line -----------------------------------------------------------------------------
 
 
-def plan_pod(*arguments, **environment):
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+def plan_there(*arguments):
+    """The command in a process of its own."""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     variables.pop("XLA_FLAGS", None)  # those of the tests are for a CPU
-    command = [sys.executable, str(ROOT / "tools/plan_pod.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=variables)
+    command = [sys.executable, "-m", "olmo_jax.plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
 
 
 @pytest.fixture
 def plan_here(monkeypatch, capsys):
-    """The tool in this process: formulas and messages need no other."""
+    """The command in this process: formulas and messages need no other."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    main = runpy.run_path(str(ROOT / "tools/plan_pod.py"))["main"]
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments):
-        try:
-            code = main(list(arguments))
-        except SystemExit as end:  # as argparse leaves
-            code = end.code
+        code = plan.main(list(arguments))
         said = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 OLMO_3 = ["--config=configs/olmo3_7b.py"]
@@ -516,7 +509,7 @@ OLMO_3 = ["--config=configs/olmo3_7b.py"]
         ([*OLMO_3, "--topology=h100:8x00"], 2, "h100:8x16"),
         ([*OLMO_3, "--topology=h100:8x99999999999"], 2, "h100:8x16"),
         ([*OLMO_3, f"--topology=v5p:4x{'4' * 5000}"], 2, "v5p:4x4x8"),
-        ([*OLMO_3, "--topology=h100:8x1", "--compiles=-1"], 2, "--compiles: value=-1: need"),
+        ([*OLMO_3, "--topology=h100:8x1", "--compiles=-1"], 2, "--compiles=-1: need"),
         ([*OLMO_3, "--topology=h100:8x1", "--price=-1"], 2, "--price"),
         ([*OLMO_3, "--topology=h100:8x1", "--price=nan"], 2, "--price"),
         ([*OLMO_3, "--topology=h100:8x16", "--config.mesh.fsdp=3"], 2, "needs 3 devices"),
@@ -552,7 +545,7 @@ def test_what_is_wrong_is_said_in_a_line(arguments, code, says, plan_here):
 
 def test_a_plan_for_gpus_says_that_it_is_a_formula(plan_here):
     arguments = ["--config=configs/olmo3_7b.py", "--topology=h100:8x16", "--search", "--price=2"]
-    done = plan_pod(*arguments)  # as a user starts it
+    done = plan_there(*arguments)  # as a user starts it
     assert done.returncode == 0, done.stderr
     assert "nothing was compiled and nothing ran" in done.stdout
     pasted = done.stdout.splitlines()[-1].split()
@@ -597,14 +590,13 @@ def test_the_run_is_as_long_as_the_config_says():
 PLANS = (ROOT / "docs/plans.md").read_text()
 
 
-def test_commands_of_the_docs_are_taken():
-    tool = runpy.run_path(str(ROOT / "tools/plan_pod.py"))
-    commands = re.findall(r"^python tools/plan_pod.py (.*)", PLANS.replace("\\\n", " "), re.M)
+def test_commands_of_the_docs_are_taken(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^python -m olmo_jax.plan (.*)", PLANS.replace("\\\n", " "), re.M)
     assert len(commands) == 3
     for line in commands:
-        args, overrides = tool["parse"](shlex.split(line))
-        machine = report.parse(args.topology)
-        validate(config.load(str(ROOT / args.config), overrides), machine.n_devices)
+        flags, settings = plan.configure(shlex.split(line))
+        validate(settings, report.parse(flags.topology).n_devices)
 
 
 def test_headers_of_configs_and_the_table_say_the_same():
@@ -636,7 +628,7 @@ def small(libtpu, tmp_path_factory):
     options = [f"--config.{name}={value}" for name, value in SMALL.items()]
     options += ["--config=configs/tiny_olmo2.py", "--topology=v5e:2x2"]
     options += [f"--cache={tmp_path_factory.mktemp('plans')}"]
-    return plan_pod(*options), options
+    return plan_there(*options), options
 
 
 @pytest.mark.tpu
@@ -646,7 +638,7 @@ def test_a_small_config_is_planned_and_kept(small):
     assert first.returncode == 0, first.stderr
     assert "compiling" in first.stderr
     assert "Failed to find host bounds" not in first.stderr
-    again = plan_pod(*options)
+    again = plan_there(*options)
     assert (again.stdout, again.stderr) == (first.stdout, "")
     assert "nothing ran on such devices" in first.stdout
     assert {"attention", "collectives", "products"} <= {
@@ -673,7 +665,7 @@ def test_the_formula_counts_the_products_of_the_program(small):
 @pytest.mark.slow
 def test_what_does_not_fit_is_said_with_what_it_needs(small):
     more = ["--config.data.global_batch_size=16777216", "--config.compute.loss_chunk=none"]
-    done = plan_pod(*small[1], *more)
+    done = plan_there(*small[1], *more)
     assert done.returncode == 1
     assert done.stdout.startswith("does not fit: needs ")
     assert "a device has 15.75 GiB" in done.stdout
@@ -683,7 +675,7 @@ def test_what_does_not_fit_is_said_with_what_it_needs(small):
 @pytest.mark.by_hand
 def test_olmo_3_7b_is_planned_for_a_pod(libtpu, tmp_path):
     mesh = ["--config.mesh.data=4", "--config.mesh.fsdp=32"]
-    done = plan_pod(
+    done = plan_there(
         "--config=configs/olmo3_7b.py", "--topology=v5p:4x4x8", f"--cache={tmp_path}", *mesh
     )
     assert done.returncode == 0, done.stderr

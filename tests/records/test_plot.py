@@ -3,16 +3,16 @@
 import json
 import os
 import pathlib
-import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from olmo_jax import plot as command_line
 from olmo_jax.records import plot
 
-TOOL = pathlib.Path(__file__).parents[2] / "tools/plot_run.py"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def record(step, tokens_per_step=100, shift=0.0, **more):
@@ -56,22 +56,16 @@ def curves(axes):
 
 
 def command(*args, **environment):
-    environment = os.environ | environment
-    command = [sys.executable, TOOL, *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-m", "olmo_jax.plot", *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-@pytest.fixture(scope="module")
-def main():
-    """The command in this process."""
-    return runpy.run_path(str(TOOL))["main"]
 
 
 def test_the_command_draws_several_runs_into_one_picture(tmp_path):
     runs = [write(tmp_path / name, map(record, range(1, 30))) for name in "ab"]
     out = tmp_path / "both.png"
     # As a cell of a notebook hands it on, whose backend is not installed here.
-    done = command(*runs, "--out", str(out), MPLBACKEND="of-a-notebook")
+    done = command(*runs, f"--out={out}", MPLBACKEND="of-a-notebook")
     assert (done.returncode, done.stdout) == (0, f"wrote {out}\n"), done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -91,13 +85,13 @@ def test_settings_of_the_user_do_not_reach_the_picture(tmp_path, figure):
     [
         (lambda f: None, [], "metrics.jsonl: no such file"),
         (lambda f: write(f, []), [], "no training step yet"),
-        (lambda f: write(f, [record(1)]), ["--out", "x.abc"], "'abc' is not supported"),
-        (lambda f: write(f, [record(1)]), ["--out", "/no/such/folder/x.png"], "No such file"),
+        (lambda f: write(f, [record(1)]), ["--out=x.abc"], "'abc' is not supported"),
+        (lambda f: write(f, [record(1)]), ["--out=/no/such/folder/x.png"], "No such file"),
     ],
 )
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path, make, args, message, main, capsys):
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, make, args, message, capsys):
     make(tmp_path / "run")
-    assert main([str(tmp_path / "run"), *args]) == 1
+    assert command_line.main([str(tmp_path / "run"), *args]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert message in said

@@ -20,7 +20,7 @@ import runs
 import small_run
 from test_writer import Tracker, scalars
 
-from olmo_jax import files, train
+from olmo_jax import files, plot, train
 from olmo_jax.checkpoints import storage
 from olmo_jax.config.run import load
 from olmo_jax.config.training import ScheduleConfig
@@ -29,7 +29,6 @@ from olmo_jax.data import loader
 from olmo_jax.parallel import processes
 from olmo_jax.records import jsonl
 from olmo_jax.training import keeping, loop, pacing, schedules, start
-from tools import plot_run
 
 pytestmark = pytest.mark.slow  # each is a run or two
 
@@ -566,7 +565,7 @@ def test_the_options_of_the_run_are_those_of_its_newest_start(half, options):
     runs.run(*options, f"dir={half}", "optim.lr=5e-4", "train.hard_stop=11")
     assert json.loads((half / "config.json").read_text())["optim"]["lr"] == 5e-4
     flags, config = train.configure([f"--config={runs.CONFIG}", *runs.flags(*options)])
-    assert flags["config"] == str(runs.CONFIG)
+    assert flags.config == str(runs.CONFIG)
     assert config.optim.lr == 1e-3
 
 
@@ -770,7 +769,7 @@ def test_two_runs_do_not_write_into_one_folder(half, options, monkeypatch, capsy
     with processes.only_writer(half):
         result = runs.run(*options, f"dir={half}")
         for only_reads in (runs.run(*options, f"dir={half}", "--dry_run").code,
-                           plot_run.main([str(half)])):  # fmt: skip
+                           plot.main([str(half)])):  # fmt: skip
             assert only_reads == 0
     assert result.code == 1
     used = f"config.dir: {half} is in use by another run"

@@ -24,6 +24,7 @@ from olmo_jax import files, presets
 from olmo_jax.checkpoints import names
 from olmo_jax.checkpoints.formats import hf, hf_config, safetensors
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import axis_sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
 BLOCK = 64 << 20
@@ -33,7 +34,7 @@ def make(folder: pathlib.Path, n_layers: int) -> None:
     """A Hugging Face folder of random bf16 numbers near one, a file for each layer."""
     model = ModelConfig(**presets.MODELS["olmo2_7B"] | {"n_layers": n_layers})
     folder.mkdir()
-    lengths = names.sizes(model)
+    lengths = axis_sizes(model)
     bits = np.random.default_rng(0).integers(0x3F00, 0x4000, BLOCK // 2, np.uint16)
     numbers = bits.view(jnp.bfloat16)
     weight_map = {}

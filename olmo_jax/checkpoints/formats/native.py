@@ -1,4 +1,4 @@
-"""olmo_jax's own checkpoints, as `train` and `tools/convert.py` write them."""
+"""olmo_jax's own checkpoints, as `train` and `convert` write them."""
 
 import re
 import reprlib
