@@ -1,31 +1,33 @@
-"""What the README shows works: snippets, commands, messages, links, and the table of models."""
+"""What the README and docs/ show works: snippets, commands, messages, links, and tables."""
 
 import json
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import stat
 import subprocess
-import sys
 import tomllib
 
 import jax
 import pytest
 import small_run
 
-from olmo_jax import config, presets, train
+from olmo_jax import cli, config, convert, plan, plot, presets, train
 from olmo_jax.config import costs
+from olmo_jax.config.run import validate
 from olmo_jax.parallel import distributed
+from olmo_jax.pods import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = "\n".join(page.read_text() for page in PAGES if page.stem != "CONTRIBUTING")
 LAUNCHERS = sorted((ROOT / "tools/launch").glob("*.sh"))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCS, re.M | re.S)
 
 
 COMMANDS = [
@@ -34,7 +36,7 @@ COMMANDS = [
     for line in block.replace("\\\n", "").splitlines()
     if shlex.split(line, comments=True)
 ]
-FAILURES = re.findall(r"^\$ (python .*)\n(error: .*)", README, re.M)
+FAILURES = re.findall(r"^\$ (python .*)\n(error: .*)", DOCS, re.M)
 FULL = ("train.z_loss=1e-4", "log.norms_interval=1", "log.device_peak_flops=1e12")
 BARE = ("train.summary=false", "eval.at_finish=false", "checkpoint.step0=false")
 
@@ -61,7 +63,8 @@ def tiny(arguments, made, *options):
     """The exit code of a training command that is made small, on made data."""
     small = small_run.flags(*small_run.TINY, *(options or BARE))
     if "--config.data.paths=train.npy" in arguments:
-        exec(blocks("python")[0], {})
+        (makes_it,) = (code for code in blocks("python") if "write_documents" in code)
+        exec(makes_it, {})
     return train.main([*small, *small_run.data_flags(made), *arguments])
 
 
@@ -91,32 +94,32 @@ def test_command_works(place, line, capsys):
     elif head == "make":
         run = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-    elif words[:2] == ["python", "tools/convert.py"]:
-        tool = runpy.run_path(str(ROOT / rest[0]))
-        assert tool["parser"]().parse_args(rest[1:]).verb == rest[1]
-    elif words[:2] == ["python", "tools/plot_run.py"]:
-        assert subprocess.run([sys.executable, ROOT / rest[0], *rest[1:]]).returncode == 0
+    elif words[:3] == ["python", "-m", "olmo_jax.convert"]:
+        assert convert.parse(rest[2:])[0] == rest[2]
+    elif words[:3] == ["python", "-m", "olmo_jax.plot"]:
+        assert plot.main(rest[2:]) == 0
+    elif words[:3] == ["python", "-m", "olmo_jax.plan"]:
+        flags, settings = plan.configure(rest[2:])
+        validate(settings, report.parse(flags.topology).n_devices)
     elif head in ("sbatch", "gcloud") or head.startswith("tools/"):
         script = next((w for w in words if w.startswith("tools/")), "tools/launch/tpu_pod.sh")
         assert (ROOT / script).stat().st_mode & stat.S_IXUSR
         inner = shlex.split(words[-1].removeprefix("--command=")) if head == "gcloud" else words
         options = [w for w in inner if w.startswith("--config")]
         if options:
-            flags, overrides = train.parse(options)
-            config.load(flags["config"], overrides)
+            train.configure(options)
     elif head == ".venv/bin/pip":
         (extra,) = re.findall(r"\.\[(\w+)\]", rest[-1])
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert extra in project["optional-dependencies"]
     else:
-        assert head in ("export", "tensorboard"), "this test has to learn how to check it"
+        assert head in ("export", "tensorboard", "pip"), "this test has to learn how to check it"
 
 
 def check_training(place, arguments):
     if any(a.startswith("--coordinator") for a in arguments):
-        flags, overrides = train.parse(arguments)
-        assert distributed.find_cluster(flags, {}).n_processes == 2
-        config.load(flags["config"], overrides)
+        flags, _ = train.configure(arguments)
+        assert distributed.find_cluster(vars(flags), {}).n_processes == 2
     elif {"--help", "--dry_run"} & set(arguments):
         assert train.main(arguments) == 0
     elif re.search(r"load_path|data\.paths", " ".join(arguments)):
@@ -153,7 +156,7 @@ def test_the_same_command_again_says_that_it_is_done(place, capsys):
 def test_metric_names_are_those_of_a_run(place):
     lines = pathlib.Path("runs/quickstart/metrics.jsonl").read_text().splitlines()
     recorded = {name for line in lines for name in json.loads(line)}
-    table = README.split("| metric | meaning |")[1].split("\n\n")[0]
+    table = DOCS.split("| metric | meaning |")[1].split("\n\n")[0]
     named = {name for row in table.splitlines() for name in re.findall("`([^`]*/[^`]*)`", row)}
     assert len(named) > 15
     assert named <= recorded
@@ -173,16 +176,20 @@ def test_table_of_models_has_every_preset_with_its_size():
 
 
 def test_links_lead_to_files_and_every_config_is_linked():
-    for page in ("README.md", "CONTRIBUTING.md"):
-        links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
-        assert not [link for link in links if not (ROOT / link).exists()]
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        assert not [link for link in links if not (page.parent / link).exists()]
     linked = set(re.findall(r"\]\(configs/(\w+)\.py\)", README))
     assert linked == {path.stem for path in (ROOT / "configs").glob("*.py")}
 
 
 def test_exit_codes_are_those_of_the_program():
-    rows = re.findall(r"^\| (\d+) \|", README, re.M)
-    assert set(rows) == set(re.findall(r"\b(\d+) [a-z]", train.USAGE.split("Exit codes:")[1]))
+    rows = re.findall(r"^\| (\d+) \|", DOCS, re.M)
+    assert set(rows) == set(re.findall(r"\b(\d+) [a-z]", train.__doc__.split("Exit codes:")[1]))
+
+
+def test_table_of_verbs_has_all_of_them():
+    assert re.findall(r"^\| `python -m olmo_jax\.(\w+)` \|", README, re.M) == [*cli.VERBS]
 
 
 # --- launch scripts -------------------------------------------------------------------------------
