@@ -9,7 +9,7 @@ import jax
 import made
 import numpy as np
 
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.config.run import Config, from_dict
 from olmo_jax.nn.transformer import Transformer
@@ -73,7 +73,7 @@ def next_losses(config: Config, state: TrainState, batches: np.ndarray) -> list[
     config = dataclasses.replace(
         config,
         compute=ComputeConfig(dtype="float32", remat="none"),
-        data=DataConfig(seq_len=seq_len, global_batch_size=n_rows * seq_len),
+        data=FixedLength(seq_len=seq_len, global_batch_size=n_rows * seq_len),
         mesh=MeshConfig(fsdp=1),
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])

@@ -1,7 +1,7 @@
 """All options of runs: the face for config files and users; modules import the parts."""
 
 from olmo_jax.config import presets
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import DataConfig, FixedLength
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config, default, from_dict, load
@@ -24,6 +24,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "FixedLength",
     "LogConfig",
     "MeshConfig",
     "ModelConfig",

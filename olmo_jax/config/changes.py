@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from olmo_jax.config.model import yarn_attention
 from olmo_jax.config.options import Bears, bearing
+from olmo_jax.config.renamed import modern
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import flatten, to_dict
 
@@ -42,6 +43,7 @@ def between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     What says the same in two ways is no change, and neither is an option that one of the two makes
     no use of: then the option that switches it on or off is one.
     """
+    old = modern(old)
     before, after, default = flatten(old), flatten(new), flatten(to_dict(Config()))
     pairs = {
         key: (before.get(key, default.get(key)), after.get(key, default.get(key)))

@@ -1,4 +1,7 @@
-"""Options of the data: which tokens, in which order, in which batches."""
+"""Options of the data: which tokens, in which order, in which batches.
+
+A kind of data is a class, chosen by its `kind`: what all kinds have is in `DataConfig`.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -20,8 +23,9 @@ from olmo_jax.config.options import (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which tokens, in which order."""
+    """Which tokens, in which batches: what all kinds of data have."""
 
+    kind: Annotated[str, Bears.ORDER] = ""  # a name of KINDS
     # Token files or globs; their order is part of the data order.
     paths: Annotated[tuple[File, ...], Bears.ORDER] = ()
     # Put before every relative path.
@@ -39,20 +43,35 @@ class DataConfig:
     global_batch_size: Annotated[Count, Bears.PROGRAM] = 4_194_304  # tokens per step
     batch_sizes: tuple[Count, ...] = ()  # a schedule of global batch sizes, tokens ...
     batch_starts: tuple[Units, ...] = ()  # ... and the tokens seen at which each begins, first 0
-    # OLMo-core (epochs from 1), OLMo (from 0).
-    order: Annotated[Literal["core", "legacy"], Bears.ORDER] = "core"
     seed: Annotated[Seed, Bears.ORDER] = 34521  # of the order
     # Shuffle the list of paths first.
     source_permutation_seed: Annotated[Seed | None, Bears.ORDER] = None
-    # Shuffle in chunks of this many tokens.
-    max_target_seq_len: Annotated[SomeUnits | None, Bears.ORDER] = None
     # Attend within documents only.
     document_mask: Annotated[Literal["none", "eos", "boundaries"], Bears.PROGRAM] = "none"
     instance_filter: bool = False  # no loss on rows that repeat an n-gram ...
     filter_max_period: Annotated[int, Range(1, 1_000_000)] = 13  # ... of at most so many tokens ...
     filter_min_repeats: Count = 32  # ... at least so often
-    threads: Annotated[int, Range(1, 1024)] = 4  # that read rows
+    n_threads: Annotated[int, Range(1, 1024)] = 4  # that read rows
     prefetch: Annotated[int, Range(1, 65_536)] = 4  # batches made ahead
+
+    @staticmethod
+    def kinds() -> dict[str, type["DataConfig"]]:
+        """The classes that there are, by their `kind`; the first is that of a config without."""
+        return KINDS
+
+
+@dataclass(frozen=True)
+class FixedLength(DataConfig):
+    """Rows of one length, cut from the running text of token files."""
+
+    kind: Annotated[Literal["fixed_length"], Bears.ORDER] = "fixed_length"
+    # OLMo-core (epochs from 1), OLMo (from 0).
+    order: Annotated[Literal["core", "legacy"], Bears.ORDER] = "core"
+    # Shuffle in chunks of this many tokens.
+    max_target_seq_len: Annotated[SomeUnits | None, Bears.ORDER] = None
+
+
+KINDS: dict[str, type[DataConfig]] = {"fixed_length": FixedLength}
 
 
 def batch_stages(data: DataConfig) -> tuple[tuple[int, int], ...]:

@@ -54,7 +54,7 @@ def bearing(group: Any, on: Bears, groups: Bears = Bears.NOTHING) -> frozenset[s
       groups: what the group itself bears on.
     """
     names: set[str] = set()
-    for name, hint in typing.get_type_hints(group, include_extras=True).items():
+    for name, hint in marked_hints(group).items():
         marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Bears)]
         bears = marks[0] if marks else groups
         if dataclasses.is_dataclass(inner := unmarked(hint)):
@@ -62,6 +62,19 @@ def bearing(group: Any, on: Bears, groups: Bears = Bears.NOTHING) -> frozenset[s
         elif on in bears:
             names.add(name)
     return frozenset(names)
+
+
+def marked_hints(group: Any) -> dict[str, Any]:
+    """The hints of a group's options by name, with their kinds and what they bear on.
+
+    Of a group with several classes (`kinds`) these are the options of all of them.
+    """
+    if "kinds" not in vars(group):
+        return typing.get_type_hints(group, include_extras=True)
+    hints: dict[str, Any] = {}
+    for each in group.kinds().values():
+        hints = typing.get_type_hints(each, include_extras=True) | hints
+    return hints | {"kind": typing.get_type_hints(group, include_extras=True)["kind"]}
 
 
 def unmarked(hint: Any) -> Any:

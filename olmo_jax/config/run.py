@@ -19,7 +19,7 @@ from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
 from olmo_jax import files
 from olmo_jax.config import costs, options, parameters, typed
-from olmo_jax.config.data import DataConfig, batch_stages
+from olmo_jax.config.data import KINDS, DataConfig, FixedLength, batch_stages
 from olmo_jax.config.model import (
     ComputeConfig,
     MeshConfig,
@@ -61,7 +61,7 @@ class Config:
         default_factory=ModelConfig
     )
     compute: Annotated[ComputeConfig, Bears.PROGRAM] = field(default_factory=ComputeConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=FixedLength)
     optim: Annotated[OptimConfig, Bears.PROGRAM] = field(default_factory=OptimConfig)
     mesh: Annotated[MeshConfig, Bears.PROGRAM] = field(default_factory=MeshConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -80,8 +80,11 @@ class Config:
 
 
 def default() -> ConfigDict:
-    """All options at their defaults, for a config file to edit."""
-    return ConfigDict(to_dict(Config()), type_safe=False, convert_dict=True)
+    """All options at their defaults, for a config file to edit; of the data those of all kinds."""
+    values = to_dict(Config())
+    for kind in KINDS.values():
+        values["data"] = to_dict(kind()) | values["data"]
+    return ConfigDict(values, type_safe=False, convert_dict=True)
 
 
 def from_dict(values: Any, cls: Any = Config, name: str = "config") -> Any:
@@ -199,13 +202,8 @@ def _data(d: DataConfig, m: ModelConfig) -> list[str]:
         problems.append(
             f"config.data.seq_len={d.seq_len} is above model.max_seq_len={m.max_seq_len}"
         )
-    if d.max_target_seq_len is not None and d.max_target_seq_len % d.seq_len:
-        problems.append(
-            f"config.data.max_target_seq_len={d.max_target_seq_len} is no multiple of"
-            f" seq_len={d.seq_len}"
-        )
-    if d.max_target_seq_len is not None and d.order == "legacy":
-        problems.append("config.data.max_target_seq_len: only order='core' shuffles in chunks")
+    if isinstance(d, FixedLength):
+        problems += _fixed_length(d)
     if d.document_mask == "eos" and d.eos_id is None and d.corpus is None:
         problems.append("config.data.eos_id: document_mask='eos' needs it")
     if d.eos_id is not None and not 0 <= d.eos_id < m.vocab_size:
@@ -217,6 +215,18 @@ def _data(d: DataConfig, m: ModelConfig) -> list[str]:
         )
     if not d.paths and d.corpus is None:
         problems.append("config.data.paths: no token files; name some, or set data.corpus=stdlib")
+    return problems
+
+
+def _fixed_length(d: FixedLength) -> list[str]:
+    problems: list[str] = []
+    if d.max_target_seq_len is not None and d.max_target_seq_len % d.seq_len:
+        problems.append(
+            f"config.data.max_target_seq_len={d.max_target_seq_len} is no multiple of"
+            f" seq_len={d.seq_len}"
+        )
+    if d.max_target_seq_len is not None and d.order == "legacy":
+        problems.append("config.data.max_target_seq_len: only order='core' shuffles in chunks")
     return problems
 
 

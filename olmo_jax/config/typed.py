@@ -19,9 +19,11 @@ from olmo_jax.config.options import (
     ConfigError,
     Pairs,
     Path,
+    marked_hints,
     shown,
     unmarked,
 )
+from olmo_jax.config.renamed import RENAMED
 from olmo_jax.files import brief
 
 # --- from text ------------------------------------------------------------------------------------
@@ -125,20 +127,22 @@ def _cut(text: str) -> list[str]:
 @functools.cache
 def hints(group: Any) -> dict[str, Any]:
     """The hints of a group's options by name, with their kinds."""
-    hints = typing.get_type_hints(group, include_extras=True)
-    return {name: unmarked(hint) for name, hint in hints.items()}
+    return {name: unmarked(hint) for name, hint in marked_hints(group).items()}
 
 
 def build(group: Any, values: Any, path: str, problems: list[str]) -> Any:
     """A group of options from a mapping; `problems` gets a line for each wrong key or type."""
     if not hasattr(values, "items"):  # of a dict or a ConfigDict
         problems.append(f"{path}: expected a group of options, found {shown(values)}")
-        return group()
+        return default(group)
+    if "kinds" in vars(group):
+        values = dict(values)
+        group = _chosen(group, values, path, problems)
     known: dict[str, Any] = {}
     for name, value in typing.cast(Mapping[Any, Any], values).items():
         hint = hints(group).get(name)
         if hint is None:
-            problems.append(f"{path}.{brief(str(name))}: unknown option{_meant(group, str(name))}")
+            problems.append(f"{path}.{brief(str(name))}: {_unknown(group, str(name), path)}")
             continue
         before = len(problems)
         converted = convert(hint, value, f"{path}.{name}", problems)
@@ -147,9 +151,41 @@ def build(group: Any, values: Any, path: str, problems: list[str]) -> Any:
     return group(**known)
 
 
-def _meant(group: Any, name: str) -> str:
+def default(group: Any) -> Any:
+    """A group of options at their defaults; of several classes, the first."""
+    return next(iter(group.kinds().values()))() if "kinds" in vars(group) else group()
+
+
+def _chosen(group: Any, values: dict[str, Any], path: str, problems: list[str]) -> Any:
+    """The class that `values` ask for; what other classes have leaves them."""
+    kinds = group.kinds()
+    kind = values.setdefault("kind", next(iter(kinds)))
+    if not isinstance(kind, str) or kind not in kinds:
+        problems.append(f"{path}.kind: found {shown(kind)}, need one of {', '.join(kinds)}")
+        values["kind"] = kind = next(iter(kinds))
+    for name in [name for name in values if name not in hints(kinds[kind])]:
+        owners = [other for other in kinds if name in hints(kinds[other])]
+        if not owners:
+            continue  # said as of any other group
+        value = values.pop(name)  # a config file has the options of all kinds
+        if _plain(value) != _plain(getattr(kinds[owners[0]](), name)):
+            owned = f"an option of {path}.kind={' or '.join(owners)}"
+            problems.append(f"{path}.{name}: {owned}, found kind={kind}")
+    return kinds[kind]
+
+
+def _plain(value: Any) -> Any:
+    """A value of an option as a file or a ConfigDict may have it: with lists for tuples."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unknown(group: Any, name: str, path: str) -> str:
+    now = RENAMED.get(f"{path}.{name}".removeprefix("config."))
+    if now is not None:
+        return f"is now {now}"
     close = difflib.get_close_matches(name, hints(group), n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(hints(group))}"
+    meant = f"did you mean {close[0]}?" if close else f"known: {', '.join(hints(group))}"
+    return f"unknown option; {meant}"
 
 
 def convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

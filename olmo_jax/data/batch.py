@@ -1,9 +1,30 @@
-"""What rows of tokens become: targets, the weights of their losses, segments.
+"""The arrays of a batch: what rows of tokens become for a step.
 
 Source: OLMo-core data/numpy_dataset.py and data/utils.py.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
+
+from olmo_jax.data.source import Rows
+
+Batch = dict[str, np.ndarray]  # each [rows, seq]
+
+
+def make(rows: Rows) -> Batch:
+    """The arrays of some rows, as `dtypes` names them."""
+    targets, weights = next_tokens(rows.tokens, rows.may_predict)
+    batch = {"tokens": rows.tokens, "targets": targets, "loss_weights": weights}
+    if rows.starts is not None:
+        batch["segment_ids"], batch["positions"] = segments(rows.starts)
+    return batch
+
+
+def dtypes(has_documents: bool) -> Mapping[str, type[np.generic]]:
+    """The arrays [rows, seq] of a batch by name."""
+    ids = ["tokens", "targets", *(("segment_ids", "positions") if has_documents else ())]
+    return dict.fromkeys(ids, np.int32) | {"loss_weights": np.float32}
 
 
 def next_tokens(
@@ -22,30 +43,6 @@ def next_tokens(
     weights = np.zeros(tokens.shape, np.float32)
     weights[:, :-1] = 1 if label_mask is None else np.broadcast_to(label_mask, tokens.shape)[:, 1:]
     return targets, weights
-
-
-def repeats(tokens: np.ndarray, period: int) -> np.ndarray:
-    """How often in a row some n-gram of `period` tokens stands, at most, in each of [rows, seq]."""
-    n, width = len(tokens), tokens.shape[1] - period + 1
-    if width < 2:
-        return np.ones(n, np.int64)
-    equal = np.zeros((n, width), bool)  # the first column ends the runs of the row before
-    np.equal(tokens[:, period:], tokens[:, :-period], out=equal[:, 1:])
-    breaks = np.flatnonzero(~equal)
-    runs = np.diff(breaks, append=n * width) - 1
-    longest = np.maximum.reduceat(runs, np.flatnonzero(breaks % width == 0))
-    return (longest + period) // period
-
-
-def is_repetitive(tokens: np.ndarray, max_period: int, min_repeats: int) -> np.ndarray:
-    """Which of the rows [rows, seq] OLMo's instance filter masks: bool [rows].
-
-    Source: OLMo-core data/utils.py, find_periodic_sequences.
-    """
-    masked = np.zeros(len(tokens), bool)
-    for period in range(1, max_period + 1):
-        masked |= repeats(tokens, period) >= min_repeats
-    return masked
 
 
 def segments(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from olmo_jax.data.fixed_length import Instances
 from olmo_jax.data.token_files import TokenFiles
 
 
@@ -40,15 +39,11 @@ class Boundaries:
         pairs = zip(files.paths, lengths, strict=True)
         self._ends = [read_boundaries(path, length) for path, length in pairs]
 
-    def starts(self, instances: Instances, rows: np.ndarray) -> np.ndarray:
-        """Where a document begins inside numbered rows: bool [len(rows), seq]."""
-        starts = np.zeros((len(rows), instances.seq_len), bool)
-        for out, row in zip(starts, rows, strict=True):
-            file, first = instances.locate(row)
-            ends = self._ends[file]
-            inside = ends.searchsorted([first, first + instances.seq_len - 1], "right")
-            out[ends[slice(*inside)] - first] = True
-        return starts
+    def starts(self, file: int, first: int, width: int) -> np.ndarray:
+        """Offsets in the `width` tokens from `first` on at which a document begins, but the 0."""
+        ends = self._ends[file]
+        inside = ends.searchsorted([first, first + width - 1], "right")
+        return ends[slice(*inside)] - first
 
 
 def boundaries_path(path: str | os.PathLike[str]) -> str:

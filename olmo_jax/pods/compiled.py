@@ -27,6 +27,7 @@ from olmo_jax.config.costs import GIB
 from olmo_jax.config.options import Bears, bearing
 from olmo_jax.config.run import Config, from_dict
 from olmo_jax.config.text import flatten, to_dict
+from olmo_jax.data.batch import dtypes
 from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import sharding
 from olmo_jax.pods import kernels
@@ -76,10 +77,8 @@ def lower(config: Config, mesh: Mesh) -> Any:
     """The training step on abstract arrays, as `jax.jit(…).lower` gives it."""
     shape = (config.data.global_batch_size // config.data.seq_len, config.data.seq_len)
     split = NamedSharding(mesh, sharding.spec(("batch", "seq")))
-    names = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
-    if config.data.document_mask != "none":
-        names |= {"positions": jnp.int32, "segment_ids": jnp.int32}
-    batch = {n: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for n, dtype in names.items()}
+    arrays = dtypes(config.data.document_mask != "none")
+    batch = {n: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for n, dtype in arrays.items()}
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     m, t, o = config.model, config.train, config.optim
     state, model = abstract_state(m, o, mesh), Transformer(m, config.compute)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 
 from olmo_jax.checkpoints.checkpointer import Checkpointer
-from olmo_jax.data.order import Position
+from olmo_jax.data.source import Position
 from olmo_jax.parallel import distributed
 from olmo_jax.parallel.processes import say
 from olmo_jax.records import writer

@@ -21,11 +21,14 @@ from olmo_jax.checkpoints import checkpointer
 from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config import costs
 from olmo_jax.config.costs import GIB
+from olmo_jax.config.data import batch_stages
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.data.loader import Loader
-from olmo_jax.data.order import Position
+from olmo_jax.data.open import open_source
+from olmo_jax.data.schedule import BatchSchedule
+from olmo_jax.data.source import Position, Source
 from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import distributed, processes, sharding
 from olmo_jax.parallel.processes import say
@@ -102,15 +105,20 @@ def _train(
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)
         stack.callback(_wait_for_save, checkpointer)
-        source = start.source(config, checkpointer)
-        first, position = start.starting_point(config, source)
-        is_resume = source is not None and source.is_resume
+        origin = start.origin(config, checkpointer)
+        first = start.first_step(config, origin)
+        is_resume = origin is not None and origin.is_resume
         checkpointer.refuse_foreign(first if first or is_resume else -1)
+        data = open_source(config.data, config.model.vocab_size)
+        position = start.position(origin, data)
+        schedule = BatchSchedule(data, batch_stages(config.data), position, first)
+        pacing = Pacing(config.train, config.optim, config.data, schedule)
         loader = Loader(
-            config.data, config.model.vocab_size, lambda n: sharding.local_rows(mesh, n), position
+            schedule,
+            lambda n: sharding.local_rows(mesh, n),
+            config.data.n_threads,
+            config.data.prefetch,
         )
-        start.compare_data(source, loader)
-        pacing = Pacing(config.train, config.optim, config.data, loader, first)
         evaluators = make_evaluators(config, mesh)
         rows = table(config.model)
         say(
@@ -129,13 +137,13 @@ def _train(
             if not needs_end and start.is_complete(config, first):
                 return Outcome(0)
         loading = time.perf_counter()
-        state = start.initial_state(config, mesh, source, first)
+        state = start.initial_state(config, mesh, origin, first)
         loading = time.perf_counter() - loading
 
         trace = profiler.Profiler(config.profile.steps, first, pacing.last)
 
         # From here on things are written.
-        if source is None:
+        if origin is None:
             say(f"new run in {config.run_dir}")
         if not is_resume:
             set_aside = processes.from_process_0(lambda: jsonl.set_aside(config.run_dir))
@@ -148,7 +156,7 @@ def _train(
             config,
             files.path(config.run_dir),
             start_step=first,
-            start_tokens=loader.order.start.tokens,
+            start_tokens=schedule.start.tokens,
             is_resume=is_resume,
             total_steps=pacing.last,
             n_devices=jax.device_count(),
@@ -156,23 +164,23 @@ def _train(
             process_index=jax.process_index(),
         )
         stack.callback(log.close)
-        if source is not None:
+        if origin is not None:
             log.write(first + 1, {"checkpoint/load_duration_s": loading})
-        kept = start.kept(config, source)
+        kept = start.kept(config, origin)
         keeper = Keeper(
             checkpointer, log, watchdog,
-            lambda position, at: kept.meta | checkpoint_meta(config, loader, position, at),
+            lambda position, at: kept.meta | checkpoint_meta(config, data, position, at),
             kept.carried, config.train.max_nonfinite_steps, config.checkpoint.async_save,
         )  # fmt: skip
-        if source is not None and source.is_resume:
-            keeper.last_finite = source.meta().get("last_finite_step")
+        if origin is not None and is_resume:
+            keeper.last_finite = origin.meta().get("last_finite_step")
         run = Run(
-            config, mesh, log, keeper, evaluators, loader, pacing, preemption, watchdog, trace,
-            config.eval.at_finish or needs_end,
+            config, mesh, log, keeper, evaluators, loader, schedule.start, pacing, preemption,
+            watchdog, trace, config.eval.at_finish or needs_end,
         )  # fmt: skip
         try:
             if not is_done:
-                n_rows = f"{loader.n_instances:,} rows"
+                n_rows = f"{data.n_rows:,} rows"
                 say(f"training steps {first + 1:,} to {pacing.last:,} on {n_rows}")
                 with trace:
                     state = run.steps(state, first)
@@ -211,9 +219,9 @@ def _or_rescue(batches: Iterable[T], rescue: Callable[[], str]) -> Iterator[T]:
         raise ValueError(f"{error}; {rescue()}") from error
 
 
-def checkpoint_meta(config: Config, loader: Loader, position: Position, at: int) -> dict[str, Any]:
+def checkpoint_meta(config: Config, data: Source, position: Position, at: int) -> dict[str, Any]:
     """What a checkpoint of this run says beside its arrays, after step `at`."""
-    return checkpointer.meta(config, dataclasses.asdict(position), at, loader.fingerprint)
+    return checkpointer.meta(config, dataclasses.asdict(position), at, data.fingerprint)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -240,6 +248,7 @@ class Run:
     keeper: Keeper
     evaluators: Sequence[Evaluator]
     loader: Loader
+    began: Position  # in the data, before the first step
     pacing: Pacing
     preemption: processes.Preemption
     watchdog: distributed.Watchdog
@@ -260,18 +269,17 @@ class Run:
             step.make_update(objective, model, c.train, c.optim, self.mesh),
             self.log,
             c.compute.xla_flags,
-            costs.flops_per_token(c.model, c.data.seq_len) * c.data.seq_len,
+            lambda seq_len: costs.flops_per_token(c.model, seq_len) * seq_len,
         )
         norms = None
         if c.log.norms_interval:
             norms = step.make_norms(objective, model, c.train, self.mesh)
         slowest = sharding.make_max(self.mesh)
         if first == 0 and (kind := self.keeper.checkpointer.due(0)):
-            self.keeper.save(state, 0, self.loader.order.start, kind)
+            self.keeper.save(state, 0, self.began, kind)
         if self.due_eval(first) and start.lacks_eval(c, first):
-            self.evaluate_between(state, first, self.loader.order.start)
-        self.loader.n_steps = self.pacing.last - first
-        position = self.loader.order.start
+            self.evaluate_between(state, first, self.began)
+        position = self.began
         seen = position.tokens
         pending: Done | None = None  # the step before, whose metrics the host has not read
         self.watchdog.beat(f"the data of step {at + 1}")
@@ -280,8 +288,8 @@ class Run:
             self.record(pending)
             return self.keeper.rescue(state, at, position) if at > first else self.keeper.saved()
 
-        for batch, position in _or_rescue(self.loader, rescue):
-            at += 1
+        for read in _or_rescue(self.loader.steps(first, self.pacing.last), rescue):
+            at, position = at + 1, read.position
             self.watchdog.beat(f"step {at}")
             if self.trace.begins_at(at):
                 self.record(pending)
@@ -290,7 +298,7 @@ class Run:
                     self.trace.start(self.log.folder("profile"), state)
             with profiler.step(at):
                 batch_tokens, seen = position.tokens - seen, position.tokens
-                arrays = sharding.to_global(batch, self.mesh, batch_tokens // c.data.seq_len)
+                arrays = sharding.to_global(read.batch, self.mesh, read.n_rows)
                 if norms is not None and at % c.log.norms_interval == 0:  # type: ignore[operator]
                     with self.log.pause(at):
                         self.log.write(at, jax.device_get(norms(state.params, arrays)))
@@ -301,7 +309,7 @@ class Run:
                 else:
                     state, report = update(at, state, arrays, np.float32(lr), np.float32(clip))
                 self.record(pending)
-                wait = slowest(self.loader.wait_s)
+                wait = slowest(read.waited_s)
                 pending = Done(at, report, lr, seen, batch_tokens, wait)
 
             kind, stop = self.keeper.checkpointer.due(at), self.preemption.requested()

@@ -6,39 +6,36 @@ from olmo_jax.config.data import DataConfig, batch_stages
 from olmo_jax.config.options import INT32, ConfigError
 from olmo_jax.config.schedule_problems import optimizer_problems
 from olmo_jax.config.training import OptimConfig, TrainConfig
-from olmo_jax.data.loader import Loader
+from olmo_jax.data.schedule import BatchSchedule
 from olmo_jax.training import schedules
 
 
 class Pacing:
     """What follows from the number of a step alone: whether the run ends there, and its rates."""
 
-    def __init__(
-        self, t: TrainConfig, o: OptimConfig, data: DataConfig, loader: Loader, first: int
-    ):
+    def __init__(self, t: TrainConfig, o: OptimConfig, data: DataConfig, schedule: BatchSchedule):
         """Work out the end of the run.
 
         Raises:
           ConfigError: if the schedule does not fit the duration.
         """
         self._optim = o
-        last = loader.steps_for(t.duration, t.duration_unit, first)
+        last = schedule.last_step(t.duration, t.duration_unit)
         self.last = last
         if t.hard_stop is not None:
-            self.last = min(last, loader.steps_for(t.hard_stop, t.hard_stop_unit, first))
+            self.last = min(last, schedule.last_step(t.hard_stop, t.hard_stop_unit))
         if last > INT32:
             end = f"config.train.duration={t.duration} {t.duration_unit} is {last} steps"
             raise ConfigError([f"{end}, more than {INT32}"])
         self._first_batch = batch_stages(data)[0][1]
-        schedule = o.schedule
-        if schedule.t_max is not None:
-            self._t_max = schedule.t_max
-        elif schedule.unit == t.duration_unit:
+        if o.schedule.t_max is not None:
+            self._t_max = o.schedule.t_max
+        elif o.schedule.unit == t.duration_unit:
             self._t_max = t.duration
-        elif schedule.unit == "steps":
+        elif o.schedule.unit == "steps":
             self._t_max = last
         else:
-            self._t_max = loader.order.position(last - first).tokens
+            self._t_max = schedule.position(last).tokens
         problems = optimizer_problems(o, self._t_max)
         if problems:
             raise ConfigError(problems)

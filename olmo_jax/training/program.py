@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,33 +35,37 @@ class CompiledUpdate:
       update: from `step.make_update`.
       log: records what the compiler said, at the step that is called next.
       flags: `compute.xla_flags`.
-      row_flops: useful FLOPs of a row, by formula.
+      row_flops: useful FLOPs of a row of so many tokens, by formula.
     """
 
     def __init__(
-        self, update: Jitted, log: writer.Writer, flags: tuple[str, ...], row_flops: float,
-    ):  # fmt: skip
+        self,
+        update: Jitted,
+        log: writer.Writer,
+        flags: tuple[str, ...],
+        row_flops: Callable[[int], float],
+    ):
         self._update, self._log = update, log
         self._flags, self._row_flops = flags, row_flops
-        self._rows: set[int] = set()  # of the batches whose program is there
+        self._shapes: set[tuple[int, int]] = set()  # of batches whose program is there
 
     def __call__(
         self, at: int, state: TrainState, batch: Batch, lr: Any, max_grad_norm: Any
     ) -> tuple[TrainState, Report]:
         """One update, number `at`; returns without waiting for the devices."""
         arguments = state, batch, lr, max_grad_norm
-        rows = batch["tokens"].shape[0]
-        if rows not in self._rows:
-            self._compile(at, rows, arguments)
+        rows, seq_len = batch["tokens"].shape
+        if (rows, seq_len) not in self._shapes:
+            self._compile(at, rows, seq_len, arguments)
         return self._update(*arguments)
 
-    def _compile(self, at: int, rows: int, arguments: Any) -> None:
+    def _compile(self, at: int, rows: int, seq_len: int, arguments: Any) -> None:
         kind = self._update.mesh.devices.flat[0].device_kind
-        if not self._rows:
+        if not self._shapes:
             chosen = xla_flags.flags(kind, self._flags)
             for name, (value, reason) in chosen.items():
                 say(f"XLA flag: {name}={value} ({reason})")
-        self._rows.add(rows)
+        self._shapes.add((rows, seq_len))
         say(f"compiling the step for batches of {rows:,} rows")
         began = time.perf_counter()
         with _cache_hits() as hits:
@@ -71,7 +75,7 @@ class CompiledUpdate:
         memory = memory_of(compiled, arguments)
         there = jax.local_devices()[0].memory_stats() or {}  # a CPU has none
         say(f"  memory per device: {memory_words(memory, there.get('bytes_limit'))}")
-        by_formula = self._row_flops * rows / self._update.mesh.size
+        by_formula = self._row_flops(seq_len) * rows / self._update.mesh.size
         by_compiler = (compiled.cost_analysis() or {}).get("flops", math.nan)
         say(
             f"  FLOPs per device: {by_formula:.3g} by formula; {by_compiler:.3g} by the compiler,"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +16,12 @@ from olmo_jax.checkpoints import storage
 from olmo_jax.checkpoints.checkpointer import Checkpointer, find
 from olmo_jax.checkpoints.formats import native
 from olmo_jax.config import changes
-from olmo_jax.config.data import DataConfig
 from olmo_jax.config.model import LANES
 from olmo_jax.config.options import ConfigError
+from olmo_jax.config.renamed import modern
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import to_dict
-from olmo_jax.data.loader import Loader
-from olmo_jax.data.order import FIRST_EPOCH, Position
+from olmo_jax.data.source import NoPlaceError, Position, Source
 from olmo_jax.kernels import attention
 from olmo_jax.parallel import processes, sharding
 from olmo_jax.parallel.processes import say
@@ -38,7 +37,7 @@ from olmo_jax.training.state import (
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where a run starts from."""
 
     folder: files.Path
@@ -79,27 +78,40 @@ class Source:
             raise ValueError(f"{self.folder}/meta.json: token_ids is no group of values")
         return found
 
-    def place(self, data: DataConfig) -> tuple[int, Position]:
-        """Finished steps, and the place in the data under the run's `data`.
+    def step(self) -> int:
+        """Steps that were finished there.
 
         Raises:
-          ValueError: if the checkpoint does not say them, or see `moved`.
+          ValueError: if the checkpoint does not say it.
         """
-        match found := self.meta():
-            case {
-                "step": int(step),
-                "position": {"epoch": int(epoch), "row": int(row), "tokens": int(tokens)},
-                "config": {"data": {"seq_len": int(seq_len), "order": str(order)}},
-            } if order in FIRST_EPOCH and seq_len > 0:
-                old = found["config"]["data"]
-                return step, moved(Position(epoch, row, tokens), old, data)
-        raise ValueError(
+        step = self.meta().get("step")
+        if not isinstance(step, int):
+            raise self._unplaced()
+        return step
+
+    def position(self, data: Source) -> Position:
+        """The place in the data of the run.
+
+        Raises:
+          ValueError: if the checkpoint does not say it, or it is none in these data.
+        """
+        found = self.meta()
+        position, old = found.get("position"), modern(found["config"]).get("data")
+        if not isinstance(position, Mapping) or not isinstance(old, Mapping):
+            raise self._unplaced()
+        try:
+            return data.resume(position, old)
+        except NoPlaceError:
+            raise self._unplaced() from None
+
+    def _unplaced(self) -> ValueError:
+        return ValueError(
             f"{self.folder}/meta.json has no step and place in the data; to start at the beginning:"
             " config.checkpoint.load_position=False"
         )
 
 
-def source(config: Config, checkpointer: Checkpointer) -> Source | None:
+def origin(config: Config, checkpointer: Checkpointer) -> Origin | None:
     """The run's own newest checkpoint, else `checkpoint.load_path`, else None: new parameters.
 
     Raises:
@@ -111,7 +123,7 @@ def source(config: Config, checkpointer: Checkpointer) -> Source | None:
         unused = f"; config.checkpoint.load_path={options.load_path} is not used"
         line = f"resuming after step {step}: this run's own newest checkpoint is {folder}"
         line += unused if options.load_path is not None else ""
-        return Source(folder, ("step", "params", "opt_state"), True, line)
+        return Origin(folder, ("step", "params", "opt_state"), True, line)
     if options.load_path is None:
         return None
     load_path = options.load_path
@@ -124,22 +136,7 @@ def source(config: Config, checkpointer: Checkpointer) -> Source | None:
     words = {"params": "parameters", "opt_state": "optimizer state", "step": "step and data"}
     line = f"starting from {folder} (config.checkpoint.load_path; this run has no checkpoint yet): "
     line += ", ".join(f"{words[part]} {'loaded' if yes else 'new'}" for part, yes in taken.items())
-    return Source(folder, tuple(part for part, yes in taken.items() if yes), False, line)
-
-
-def moved(position: Position, old: Mapping[str, Any], new: DataConfig) -> Position:
-    """The place in the data under another `data.seq_len` or `data.order`.
-
-    Args:
-      position: in the data as `old` has them.
-      old: the checkpoint's `data` options.
-      new: the run's.
-    Raises:
-      ValueError: if it lies inside a row of the new length.
-    """
-    shift = FIRST_EPOCH[new.order] - FIRST_EPOCH[old["order"]]
-    there = position.rescaled(old["seq_len"], new.seq_len)
-    return replace(there, epoch=there.epoch + shift)
+    return Origin(folder, tuple(part for part, yes in taken.items() if yes), False, line)
 
 
 KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
@@ -224,19 +221,31 @@ def check_attention(config: Config, mesh: Mesh) -> None:
         raise ConfigError(problems)
 
 
-def starting_point(config: Config, source: Source | None) -> tuple[int, Position | None]:
-    """Finished steps and position in the data; says where they come from and what changed."""
-    if source is None:
-        return 0, None
-    say(source.line)
-    found = changes.between(source.meta()["config"], to_dict(config))
-    changes.refuse(found, config.checkpoint.allow_changes, source.parts)
-    if "step" not in source.parts:
-        return 0, None
+def first_step(config: Config, origin: Origin | None) -> int:
+    """Finished steps; says where they come from and what changed."""
+    if origin is None:
+        return 0
+    say(origin.line)
+    found = changes.between(origin.meta()["config"], to_dict(config))
+    changes.refuse(found, config.checkpoint.allow_changes, origin.parts)
+    if "step" not in origin.parts:
+        return 0
     shown = [c for c in found if c.key not in changes.RECORDS]
-    for change in shown if source.is_resume else ():
+    for change in shown if origin.is_resume else ():
         say(f"changed since the checkpoint: {change}")
-    return source.place(config.data)
+    return origin.step()
+
+
+def position(origin: Origin | None, data: Source) -> Position:
+    """Where the run stands in its data; says if they are not those of before."""
+    if origin is None or "step" not in origin.parts:
+        return data.start()
+    if origin.meta().get("fingerprint") not in (None, data.fingerprint):
+        say(
+            "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
+            " in another order from here on"
+        )
+    return origin.position(data)
 
 
 def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
@@ -250,25 +259,15 @@ def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
     return _replace(config, "train", loss_ranks=ranks)
 
 
-def compare_data(source: Source | None, loader: Loader) -> None:
-    """Say that the data, in which the run has a place already, are not those of before."""
-    before = source.meta().get("fingerprint") if source and "step" in source.parts else None
-    if before not in (None, loader.fingerprint):
-        say(
-            "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
-            " in another order from here on"
-        )
-
-
-def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int) -> TrainState:
-    """The state after `first` steps: fresh, or with the parts that the source gives."""
-    if source is None:
+def initial_state(config: Config, mesh: Mesh, origin: Origin | None, first: int) -> TrainState:
+    """The state after `first` steps: fresh, or with the parts that the origin gives."""
+    if origin is None:
         return init_state(config.model, config.optim, mesh, config.train.seed)
     new = ()
-    if config.model.router_bias_gamma is not None and not _has_biases(source):
+    if config.model.router_bias_gamma is not None and not _has_biases(origin):
         say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
         new = (ROUTER_BIAS,)
-    loaded = source.load(abstract_state(config.model, config.optim, mesh), new)
+    loaded = origin.load(abstract_state(config.model, config.optim, mesh), new)
     if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
         loaded["opt_state"] = init_opt_state(config.model, config.optim, mesh, loaded["params"])
     if "step" not in loaded:
@@ -276,8 +275,8 @@ def initial_state(config: Config, mesh: Mesh, source: Source | None, first: int)
     return TrainState(**loaded)
 
 
-def _has_biases(source: Source) -> bool:
-    return source.meta()["model"].get("router_bias_gamma") is not None
+def _has_biases(origin: Origin) -> bool:
+    return origin.meta()["model"].get("router_bias_gamma") is not None
 
 
 class Kept(NamedTuple):
@@ -287,7 +286,7 @@ class Kept(NamedTuple):
     carried: dict[str, bytes]  # files by name
 
 
-def kept(config: Config, source: Source | None) -> Kept:
+def kept(config: Config, origin: Origin | None) -> Kept:
     """Special tokens and files of the checkpoint that a run starts from, and `data.tokenizer`.
 
     Where these are two tokenizers, nothing that belongs to the first is kept. `data.eos_id` is
@@ -300,23 +299,23 @@ def kept(config: Config, source: Source | None) -> Kept:
     carried: dict[str, bytes] = {}
 
     def read() -> None:
-        if source is not None:
-            said = source.meta()
+        if origin is not None:
+            said = origin.meta()
             ids = native.token_ids(said)
             # Where nothing is said, a run that goes on may know better by now.
-            follows = source.is_resume or ids.get("eos_token_id") is None
+            follows = origin.is_resume or ids.get("eos_token_id") is None
             if "token_ids" in said or not follows:
                 meta["token_ids"] = ids
-            names = storage.files(source.folder)
-            carried.update({name: storage.read(source.folder, name) for name in names})
+            names = storage.files(origin.folder)
+            carried.update({name: storage.read(origin.folder, name) for name in names})
         if config.data.tokenizer is None:
             return
         path = files.path(config.data.tokenizer)
         name = f"tokenizer{'.model' if path.suffix == '.model' else '.json'}"
         own = path.read_bytes()
-        if source is not None and carried.keys() & VOCABULARIES and carried.get(name) != own:
+        if origin is not None and carried.keys() & VOCABULARIES and carried.get(name) != own:
             gone = ", ".join(sorted(carried))
-            say(f"data.tokenizer: not the one of {source.folder}, so its special tokens and files"
+            say(f"data.tokenizer: not the one of {origin.folder}, so its special tokens and files"
                 f" are not kept: {gone}")  # fmt: skip
             carried.clear()
             meta.clear()

@@ -347,7 +347,7 @@ def test_kill_during_a_save_resumes_from_the_one_before_and_its_rest_is_cleared(
     assert (tmp_path / "checkpoints" / "step8").exists()
     cfg = config(tmp_path, keep=1)
     run = Checkpointer(cfg)
-    source = start.source(cfg, run)
+    source = start.origin(cfg, run)
     assert (run.latest(), source.folder.name) == (4, "step4")
     assert bits(source.load(abstract(train_state(4)))) == bits(train_state(4))
     run.save(8, train_state(8), {})
@@ -382,7 +382,7 @@ def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path):
 
 def source_of(folder, **options):
     cfg = config(folder, **options)
-    return start.source(cfg, Checkpointer(cfg))
+    return start.origin(cfg, Checkpointer(cfg))
 
 
 def test_a_fresh_run_starts_from_nothing_and_its_own_checkpoint_is_resumed(tmp_path):

@@ -10,10 +10,12 @@ import pathlib
 import random
 import shutil
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -30,8 +32,9 @@ from olmo_jax.checkpoints import (
     storage,
 )
 from olmo_jax.checkpoints.formats import open
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.config.run import Config
+from olmo_jax.data.fixed_length import FixedLengthSource
 from olmo_jax.training import start
 
 SECONDS = 5  # that a damaged checkpoint may take, on a busy machine too
@@ -188,10 +191,12 @@ def use(folder: pathlib.Path) -> None:
     for name in source.leaves:
         source.view(name)
     if folder.name == "ours":
-        data = DataConfig(seq_len=32, eos_id=2)
+        data = FixedLength(seq_len=32, eos_id=2)
         config = Config(model=source.model, data=data, dir=str(folder / "none"))
-        source = start.Source(files.path(folder), ("step", "params"), True, "")
-        start.starting_point(config, source)
+        source = start.Origin(files.path(folder), ("step", "params"), True, "")
+        start.first_step(config, source)
+        rows = types.SimpleNamespace(lengths=np.array([6400]), paths=["a"], dtype=np.dtype("u1"))
+        start.position(source, FixedLengthSource(rows, data, 256))
 
 
 def complaint(folder: pathlib.Path, file: str, data: bytes) -> str | None:

@@ -203,7 +203,7 @@ def test_chunks_that_were_exchanged_by_hand_are_not_noticed_as_the_docs_say(save
     want = np.asarray(state()["params"]["embed"])
     assert np.array_equal(found[:, 4:8], want[:, 8:12])
     assert np.array_equal(found[:, 8:12], want[:, 4:8])
-    for file in (storage.__doc__, (ROOT / "README.md").read_text()):
+    for file in (storage.__doc__, (ROOT / "docs/checkpoints.md").read_text()):
         assert "exchange" in file
 
 

@@ -220,7 +220,7 @@ def test_without_a_home_folder_a_path_there_is_refused_and_the_cache_is_not_kept
         ("model.window=1e30", "a number from 1 to 2147483647, or none"),
         ("data.seq_len=1", "a number from 2 to 2147483647"),
         ("data.corpus_vocab_size=1", "a number from 257 to 2147483647"),
-        ("data.threads=1e6", "a number from 1 to 1024"),
+        ("data.n_threads=1e6", "a number from 1 to 1024"),
         ("optim.skip_window=1e10", "a number from 1 to 1000000"),
         ("train.duration=1e30", "a number from 1 to 9223372036854775807"),
         ("train.seed=-1", "a number from 0 to 4294967295"),

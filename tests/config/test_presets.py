@@ -110,7 +110,7 @@ def test_every_model_is_a_valid_model_of_its_family(name):
     m = model(name)
     run = config.Config(
         model=m,
-        data=config.DataConfig(paths=("x",), seq_len=m.max_seq_len, global_batch_size=65_536),
+        data=config.FixedLength(paths=("x",), seq_len=m.max_seq_len, global_batch_size=65_536),
     )
     validate(run, 1)
     if name.startswith("olmo1"):

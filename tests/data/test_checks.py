@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.data import checks, documents
-from olmo_jax.data.loader import Loader
+from olmo_jax.data.open import open_source
 from olmo_jax.data.token_files import TokenFiles
 
 U16 = np.dtype("<u2")
@@ -140,16 +140,16 @@ def test_the_loader_refuses_another_type_unless_it_is_told_to_read_it(tmp_path, 
     documents.write_documents(tmp_path / "a.npy", ids.reshape(-1, 100), "uint32")
     if not beside:
         (tmp_path / "a.csv.gz").unlink()
-    data = DataConfig(
+    data = FixedLength(
         paths=(str(tmp_path / "a.npy"),), dtype="uint16", seq_len=64, global_batch_size=64,
         document_mask=mask, eos_id=5,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"a\.npy looks like uint32, not uint16"):
-        Loader(data, 100_278)
+        open_source(data, 100_278)
     if mask != "boundaries":
-        assert Loader(dataclasses.replace(data, check_dtype=False), 100_278).n_instances == 625
+        assert open_source(dataclasses.replace(data, check_dtype=False), 100_278).n_rows == 625
     if beside or mask != "boundaries":
-        assert Loader(dataclasses.replace(data, dtype=None), 100_278).n_instances == 312
+        assert open_source(dataclasses.replace(data, dtype=None), 100_278).n_rows == 312
 
 
 # --- text -----------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import types
 
 import numpy as np
 import pytest
 
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength, batch_stages
 from olmo_jax.data import order
-from olmo_jax.data.fixed_length import Instances
-from olmo_jax.data.order import DataOrder, Position, core_order, legacy_order
+from olmo_jax.data.fixed_length import FixedLengthSource
+from olmo_jax.data.order import core_order, epoch_order, legacy_order
+from olmo_jax.data.schedule import BatchSchedule
+from olmo_jax.data.source import NoPlaceError, Position
 from olmo_jax.data.token_files import TokenFiles
 
 
@@ -20,11 +23,24 @@ def golden(shared):
 
 def config(rows, **options):
     """Batches of so many rows of one token."""
-    return DataConfig(**{"seq_len": 1, "global_batch_size": rows, **options})
+    return FixedLength(**{"seq_len": 1, "global_batch_size": rows, **options})
+
+
+def schedule(data, n_rows, start=None, first=0):
+    """The batches of a file with so many rows, which is not there."""
+    lengths = np.array([n_rows * data.seq_len])
+    files = types.SimpleNamespace(lengths=lengths, paths=["a.npy"], dtype=np.dtype("u1"))
+    return BatchSchedule(FixedLengthSource(files, data, 256), batch_stages(data), start, first)
+
+
+def batch(o, i):
+    """Rows of batch `i` from the start, and the position after it."""
+    (ids, _), position = o.take(o.first + 1 + i)
+    return ids, position
 
 
 def take(o, n):
-    return [o.batch(i)[0].tolist() for i in range(n)]
+    return [batch(o, i)[0].tolist() for i in range(n)]
 
 
 def is_permutation(ids, n):
@@ -58,10 +74,11 @@ def check_indices(found, case):
 
 def test_the_legacy_order_is_that_of_olmo(golden):
     for case in golden["legacy_global_indices"]:
-        found = legacy_order(
-            case["dataset_len"], case["seed"], case["epoch"], case["world_size"], case["drop_last"]
-        )
-        assert len(found) == case["total_size"]
+        order = legacy_order(case["dataset_len"], case["seed"], case["epoch"])
+        n, ranks = len(order), case["world_size"]  # a rest is dropped, or filled from the start
+        size = n // ranks * ranks if case["drop_last"] else -(-n // ranks) * ranks
+        assert size == case["total_size"]
+        found = np.resize(order, size)
         check_indices(found, case)
 
 
@@ -90,13 +107,13 @@ def test_an_epoch_of_20_million_rows_is_made_once(monkeypatch):
     made = []
     real = order.core_order
     monkeypatch.setattr(order, "core_order", lambda *args: made.append(args) or real(*args))
-    o = DataOrder(config(1000, seed=77), 20_000_000)
+    o = schedule(config(1000, seed=77), 20_000_000)
     for i in (0, 19_999, 7):
-        assert len(o.batch(i)[0]) == 1000
-    assert DataOrder(config(50, seed=77), 20_000_000).epoch(1) is o.epoch(1)
+        assert len(batch(o, i)[0]) == 1000
+    assert len(take(schedule(config(50, seed=77), 20_000_000), 1)[0]) == 50
     assert made == [(20_000_000, 77, 1, 1)]
-    assert not o.epoch(1).flags.writeable
-    order._epoch.cache_clear()  # 80 MB
+    assert not epoch_order("core", 20_000_000, 77, 1).flags.writeable
+    order._kept.cache_clear()  # 80 MB
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -107,7 +124,7 @@ def test_batches_and_shares_of_ranks_are_those_of_olmo(golden, kind):
     for case in golden[f"{kind}_batches" if kind == "legacy" else "core_fsl_batches"]:
         size = case["global_batch" if kind == "legacy" else "instances_per_global_batch"]
         start = Position(case["epoch"], case.get("start_index", 0), 0)
-        o = DataOrder(config(size, order=kind, seed=case["seed"]), case["dataset_len"], start)
+        o = schedule(config(size, order=kind, seed=case["seed"]), case["dataset_len"], start)
         ranks = case["batches_by_rank"]
         for rank, batches in enumerate(ranks):
             found = [batch[rank :: len(ranks)] for batch in take(o, len(batches))]
@@ -117,7 +134,7 @@ def test_batches_and_shares_of_ranks_are_those_of_olmo(golden, kind):
 def test_a_batch_size_schedule_covers_the_rows_as_olmo_core_does(golden):
     case = golden["core_batch_size_change"]
     sizes = {"batch_sizes": (4, 8, 4), "batch_starts": (0, 16, 32)}
-    o = DataOrder(config(1, seed=case["seed"], **sizes), case["dataset_len"])
+    o = schedule(config(1, seed=case["seed"], **sizes), case["dataset_len"])
     assert take(o, len(case["seq"])) == [ids for _, _, ids in case["seq"]]
 
 
@@ -128,42 +145,49 @@ def test_shorter_rows_keep_the_order_of_the_tokens(golden, tmp_path):
     files = TokenFiles([str(tmp_path / name) for name in toy], np.dtype("<u2"))
     streams, starts = {}, {}
     for text, expected in case["by_sequence_length"].items():
-        data = DataConfig(
+        data = FixedLength(
             seq_len=int(text),
             global_batch_size=8,
             seed=case["seed"],
             max_target_seq_len=case["max_target_sequence_length"],
         )
-        rows = Instances(files, data.seq_len, data.max_target_seq_len)
-        assert len(rows) == expected["len"]
-        o = DataOrder(data, len(rows))
-        found = [rows.read(o.batch(i)[0], 200) for i in range(3)]
+        source = FixedLengthSource(files, data, 200)
+        assert source.n_rows == expected["len"]
+        o = BatchSchedule(source, batch_stages(data))
+        found = [source.read(o.take(step)[0]).tokens for step in (1, 2, 3)]
         assert [batch.tolist() for batch in found] == expected["batches"]
         streams[data.seq_len] = np.concatenate(found).reshape(-1)
         starts[data.seq_len] = o.position(2)
-    assert starts[2].rescaled(2, 8) == starts[8] == Position(1, 2, 16)
+    assert data.seq_len == 8
+    stopped, options = dataclasses.asdict(starts[2]), {"seq_len": 2, "order": "core"}
+    assert source.resume(stopped, options) == starts[8] == Position(1, 2, 16)
+    of_legacy = {**options, "order": "legacy"}
+    assert source.resume(stopped, of_legacy) == Position(2, 2, 16)  # which counts from 0
     with pytest.raises(ValueError, match=r"config\.data\.seq_len=8: .*3 rows of 4 tokens"):
-        Position(1, 3, 12).rescaled(4, 8)
+        source.resume({"epoch": 1, "row": 3, "tokens": 12}, {"seq_len": 4, "order": "core"})
+    for wrong in ({"batch": 3}, {**stopped, "row": "3"}):
+        with pytest.raises(NoPlaceError):
+            source.resume(wrong, options)
 
 
 def test_hosts_and_a_resume_with_others_read_the_same_rows():
-    n, batch = 1003, 16
-    whole = take(DataOrder(config(batch), n), 62)
+    n, size = 1003, 16
+    whole = take(schedule(config(size), n), 62)
     for hosts in (1, 2, 4, 8):
-        share = batch // hosts
+        share = size // hosts
         for i in (0, 17, 61):
             parts = []
             for host in range(hosts):  # each in its own process, from its own arithmetic
-                rows, _ = DataOrder(config(batch), n).batch(i)
+                rows, _ = batch(schedule(config(size), n), i)
                 parts += rows[host * share : (host + 1) * share].tolist()
             assert parts == whole[i]
     # In the middle of the epoch: eight hosts and another batch size go on where one stopped.
-    stop = DataOrder(config(batch), n).position(20)
+    stop = schedule(config(size), n).position(20)
     assert stop == Position(1, 320, 320)
-    resumed = DataOrder(config(24), n, stop)
+    resumed = schedule(config(24), n, stop, 20)
     rest = [row for ids in take(resumed, 28) for row in ids]
     assert rest == [row for ids in whole for row in ids][320 : 320 + 28 * 24]
-    epoch = DataOrder(config(batch), n).epoch(1).tolist()
+    epoch = core_order(n, config(size).seed, 1).tolist()
     assert [r for ids in whole[:20] for r in ids] + rest == epoch[: 320 + 28 * 24]
 
 
@@ -189,51 +213,51 @@ def test_arithmetic_equals_counting_step_by_step():
         n_stages = int(rng.integers(1, 5))
         sizes = tuple(int(s) * seq_len for s in rng.integers(1, 9, n_stages))
         starts = (0, *np.cumsum(rng.integers(1, 150, n_stages - 1)).tolist())
-        data = DataConfig(
+        data = FixedLength(
             seq_len=seq_len,
             batch_sizes=sizes,
             batch_starts=starts,
             order=("core", "legacy")[trial % 2],
             seed=trial,
         )
-        begin = DataOrder(data, n_rows).start
+        begin = schedule(data, n_rows).start
         if trial % 3 == 0:
             begin = Position(begin.epoch + 1, int(rng.integers(0, n_rows)), 37)
-        o = DataOrder(data, n_rows, begin)
+        o = schedule(data, n_rows, begin, 5)
         expected = list(simulate(data, n_rows, begin, 400))
-        found = [o.batch(i) for i in range(400)]
+        found = [batch(o, i) for i in range(400)]
         assert [(ids.tolist(), position) for ids, position in found] == expected
         positions = [begin, *(position for _, position in expected)]
-        assert [o.position(i) for i in range(401)] == positions
+        assert [o.position(5 + i) for i in range(401)] == positions
         # The end of a run: the first step after which its tokens, or epochs, are complete.
         for tokens in (1, 40, 200, 333):
             steps = next(i for i, p in enumerate(positions) if p.tokens >= tokens)
-            assert o.steps_for(tokens, "tokens", step=5) == 5 + steps
+            assert o.last_step(tokens, "tokens") == 5 + steps
         first = order.FIRST_EPOCH[data.order]
         for epochs in range(1, positions[-1].epoch - first):
             steps = sum(p.epoch < first + epochs for _, p in expected)
-            assert o.steps_for(epochs, "epochs", step=5) == 5 + steps
+            assert o.last_step(epochs, "epochs") == 5 + steps
 
 
 def test_durations_are_those_of_olmo_core():
-    o = DataOrder(config(16, seq_len=4), 103)  # batches of 4 rows
-    assert o.steps_per_epoch == 25
-    assert o.steps_for(7, "steps") == 7
-    assert o.steps_for(7, "steps", step=9) == 7
-    assert o.steps_for(160, "tokens") == 10
-    assert o.steps_for(161, "tokens") == 11
-    assert o.steps_for(2, "epochs") == 50
-    assert DataOrder(config(4, order="legacy"), 103).steps_for(2, "epochs") == 50
-    late = DataOrder(config(16, seq_len=4), 103, Position(1, 40, 160))
-    assert late.steps_for(160, "tokens", step=10) == 10
-    assert late.steps_for(2, "epochs", step=10) == 50
-    assert late.steps_for(5_000_000_000_000, "tokens", step=10) == 312_500_000_000
+    o = schedule(config(16, seq_len=4), 103)  # batches of 4 rows
+    assert o.last_step(7, "steps") == 7
+    assert o.last_step(160, "tokens") == 10
+    assert o.last_step(161, "tokens") == 11
+    assert o.last_step(1, "epochs") == 25
+    assert o.last_step(2, "epochs") == 50
+    assert schedule(config(4, order="legacy"), 103).last_step(2, "epochs") == 50
+    late = schedule(config(16, seq_len=4), 103, Position(1, 40, 160), 10)
+    assert late.last_step(7, "steps") == 7
+    assert late.last_step(160, "tokens") == 10
+    assert late.last_step(2, "epochs") == 50
+    assert late.last_step(5_000_000_000_000, "tokens") == 312_500_000_000
 
 
 def test_the_rest_of_an_epoch_is_dropped_and_the_next_is_shuffled_anew():
-    o = DataOrder(config(8, seed=6198), 50)
+    o = schedule(config(8, seed=6198), 50)
     batches = take(o, 18)
-    assert [o.batch(i)[1].epoch for i in (5, 6, 17)] == [1, 2, 3]
+    assert [batch(o, i)[1].epoch for i in (5, 6, 17)] == [1, 2, 3]
     epochs = [list(itertools.chain(*batches[i : i + 6])) for i in (0, 6, 12)]
     assert all(len(set(rows)) == 48 for rows in epochs)
     assert len({tuple(rows) for rows in epochs}) == 3
@@ -244,14 +268,14 @@ def test_too_few_rows_for_a_batch_are_told_in_numbers():
         r"config\.data\.global_batch_size=4096 tokens needs 8 rows of seq_len=512, found 7 in"
         r" config\.data\.paths"
     )
-    data = DataConfig(seq_len=512, global_batch_size=4096)
+    data = FixedLength(seq_len=512, global_batch_size=4096)
     with pytest.raises(ValueError, match=message):
-        DataOrder(data, 7)
+        schedule(data, 7)
     grows = dataclasses.replace(data, batch_sizes=(512, 4096), batch_starts=(0, 10**9))
     with pytest.raises(ValueError, match=message):
-        DataOrder(grows, 7)
+        schedule(grows, 7)
 
 
 def test_a_position_past_the_data_is_refused():
     with pytest.raises(ValueError, match=r"config\.data\.paths: .*row 51 of the epoch, found 50"):
-        DataOrder(config(8), 50, Position(1, 51, 51))
+        schedule(config(8), 50, Position(1, 51, 51))

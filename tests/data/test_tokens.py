@@ -6,9 +6,11 @@ import resource
 import numpy as np
 import pytest
 
-from olmo_jax.data import batch, checks, documents
+from olmo_jax.config.data import FixedLength
+from olmo_jax.data import batch, checks, documents, repetition
 from olmo_jax.data.documents import Boundaries, read_boundaries, starts_after, write_documents
-from olmo_jax.data.fixed_length import Instances
+from olmo_jax.data.fixed_length import FixedLengthSource
+from olmo_jax.data.source import Take
 from olmo_jax.data.token_files import TokenFiles
 
 U16 = np.dtype("<u2")
@@ -26,6 +28,11 @@ def write(folder, dtype=np.uint16, **files):
     return [str(folder / f"{name}.npy") for name in files]
 
 
+def source(files, seq_len, longest=None, vocab_size=2**16, boundaries=None):
+    options = FixedLength(seq_len=seq_len, max_target_seq_len=longest)
+    return FixedLengthSource(files, options, vocab_size, boundaries)
+
+
 def lengths_of(segment_ids):
     return [np.bincount(row).tolist() for row in segment_ids]
 
@@ -37,10 +44,10 @@ def lengths_of(segment_ids):
 def test_instances_and_their_documents_are_those_of_olmo(golden, tmp_path, name):
     case = golden[name]
     files = TokenFiles(write(tmp_path, a=case["files"]["a.npy"], b=case["files"]["b.npy"]), U16)
-    rows = Instances(files, seq_len=4)
-    assert len(rows) == len(case["instances"]) == case["offsets"][-1][1]
+    rows = source(files, 4, vocab_size=32_000)
+    assert rows.n_rows == len(case["instances"]) == case["offsets"][-1][1]
     assert [rows.locate(first) for first, _ in case["offsets"]] == [(0, 0), (1, 0)]
-    found = rows.read(np.arange(6, dtype=np.uint32), 32_000)
+    found = rows.read(Take(np.arange(6, dtype=np.uint32), 4)).tokens
     assert found.dtype == np.int32
     assert found.tolist() == case["instances"]
     segment_ids, _ = batch.segments(documents.starts_after(found, case["eos_token_id"]))
@@ -48,17 +55,17 @@ def test_instances_and_their_documents_are_those_of_olmo(golden, tmp_path, name)
 
 
 def test_files_shorter_than_a_row_and_remainders_are_left_out(tmp_path):
-    rows = Instances(TokenFiles(write(tmp_path, a=[1] * 3, b=[2] * 9, c=[3] * 4), U16), 4)
-    assert rows.read(np.array([0, 1, 2]), 10)[:, 0].tolist() == [2, 2, 3]
+    rows = source(TokenFiles(write(tmp_path, a=[1] * 3, b=[2] * 9, c=[3] * 4), U16), 4)
+    assert rows.read(Take(np.arange(3), 4)).tokens[:, 0].tolist() == [2, 2, 3]
     with pytest.raises(IndexError, match="row 3 of 3"):
         rows.locate(3)
 
 
 def test_a_target_length_drops_the_remainder_in_its_own_multiples(tmp_path):
     files = TokenFiles(write(tmp_path, a=np.arange(23), b=np.arange(17)), U16)
-    assert len(Instances(files, 2)) == 11 + 8
-    assert len(Instances(files, 2, 8)) == 8 + 8
-    assert Instances(files, 2, 8).locate(8) == (1, 0)
+    assert source(files, 2).n_rows == 11 + 8
+    assert source(files, 2, 8).n_rows == 8 + 8
+    assert source(files, 2, 8).locate(8) == (1, 0)
 
 
 def test_tokens_beyond_two_to_the_31st_are_found_with_little_memory(tmp_path):  # P21
@@ -71,15 +78,15 @@ def test_tokens_beyond_two_to_the_31st_are_found_with_little_memory(tmp_path):  
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     files = TokenFiles([str(path)], U16)
     checks.check(files, 65_536)
-    rows = Instances(files, 64)
-    assert len(rows) == 2**25 + 64
+    rows = source(files, 64)
+    assert rows.n_rows == 2**25 + 64
     row = np.uint32(first // 64)
     assert rows.locate(row) == (0, first)
-    np.testing.assert_array_equal(rows.read(np.array([row]), 65_536)[0], known)
+    np.testing.assert_array_equal(rows.read(Take(np.array([row]), 64)).tokens[0], known)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 64 * 1024  # KiB
     with pytest.raises(ValueError, match=rf"big\.npy has id 1000 at token {first}, need"):
-        rows.read(np.array([row]), 1000)
+        source(files, 64, vocab_size=1000).read(Take(np.array([row]), 64))
 
 
 def test_labels_are_those_of_olmo(golden):
@@ -107,7 +114,7 @@ def test_documents_of_the_toy_file_are_those_of_olmo(golden):
 def test_repetitions_are_those_of_olmo(golden):
     for case in golden["repetition_filter"]:
         ids = np.array([case["ids"]])
-        found = {p: int(batch.repeats(ids, p)[0]) for p in range(1, len(case["ids"]) + 2)}
+        found = {p: int(repetition.repeats(ids, p)[0]) for p in range(1, len(case["ids"]) + 2)}
         known = {p: times for _, _, p, times in case["matches_start_end_period_times"]}
         assert {p: times for p, times in found.items() if times >= 3} == known
 
@@ -122,7 +129,7 @@ def test_repetitions_equal_a_count_by_hand():
             for j in range(period, len(row)):
                 lengths.append(lengths[-1] + 1 if row[j] == row[j - period] else 0)
             best.append((max(lengths) + period) // period)
-        assert batch.repeats(rows, period).tolist() == best
+        assert repetition.repeats(rows, period).tolist() == best
 
 
 def test_the_filter_masks_a_row_from_the_set_number_of_repetitions_on():
@@ -131,7 +138,7 @@ def test_the_filter_masks_a_row_from_the_set_number_of_repetitions_on():
     rows[2, 100:131] = 7
     rows[3, : 13 * 32] = np.tile(np.arange(13), 32)
     rows[4, : 14 * 32] = np.tile(np.arange(14), 32)  # of a period that is not looked at
-    assert batch.is_repetitive(rows, 13, 32).tolist() == [False, True, False, True, False]
+    assert repetition.is_repetitive(rows, 13, 32).tolist() == [False, True, False, True, False]
 
 
 # --- documents ------------------------------------------------------------------------------------
@@ -176,19 +183,19 @@ def test_boundaries_equal_eos_where_each_document_ends_with_it(tmp_path):
         documents = [[*rng.integers(1, 9, n), 0] for n in rng.integers(0, 30, 40)]
         write_documents(path, documents, np.uint8)
     files = TokenFiles(paths, np.dtype("u1"))
-    rows = Instances(files, 16)
-    ids = np.arange(len(rows))
-    expected = starts_after(rows.read(ids, 9), 0)
+    source_of = source(files, 16, boundaries=Boundaries(files))
+    rows = source_of.read(Take(np.arange(source_of.n_rows), 16))
+    expected = starts_after(rows.tokens, 0)
     assert expected.sum() > 50
-    np.testing.assert_array_equal(Boundaries(files).starts(rows, ids), expected)
+    np.testing.assert_array_equal(rows.starts, expected)
 
 
 def test_documents_of_a_row_follow_the_side_file_whatever_the_tokens(tmp_path):  # P28
     path = tmp_path / "x.npy"
     documents.write_documents(path, [[5] * 10, [], [5] * 27, [5] * 27, [5] * 64], np.uint8)
     files = TokenFiles([str(path)], np.dtype("u1"))
-    rows = Instances(files, 64)
-    segment_ids, positions = batch.segments(Boundaries(files).starts(rows, np.array([0, 1])))
+    rows = source(files, 64, boundaries=Boundaries(files)).read(Take(np.arange(2), 64))
+    segment_ids, positions = batch.segments(rows.starts)
     assert lengths_of(segment_ids) == [[10, 27, 27], [64]]
     assert positions[0].tolist() == [*range(10), *range(27), *range(27)]
     assert segment_ids.dtype == positions.dtype == np.int32

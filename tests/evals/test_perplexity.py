@@ -29,7 +29,7 @@ TEXT = np.random.default_rng(0).integers(0, VOCAB, 203).astype(np.uint16)
 
 def cfg(**data) -> config.Config:
     data = {"seq_len": SEQ, "eos_id": EOS} | data
-    return config.Config(model=MODEL, compute=COMPUTE, data=config.DataConfig(**data))
+    return config.Config(model=MODEL, compute=COMPUTE, data=config.FixedLength(**data))
 
 
 @pytest.fixture(scope="module")

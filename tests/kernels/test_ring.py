@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, NamedSharding
 from test_attention import SMALL, documents, inputs, tpu_mesh, values_and_gradients
 
 from olmo_jax.config import describe
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config, validate
@@ -210,7 +210,7 @@ def test_a_sequence_that_cannot_be_split_is_refused_with_both_numbers():
         attention(q, k, v)
     config = Config(
         model=ModelConfig(d_model=64, n_heads=8, n_kv_heads=2, head_dim=8),
-        data=DataConfig(seq_len=36, global_batch_size=72),
+        data=FixedLength(seq_len=36, global_batch_size=72),
         mesh=MESHES[4],
     )
     message = r"data\.seq_len=36 is not divisible by 2 x mesh\.context=8, .*; use 40"
@@ -220,7 +220,7 @@ def test_a_sequence_that_cannot_be_split_is_refused_with_both_numbers():
 
 def test_chunks_that_a_tpu_cannot_take_are_refused_at_start_and_told_in_a_dry_run():
     config = Config(
-        data=DataConfig(seq_len=1024, global_batch_size=8192, paths=("x",)),
+        data=FixedLength(seq_len=1024, global_batch_size=8192, paths=("x",)),
         mesh=MeshConfig(fsdp=1, context=8),
     )
     chips = types.SimpleNamespace(

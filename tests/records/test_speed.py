@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from olmo_jax import config
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.config.run import Config
 from olmo_jax.evals import perplexity
@@ -72,7 +72,7 @@ def step_of(n_layers, d_ff):
     c = Config(
         model=model,
         compute=ComputeConfig(dtype="float32"),
-        data=DataConfig(seq_len=64, global_batch_size=2 * 64),
+        data=FixedLength(seq_len=64, global_batch_size=2 * 64),
         mesh=MeshConfig(fsdp=1),
     )
     mesh = sharding.make_mesh(c.mesh, jax.devices()[:1])

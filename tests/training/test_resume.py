@@ -711,17 +711,17 @@ def test_a_token_file_that_shrinks_ends_the_run_which_keeps_what_it_trained(
         *options,
         f"data.paths={tokens}",
         f"eval.paths={held}",
-        "data.threads=1",
+        "data.n_threads=1",
         "checkpoint.step0=false",
         "log.tensorboard=false",
         f"dir={folder}",
     ]
-    read, score = loader.Loader.batch, loop.Run.evaluate
+    read, score = loader.Loader.read, loop.Run.evaluate
 
-    def shrinking(self, i):
-        if i == 7:
+    def shrinking(self, step):
+        if step == 8:
             os.truncate(tokens, 100)
-        return read(self, i)
+        return read(self, step)
 
     def shrinking_too(self, state, step, max_rows):
         if step == 15:
@@ -729,7 +729,7 @@ def test_a_token_file_that_shrinks_ends_the_run_which_keeps_what_it_trained(
         return score(self, state, step, max_rows)
 
     for target, name, change, path, step in (
-        (loader.Loader, "batch", shrinking, tokens, 7),
+        (loader.Loader, "read", shrinking, tokens, 7),
         (loop.Run, "evaluate", shrinking_too, held, 15),
     ):
         content = pathlib.Path(path).read_bytes()

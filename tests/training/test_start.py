@@ -9,17 +9,17 @@ from olmo_jax import files
 from olmo_jax.checkpoints import storage
 from olmo_jax.config.run import Config
 from olmo_jax.training import start
-from olmo_jax.training.start import Source
+from olmo_jax.training.start import Origin
 
 FILES = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "generation_config.json": b"1"}
 IDS = {"eos_token_id": [7, 9], "bos_token_id": None, "pad_token_id": 3}
 
 
-def source(folder: pathlib.Path, meta: dict, carried: dict, *, is_resume: bool = False) -> Source:
+def source(folder: pathlib.Path, meta: dict, carried: dict, *, is_resume: bool = False) -> Origin:
     """A checkpoint without arrays."""
     path = files.path(folder / "source")
     storage.Writer(path, {}).commit({"model": {}, "config": {}} | meta, files=carried)
-    return Source(path, ("params",), is_resume, "")
+    return Origin(path, ("params",), is_resume, "")
 
 
 def with_tokenizer(path: pathlib.Path) -> Config:

@@ -5,7 +5,7 @@ import made
 import numpy as np
 import pytest
 
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
 from olmo_jax.config.run import Config
 from olmo_jax.config.training import OptimConfig, TrainConfig
@@ -25,7 +25,7 @@ def make_config(mesh=None, accumulate=1, chunk=32, model=PLAIN, **train):
     return Config(
         model=model,
         compute=ComputeConfig(dtype="float32", accumulate=accumulate, loss_chunk=chunk),
-        data=DataConfig(seq_len=64, global_batch_size=8 * 64),
+        data=FixedLength(seq_len=64, global_batch_size=8 * 64),
         mesh=MeshConfig(**{"fsdp": 1} | (mesh or {})),
         optim=OptimConfig(eps=1e-3),  # Adam blows rounding of tiny gradients up to full steps
         train=TrainConfig(**train),

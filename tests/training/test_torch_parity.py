@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import hf
 
-from olmo_jax.config.data import DataConfig
+from olmo_jax.config.data import FixedLength
 from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.config.run import Config
 from olmo_jax.config.training import OptimConfig
@@ -46,7 +46,7 @@ def test_ten_steps_equal_pytorch_adamw_on_a_hugging_face_model(name):
     config = Config(
         model=model_config,
         compute=ComputeConfig(dtype="float32"),
-        data=DataConfig(seq_len=32, global_batch_size=4 * 32),
+        data=FixedLength(seq_len=32, global_batch_size=4 * 32),
         mesh=MeshConfig(fsdp=1),
         optim=OptimConfig(name="adamw", eps=1e-8, weight_decay=0.1),
     )

@@ -35,7 +35,7 @@ def ours() -> Callable[[], float]:
     import jax
     import numpy as np
 
-    from olmo_jax.config.data import DataConfig
+    from olmo_jax.config.data import FixedLength
     from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
     from olmo_jax.config.run import Config
     from olmo_jax.config.training import OptimConfig
@@ -50,7 +50,7 @@ def ours() -> Callable[[], float]:
             n_kv_heads=N_HEADS, head_dim=D_MODEL // N_HEADS, d_ff=D_FF, max_seq_len=SEQ,
         ),
         compute=ComputeConfig(dtype="float32", remat="none"),
-        data=DataConfig(seq_len=SEQ, global_batch_size=BATCH * SEQ),
+        data=FixedLength(seq_len=SEQ, global_batch_size=BATCH * SEQ),
         mesh=MeshConfig(fsdp=1),
         optim=OptimConfig(name="adamw", weight_decay=DECAY),
     )  # fmt: skip

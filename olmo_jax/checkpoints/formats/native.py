@@ -15,6 +15,7 @@ from olmo_jax.checkpoints.weights import Index, Leaves, Weights, whole
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import axis_sizes
+from olmo_jax.config.renamed import modern
 from olmo_jax.config.run import from_dict
 
 
@@ -108,7 +109,7 @@ def _meta(folder: files.Path) -> dict[str, Any]:
 def _model(values: Any, stored: Leaves, where: str) -> ModelConfig:
     """The model of a checkpoint, after a look whether its arrays are that model's."""
     try:
-        model = from_dict(values, ModelConfig, "model")
+        model = from_dict(modern({"model": values})["model"], ModelConfig, "model")
     except ConfigError as error:
         raise ValueError(f"{where}: {'; '.join(error.problems)}") from None
     n_kinds = len(model.layer_types)
