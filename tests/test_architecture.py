@@ -37,8 +37,9 @@ STILL_WHOLE = {"checkpoints/checkpointer", "records/writer", "records/wandb", "r
 HOMES = {
     "flax": "nn/",
     "optax": "training/optim",
-    "tensorstore": "checkpoints/storage",
+    "tensorstore": ("checkpoints/storage", "checkpoints/layout"),
     "etils": "files",
+    "orbax": "checkpoints/formats/orbax",
     "grain": "data/loader",
     "matplotlib": "records/plot",
     "tensorboardX": "records/tensorboard",

@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from test_storage import full_disk, ordinary_user  # noqa: F401
 
 from olmo_jax import files, train
-from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints import layout, storage
 from olmo_jax.records import jsonl
 from olmo_jax.training import loop, start
 from olmo_jax.training.keeping import Keeper
@@ -332,7 +332,7 @@ def test_ids_that_the_look_at_start_misses_are_told_in_training_and_nothing_is_l
     assert f"{path} has id 60000 at token 3300, need ids below config.model.vocab_size=512" in line
     last = max(jsonl.read(tmp_path / "run"))
     assert f"; step {last} is saved" in line
-    assert storage.is_complete(files.path(tmp_path / f"run/checkpoints/step{last}"))
+    assert layout.is_complete(files.path(tmp_path / f"run/checkpoints/step{last}"))
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_a_disk_that_is_full_at_the_second_save_loses_nothing(
         assert begin in result.out
         (line,) = result.errors
         assert "No space left on device" in line
-        complete = [p.name for p in checkpoints.iterdir() if storage.is_complete(files.path(p))]
+        complete = [p.name for p in checkpoints.iterdir() if layout.is_complete(files.path(p))]
         assert complete == ["step4"]
     remount("40m")
     assert runs.run(*options).code == 0

@@ -20,7 +20,7 @@ import jax
 
 import olmo_jax
 from olmo_jax import files
-from olmo_jax.checkpoints import snapshot, storage
+from olmo_jax.checkpoints import layout, snapshot
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import to_dict
 from olmo_jax.data import foreign
@@ -41,12 +41,12 @@ def steps(folder: files.Path) -> dict[int, str]:
     Raises:
       ValueError: if the newest one is damaged. An older one is of kind "damaged", never deleted.
     """
-    found = {step: child for step, child in _children(folder) if storage.is_complete(child)}
+    found = {step: child for step, child in _children(folder) if layout.is_complete(child)}
     kinds = {}
     for step, child in sorted(found.items()):
         try:
-            kind = storage.kind(child)
-            kinds[step] = "linked" if storage.is_link(child) else kind
+            kind = layout.kind(child)
+            kinds[step] = "linked" if layout.is_link(child) else kind
         except ValueError:
             if step == max(found):
                 raise
@@ -59,7 +59,7 @@ def _foreign(folder: files.Path) -> dict[int, str]:
     return {
         step: str(child)
         for step, child in _children(folder)
-        if not storage.is_complete(child) and not storage.is_torn(child)
+        if not layout.is_complete(child) and not layout.is_torn(child)
     }
 
 
@@ -74,23 +74,19 @@ def find(name: str, option: str = "config.checkpoint.load_path") -> files.Path:
     """
     if not name.strip():
         raise ValueError(f"{option} is empty: name a checkpoint or a run's folder, or none")
-    if re.match(r"https?://", name):
-        raise ValueError(f"{option}: {name} is an address; what is there is {foreign.taken(name)}")
     folder = files.path(name)
     if not folder.exists():
-        hub = f"; a model on the Hugging Face Hub is {foreign.taken(name)}"
-        hint = hub if foreign.is_hub_id(name) else ""
-        raise ValueError(f"{option}: {name} does not exist{hint}")
-    if storage.is_complete(folder):
+        raise ValueError(f"{option}: {name} does not exist")
+    if layout.is_complete(folder):
         return folder
     others: dict[str, list[str]] = {"incomplete": [], "not written by olmo_jax": []}
     for parent in (folder / "checkpoints", folder):
         children = sorted(_children(parent))
-        complete = [step for step, child in children if storage.is_complete(child)]
+        complete = [step for step, child in children if layout.is_complete(child)]
         if complete:
             return parent / f"step{max(complete)}"
         for _, child in children:
-            is_ours = storage.is_torn(child)
+            is_ours = layout.is_torn(child)
             others["incomplete" if is_ours else "not written by olmo_jax"].append(child.name)
     rest = [
         f"; {', '.join(names)} {'is' if len(names) == 1 else 'are'} {words}"
@@ -100,18 +96,6 @@ def find(name: str, option: str = "config.checkpoint.load_path") -> files.Path:
     what = foreign.describe(folder)
     rest = [f"; it is {what}"] if what else rest
     raise ValueError(f"{option}: no complete checkpoint in {name}{''.join(rest)}")
-
-
-def load_params(name: str, abstract: Any, *, cast: bool = False) -> Any:
-    """The parameters of a checkpoint or of a run's newest one.
-
-    Args:
-      name: path, local or `gs://`.
-      abstract: tree of `jax.ShapeDtypeStruct`, with shardings or without (then NumPy arrays).
-      cast: convert to its dtypes; otherwise another dtype is refused.
-    """
-    folder = find(name, "checkpoint")
-    return storage.restore(folder, {"params": abstract}, partial=True, cast=cast)["params"]
 
 
 def _children(folder: files.Path) -> list[tuple[int, files.Path]]:
@@ -154,7 +138,7 @@ class Checkpointer:
         newest_first = [step for step in reversed(kinds) if kinds[step] != "damaged"]
         for step in newest_first:
             _refuse_renamed(self.folder_of(step), step)
-        known = (step for step in newest_first if storage.is_confirmed(self.folder_of(step)))
+        known = (step for step in newest_first if layout.is_confirmed(self.folder_of(step)))
         return list(kinds.items()), next(known, None)
 
     def confirmed(self) -> int | None:
@@ -235,7 +219,7 @@ class Checkpointer:
         self._postponed = None
         if step in self.kinds:
             if self.kinds[step] == "ephemeral" != kind:
-                processes.from_process_0(lambda: storage.mark(self.folder_of(step), kind=kind))
+                processes.from_process_0(lambda: layout.mark(self.folder_of(step), kind=kind))
                 self.kinds[step] = kind
             return False
         confirmed = self.confirmed()
@@ -299,20 +283,20 @@ class Checkpointer:
     def _remove_torn(self) -> None:
         """Make room: what an interrupted save or deletion of ours left is of no use."""
         for _, child in _children(self.folder):
-            if storage.is_torn(child):
+            if layout.is_torn(child):
                 print(f"removing {child}: its save, or its deletion, was interrupted", flush=True)
-                storage.remove(child)
+                layout.remove(child)
 
     def _confirm(self, step: int) -> None:
         try:
-            storage.mark(self.folder_of(step), confirmed=True)
+            layout.mark(self.folder_of(step), confirmed=True)
         except OSError as error:  # the next start just knows less
             log.warning("could not mark %s as confirmed: %s", self.folder_of(step), error)
 
     def _remove(self, old: Iterable[int]) -> None:
         for step in old:
             try:
-                storage.remove(self.folder_of(step))
+                layout.remove(self.folder_of(step))
             except OSError as error:  # too many checkpoints are no reason to end a run
                 log.warning("could not delete %s: %s", self.folder_of(step), error)
 
@@ -323,7 +307,7 @@ def _refuse_renamed(folder: files.Path, step: int) -> None:
     Raises:
       ValueError: with its path and the step that it says.
     """
-    said = storage.read_meta(folder).get("step", step)
+    said = layout.read_meta(folder).get("step", step)
     if said != step:
         raise ValueError(
             f"config.dir: {folder} is the checkpoint of step {brief(str(said))} under another name;"

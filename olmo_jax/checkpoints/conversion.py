@@ -17,7 +17,7 @@ import numpy as np
 
 import olmo_jax
 from olmo_jax import files
-from olmo_jax.checkpoints import compare, names, storage
+from olmo_jax.checkpoints import compare, layout, names, storage
 from olmo_jax.checkpoints.derived import Mean, Padded, Upcycled
 from olmo_jax.checkpoints.formats import hf, hf_write, native, open, tokenizer_config
 from olmo_jax.checkpoints.logits import logits
@@ -25,6 +25,7 @@ from olmo_jax.checkpoints.weights import (
     PIECE_BYTES,
     Index,
     Leaves,
+    NoOptimizerError,
     Weights,
     ahead,
     blocks,
@@ -76,7 +77,10 @@ def to_jax(
       FileNotFoundError, ValueError, OSError: if the source is not whole, or is not copied exactly.
     """
     _refuse_existing(dst)
-    source = open.open_weights(src, optimizer=optimizer, revision=revision)
+    try:
+        source = open.open_weights(src, optimizer=optimizer, revision=revision)
+    except NoOptimizerError as error:
+        raise ValueError(f"{error}; leave --optimizer") from None
     if padded_vocab_size is not None:
         source = Padded(source, padded_vocab_size)
     say(f"{src}: {source.line}")
@@ -313,7 +317,7 @@ def _refuse_other_model(a: str, one: Weights, b: str, two: Weights) -> None:
 
 def _refuse_existing(dst: str) -> None:
     path = files.path(dst)
-    if path.exists() or storage.is_link(path):
+    if path.exists() or layout.is_link(path):
         raise FileExistsError(f"{dst} is there already and is not overwritten")
 
 
@@ -330,7 +334,7 @@ def _result(dst: str) -> Iterator[Any]:
         except FileExistsError:  # somebody else's
             raise
         except BaseException:
-            storage.remove(folder)
+            layout.remove(folder)
             raise
         return
     final = pathlib.Path(files.path(dst))

@@ -1,19 +1,16 @@
 """A checkpoint of any kind as a model and its parameters on a mesh."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from olmo_jax.checkpoints import names, storage
+from olmo_jax.checkpoints import storage
 from olmo_jax.checkpoints.derived import Padded
 from olmo_jax.checkpoints.formats import open
-from olmo_jax.checkpoints.weights import Index, Weights, parts, pieces, whole
+from olmo_jax.checkpoints.placing import on_devices
+from olmo_jax.checkpoints.weights import Weights, parts, pieces
 from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Params, Transformer
 from olmo_jax.parallel import sharding
-
-Ranges = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 
 def load(
@@ -49,53 +46,19 @@ def load(
     shapes = transformer.abstract_params(source.model)
     where = storage.names(sharding.shardings(mesh, transformer.logical_axes(source.model)))
     params = [
-        _leaf(source, f"params/{name}", leaf.shape, jnp.dtype(dtype), where[name])
+        read_leaf(
+            source,
+            f"params/{name}",
+            jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where[name]),
+        )
         for name, leaf in storage.names(shapes).items()
     ]
     return model, jax.tree.unflatten(jax.tree.structure(shapes), params)
 
 
-def _leaf(
-    source: Weights,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    where: jax.sharding.Sharding,
-) -> jax.Array:
-    """A leaf on its devices; what those of this process have between them is read once."""
-    needed = {
-        _ranges(index, shape) for index in where.addressable_devices_indices_map(shape).values()
-    }
-    blocks = {key: np.empty([stop - start for start, stop in key], dtype) for key in needed}
-    box = tuple(
-        (min(along)[0], max(stop for _, stop in along)) for along in zip(*needed, strict=True)
+def read_leaf(source: Weights, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf of a checkpoint of any kind, in the dtype and on the sharding of `leaf`."""
+    cheap = (
+        piece for part in parts(name, source.leaves[name]) for piece in pieces(source, name, part)
     )
-    for part in parts(name, source.leaves[name]):
-        for piece in pieces(source, name, part):
-            wanted = _common(_ranges(piece, shape), box)
-            if wanted is None:
-                continue
-            values = source.view(name, tuple(slice(*along) for along in wanted))
-            for key, block in blocks.items():
-                if (common := _common(wanted, key)) is not None:
-                    names.assign(block[_within(common, key)], values[_within(common, wanted)])
-
-    return jax.make_array_from_callback(
-        shape, where, lambda index: blocks[_ranges(index, shape)], dtype=dtype
-    )
-
-
-def _ranges(index: Index | None, shape: tuple[int, ...]) -> Ranges:
-    ends = zip(whole(shape, index), shape, strict=True)
-    return tuple(along.indices(n)[:2] for along, n in ends)
-
-
-def _common(one: Ranges, other: Ranges) -> Ranges | None:
-    ends = zip(one, other, strict=True)
-    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in ends)
-    return None if any(start >= stop for start, stop in common) else common
-
-
-def _within(inner: Ranges, outer: Ranges) -> Index:
-    ends = zip(inner, outer, strict=True)
-    return tuple(slice(a - start, b - start) for (a, b), (start, _) in ends)
+    return on_devices(leaf, lambda index: source.view(name, index), cheap)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from olmo_jax import files
-from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints import layout, storage
 from olmo_jax.files import Path
 from olmo_jax.parallel import processes
 
@@ -57,7 +57,7 @@ def save(
             if isinstance(data, jax.Array):
                 data.copy_to_host_async()
     blocks = itertools.chain.from_iterable(
-        _chunks(name, origin, data, storage.chunk_shape(name, leaves[name]), copy=background)
+        _chunks(name, origin, data, layout.chunk_shape(name, leaves[name]), copy=background)
         for name, origin, data in shards
     )
     if background:
@@ -78,7 +78,7 @@ class Save:
     def __init__(
         self,
         folder: files.Path,
-        leaves: storage.Leaves,
+        leaves: layout.Leaves,
         blocks: Iterable[Block],
         before: Callable[[], None],
         commit: Callable[[storage.Writer], None],
@@ -142,7 +142,7 @@ class Save:
             self._commit(self._writer)
         except Exception:
             with contextlib.suppress(OSError):  # make room; what is left does not count
-                storage.remove(self._folder)
+                layout.remove(self._folder)
             raise
         self._after()
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import numpy as np
 
-from olmo_jax.checkpoints import names, storage
+from olmo_jax.checkpoints import layout, names
 from olmo_jax.config.model import ModelConfig
 
 PIECE_BYTES = 128 << 20
@@ -23,6 +23,10 @@ THREADS = 4  # that make them: half of their time is the disk's
 T = TypeVar("T")
 Index = tuple[slice, ...]
 Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
+
+
+class NoOptimizerError(ValueError):
+    """A checkpoint has no state of an optimizer, though that was asked for."""
 
 
 class Weights(Protocol):
@@ -76,7 +80,7 @@ def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[Index]:
     layers = [(slice(i, i + 1),) for i in range(leaf.shape[0])]
     if not names.has_experts(name):
         return layers
-    n = storage.chunk_shape(name, leaf)[1]
+    n = layout.chunk_shape(name, leaf)[1]
     return [(*layer, slice(e, e + n)) for layer in layers for e in range(0, leaf.shape[1], n)]
 
 
@@ -85,7 +89,7 @@ def blocks(name: str, leaf: jax.ShapeDtypeStruct, part: Index = ()) -> list[Inde
     axis = len(part)
     if len(leaf.shape) == axis:
         return [part]
-    step = storage.chunk_shape(name, leaf)[axis]
+    step = layout.chunk_shape(name, leaf)[axis]
     starts = range(0, leaf.shape[axis], step)
     return [whole(leaf.shape, (*part, slice(at, at + step))) for at in starts]
 

@@ -107,7 +107,7 @@ class Range:
 class Path:
     """The path of a file or folder, in which a leading ~ is the home folder."""
 
-    is_remote: bool = False  # may be on gs://
+    addresses: tuple[str, ...] = ()  # that may stand for one, as they look
     may_be_empty: bool = False
 
     def problem(self, value: str) -> str | None:
@@ -115,9 +115,10 @@ class Path:
         if not value.strip():
             return None if self.may_be_empty and not value else "need a path"
         if is_address(value):
-            if self.is_remote and re.match(r"gs://[^/]", value):
+            schemes = "|".join(address.split(":")[0] for address in self.addresses)
+            if schemes and re.match(rf"({schemes})://[^/]", value):
                 return None
-            return "need a local path" + " or gs://BUCKET/…" * self.is_remote
+            return " or ".join(["need a local path", *self.addresses])
         return path_problem(value)
 
 
@@ -149,7 +150,9 @@ Positive = Annotated[float, Range(SMALLEST, LARGEST)]
 NonNegative = Annotated[float, Range(0.0, LARGEST)]
 Share = Annotated[float, Range(0.0, 1.0)]
 File = Annotated[str, Path()]
-Folder = Annotated[str, Path(is_remote=True)]
+Folder = Annotated[str, Path(("gs://BUCKET/…",))]
+# Or an id on the Hugging Face Hub.
+Checkpoint = Annotated[str, Path(("gs://BUCKET/…", "https://HOST/…"))]
 RunName = Annotated[str, Name()]
 
 

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from olmo_jax.config.options import (
     Bears,
+    Checkpoint,
     Count,
     File,
-    Folder,
     Natural,
     NonNegative,
     Pairs,
@@ -146,7 +146,9 @@ class CheckpointConfig:
     step0: bool = True  # save before the first step
     keep: Count | None = None  # permanent ones kept besides fixed and newest confirmed; None: all
     async_save: bool = True  # write behind the training, from a copy in the host's memory
-    load_path: Folder | None = None  # a checkpoint, or a run's folder, to start from
+    # To start from: a run's folder or a checkpoint, of Hugging Face (also its id on the Hub), OLMo,
+    # OLMo-core and Orbax too.
+    load_path: Checkpoint | None = None
     load_optimizer: bool = True  # of load_path
     load_position: bool = False  # step, tokens and place in the data of load_path
     allow_changes: tuple[str, ...] = ()  # config keys that may differ from the checkpoint's

@@ -35,6 +35,7 @@ from olmo_jax.parallel.processes import say
 from olmo_jax.records import jsonl, writer
 from olmo_jax.training import losses, optim, profiler, program, start, step
 from olmo_jax.training.keeping import FellBack, Keeper, Stopped
+from olmo_jax.training.origin import find_origin
 from olmo_jax.training.pacing import Pacing
 from olmo_jax.training.state import TrainState, abstract_state
 
@@ -105,7 +106,7 @@ def _train(
         config = start.with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config)
         stack.callback(_wait_for_save, checkpointer)
-        origin = start.origin(config, checkpointer)
+        origin = find_origin(config.checkpoint, config.model, checkpointer)
         first = start.first_step(config, origin)
         is_resume = origin is not None and origin.is_resume
         checkpointer.refuse_foreign(first if first or is_resume else -1)
@@ -173,7 +174,7 @@ def _train(
             kept.carried, config.train.max_nonfinite_steps, config.checkpoint.async_save,
         )  # fmt: skip
         if origin is not None and is_resume:
-            keeper.last_finite = origin.meta().get("last_finite_step")
+            keeper.last_finite = origin.meta.get("last_finite_step")
         run = Run(
             config, mesh, log, keeper, evaluators, loader, schedule.start, pacing, preemption,
             watchdog, trace, config.eval.at_finish or needs_end,

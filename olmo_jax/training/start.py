@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +11,19 @@ from jax.sharding import Mesh
 
 from olmo_jax import files
 from olmo_jax.checkpoints import storage
-from olmo_jax.checkpoints.checkpointer import Checkpointer, find
 from olmo_jax.checkpoints.formats import native
 from olmo_jax.config import changes
 from olmo_jax.config.model import LANES
 from olmo_jax.config.options import ConfigError
-from olmo_jax.config.renamed import modern
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import to_dict
-from olmo_jax.data.source import NoPlaceError, Position, Source
+from olmo_jax.data.source import Position, Source
 from olmo_jax.kernels import attention
 from olmo_jax.parallel import processes, sharding
 from olmo_jax.parallel.processes import say
 from olmo_jax.records import jsonl
 from olmo_jax.training.optim import ROUTER_BIAS
+from olmo_jax.training.origin import Origin
 from olmo_jax.training.state import (
     TrainState,
     abstract_state,
@@ -34,110 +31,6 @@ from olmo_jax.training.state import (
     init_state,
     replicated,
 )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a run starts from."""
-
-    folder: files.Path
-    parts: tuple[str, ...]  # of the state that are taken from there
-    is_resume: bool  # the run's own checkpoint: it continues
-    line: str  # says which was taken and why
-
-    def load(self, state: Any, new: Sequence[str] = ()) -> dict[str, Any]:
-        """The taken parts of the state by name.
-
-        Args:
-          state: the abstract TrainState, with shardings.
-          new: ends of the names of leaves that the checkpoint has not: they become 0.
-        Raises:
-          ValueError: if a leaf is missing, left over, damaged, or of another shape or dtype.
-        """
-        wanted = {part: getattr(state, part) for part in self.parts}
-        try:
-            return storage.restore(self.folder, wanted, partial=not self.is_resume, new=new)
-        except ValueError as error:
-            others_fit = "opt_state" in str(error) and "leaf params/" not in str(error)
-            if self.is_resume or not others_fit:
-                raise
-            hint = "config.checkpoint.load_optimizer=False starts with a new optimizer state"
-            raise ValueError(f"{error}; {hint}") from None
-
-    def meta(self) -> dict[str, Any]:
-        """What the checkpoint says beside its arrays.
-
-        Raises:
-          ValueError: if that is not what a checkpoint says.
-        """
-        found = storage.read_meta(self.folder)
-        for key in ("model", "config"):
-            if not isinstance(found.get(key), Mapping):
-                raise ValueError(f"{self.folder}/meta.json has no {key}")
-        if not isinstance(found.get("token_ids", {}), Mapping):
-            raise ValueError(f"{self.folder}/meta.json: token_ids is no group of values")
-        return found
-
-    def step(self) -> int:
-        """Steps that were finished there.
-
-        Raises:
-          ValueError: if the checkpoint does not say it.
-        """
-        step = self.meta().get("step")
-        if not isinstance(step, int):
-            raise self._unplaced()
-        return step
-
-    def position(self, data: Source) -> Position:
-        """The place in the data of the run.
-
-        Raises:
-          ValueError: if the checkpoint does not say it, or it is none in these data.
-        """
-        found = self.meta()
-        position, old = found.get("position"), modern(found["config"]).get("data")
-        if not isinstance(position, Mapping) or not isinstance(old, Mapping):
-            raise self._unplaced()
-        try:
-            return data.resume(position, old)
-        except NoPlaceError:
-            raise self._unplaced() from None
-
-    def _unplaced(self) -> ValueError:
-        return ValueError(
-            f"{self.folder}/meta.json has no step and place in the data; to start at the beginning:"
-            " config.checkpoint.load_position=False"
-        )
-
-
-def origin(config: Config, checkpointer: Checkpointer) -> Origin | None:
-    """The run's own newest checkpoint, else `checkpoint.load_path`, else None: new parameters.
-
-    Raises:
-      ValueError: if load_path is needed and holds no checkpoint (OSError in processes but 0).
-    """
-    options, step = config.checkpoint, checkpointer.latest()
-    if step is not None:
-        folder = checkpointer.folder_of(step)
-        unused = f"; config.checkpoint.load_path={options.load_path} is not used"
-        line = f"resuming after step {step}: this run's own newest checkpoint is {folder}"
-        line += unused if options.load_path is not None else ""
-        return Origin(folder, ("step", "params", "opt_state"), True, line)
-    if options.load_path is None:
-        return None
-    load_path = options.load_path
-    folder = files.path(processes.from_process_0(lambda: str(find(load_path))))
-    taken = {
-        "params": True,
-        "opt_state": options.load_optimizer,
-        "step": options.load_position,
-    }
-    words = {"params": "parameters", "opt_state": "optimizer state", "step": "step and data"}
-    line = f"starting from {folder} (config.checkpoint.load_path; this run has no checkpoint yet): "
-    line += ", ".join(f"{words[part]} {'loaded' if yes else 'new'}" for part, yes in taken.items())
-    return Origin(folder, tuple(part for part, yes in taken.items() if yes), False, line)
-
 
 KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
 # Files that are a tokenizer; others say how it is used.
@@ -226,7 +119,7 @@ def first_step(config: Config, origin: Origin | None) -> int:
     if origin is None:
         return 0
     say(origin.line)
-    found = changes.between(origin.meta()["config"], to_dict(config))
+    found = changes.between(origin.meta["config"], to_dict(config))
     changes.refuse(found, config.checkpoint.allow_changes, origin.parts)
     if "step" not in origin.parts:
         return 0
@@ -240,7 +133,7 @@ def position(origin: Origin | None, data: Source) -> Position:
     """Where the run stands in its data; says if they are not those of before."""
     if origin is None or "step" not in origin.parts:
         return data.start()
-    if origin.meta().get("fingerprint") not in (None, data.fingerprint):
+    if origin.meta.get("fingerprint") not in (None, data.fingerprint):
         say(
             "changed since the checkpoint: names, sizes or ids of the token files; the data comes"
             " in another order from here on"
@@ -276,7 +169,7 @@ def initial_state(config: Config, mesh: Mesh, origin: Origin | None, first: int)
 
 
 def _has_biases(origin: Origin) -> bool:
-    return origin.meta()["model"].get("router_bias_gamma") is not None
+    return origin.meta["model"].get("router_bias_gamma") is not None
 
 
 class Kept(NamedTuple):
@@ -300,14 +193,13 @@ def kept(config: Config, origin: Origin | None) -> Kept:
 
     def read() -> None:
         if origin is not None:
-            said = origin.meta()
+            said = origin.meta
             ids = native.token_ids(said)
             # Where nothing is said, a run that goes on may know better by now.
             follows = origin.is_resume or ids.get("eos_token_id") is None
             if "token_ids" in said or not follows:
                 meta["token_ids"] = ids
-            names = storage.files(origin.folder)
-            carried.update({name: storage.read(origin.folder, name) for name in names})
+            carried.update(origin.carried())
         if config.data.tokenizer is None:
             return
         path = files.path(config.data.tokenizer)
@@ -315,7 +207,7 @@ def kept(config: Config, origin: Origin | None) -> Kept:
         own = path.read_bytes()
         if origin is not None and carried.keys() & VOCABULARIES and carried.get(name) != own:
             gone = ", ".join(sorted(carried))
-            say(f"data.tokenizer: not the one of {origin.folder}, so its special tokens and files"
+            say(f"data.tokenizer: not the one of {origin.place}, so its special tokens and files"
                 f" are not kept: {gone}")  # fmt: skip
             carried.clear()
             meta.clear()

@@ -29,13 +29,14 @@ from olmo_jax import files
 from olmo_jax.checkpoints import (
     compare,
     conversion,
-    storage,
+    layout,
 )
 from olmo_jax.checkpoints.formats import open
 from olmo_jax.config.data import FixedLength
 from olmo_jax.config.run import Config
 from olmo_jax.data.fixed_length import FixedLengthSource
 from olmo_jax.training import start
+from olmo_jax.training.origin import Origin
 
 SECONDS = 5  # that a damaged checkpoint may take, on a busy machine too
 N_BYTES = 60  # damages of the bytes of each file
@@ -159,7 +160,7 @@ def damages(folder: pathlib.Path) -> Iterator[Damage]:
             continue  # all leaves are alike
         file, data = path.relative_to(folder).as_posix(), path.read_bytes()
         bytes_of = [functools.partial(odd_bytes, data, seed) for seed in range(N_BYTES)]
-        if path.suffix == ".json" or path.name in ("_METADATA", storage.MARKER):
+        if path.suffix == ".json" or path.name in ("_METADATA", layout.MARKER):
             found = of_text(data, json.loads, json.dumps)
         elif path.suffix == ".yaml":
             found = of_text(data, yaml.safe_load, yaml.safe_dump)
@@ -193,7 +194,7 @@ def use(folder: pathlib.Path) -> None:
     if folder.name == "ours":
         data = FixedLength(seq_len=32, eos_id=2)
         config = Config(model=source.model, data=data, dir=str(folder / "none"))
-        source = start.Origin(files.path(folder), ("step", "params"), True, "")
+        source = Origin(files.path(folder), ("step", "params"), True, "")
         start.first_step(config, source)
         rows = types.SimpleNamespace(lengths=np.array([6400]), paths=["a"], dtype=np.dtype("u1"))
         start.position(source, FixedLengthSource(rows, data, 256))
@@ -201,7 +202,7 @@ def use(folder: pathlib.Path) -> None:
 
 def complaint(folder: pathlib.Path, file: str, data: bytes) -> str | None:
     """What is wrong with how a checkpoint with this in one of its files is met; None: nothing."""
-    path, marker = folder / file, folder / storage.MARKER
+    path, marker = folder / file, folder / layout.MARKER
     before = {p: p.read_bytes() for p in (path, marker) if p.exists()}
     path.write_bytes(data)
     if marker in before and path != marker and file in json.loads(before[marker])["sha256"]:

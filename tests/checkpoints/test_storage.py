@@ -21,7 +21,7 @@ import runs
 from small_state import abstract, bits, state
 
 from olmo_jax import files
-from olmo_jax.checkpoints import snapshot, storage
+from olmo_jax.checkpoints import layout, snapshot, storage
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -47,16 +47,16 @@ def test_roundtrip_is_bitwise_and_keeps_shardings(folder, background, dtype):
     assert bits(back) == bits(tree)
     assert jax.tree.map(lambda x: x.dtype, back) == jax.tree.map(lambda x: x.dtype, tree)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, back, tree))
-    assert storage.read_meta(folder) == {"position": {"row": 5}}
+    assert layout.read_meta(folder) == {"position": {"row": 5}}
 
 
 def test_names_equal_the_parameter_paths(saved):
-    assert {name for name in storage.tree_of(saved) if name.startswith("params/")} == {
+    assert {name for name in layout.tree_of(saved) if name.startswith("params/")} == {
         "params/embed",
         "params/layers/wq",
         "params/layers/norm",
     }
-    assert storage.tree_of(saved)["opt_state/mu/layers/wq"].shape == (3, 16, 4)
+    assert layout.tree_of(saved)["opt_state/mu/layers/wq"].shape == (3, 16, 4)
 
 
 def test_arrays_may_be_donated_as_soon_as_a_background_save_returns(folder):
@@ -99,10 +99,10 @@ def test_chunks_are_within_a_layer_and_a_shard_and_not_larger_than_the_limit(sav
     assert grid["chunk_grid"]["configuration"]["chunk_shape"] == [1, 4, 4]
     assert [codec["name"] for codec in grid["codecs"]] == ["bytes", "crc32c"]
     big = jax.ShapeDtypeStruct((32, 4096, 11008), jnp.float32)
-    assert storage.chunk_shape("params/layers/mlp/w_up", big) == (1, 1024, 11008)
+    assert layout.chunk_shape("params/layers/mlp/w_up", big) == (1, 1024, 11008)
     table = jax.ShapeDtypeStruct((100_352, 4096), jnp.float32)
-    assert storage.chunk_shape("params/embed", table) == (3584, 4096)
-    assert storage.chunk_shape("step", jax.ShapeDtypeStruct((), jnp.int32)) == ()
+    assert layout.chunk_shape("params/embed", table) == (3584, 4096)
+    assert layout.chunk_shape("step", jax.ShapeDtypeStruct((), jnp.int32)) == ()
 
 
 def test_plain_orbax_restores_it(saved):
@@ -115,10 +115,10 @@ def test_plain_orbax_restores_it(saved):
 
 
 def test_a_mark_of_the_beginning_that_outlived_the_save_changes_nothing(saved):
-    assert not (saved / storage.BEGUN).exists()
-    (saved / storage.BEGUN).write_text("killed between the two")
-    assert storage.is_complete(saved)
-    assert not storage.is_torn(saved)
+    assert not (saved / layout.BEGUN).exists()
+    (saved / layout.BEGUN).write_text("killed between the two")
+    assert layout.is_complete(saved)
+    assert not layout.is_torn(saved)
     assert bits(storage.restore(saved, abstract(state()))) == bits(state())
     with ocp.PyTreeCheckpointer() as checkpointer:
         assert bits(checkpointer.restore(saved)) == bits(state())
@@ -136,12 +136,12 @@ def test_a_checkpoint_written_slice_by_slice_is_the_same(saved, tmp_path):
     for i in range(3):
         writer.write("params/layers/wq", (i, 0, 0), np.asarray(tree["layers"]["wq"])[i : i + 1])
         writer.write("params/layers/norm", (i, 0), np.asarray(tree["layers"]["norm"])[i : i + 1])
-    assert not storage.is_complete(target)
+    assert not layout.is_complete(target)
     writer.commit({"model": {}}, files={"tokenizer.json": b"{}\n"})
     assert bits(storage.restore(target, {"params": abstract(tree)})) == bits({"params": tree})
     with ocp.PyTreeCheckpointer() as checkpointer:
         assert bits(checkpointer.restore(target)) == bits({"params": tree})
-    assert storage.read(target, "tokenizer.json") == b"{}\n"
+    assert layout.read(target, "tokenizer.json") == b"{}\n"
     with pytest.raises(ValueError, match="params/embed is float32, found float64"):
         writer.write("params/embed", (0, 0), np.zeros((24, 16)))
 
@@ -156,14 +156,14 @@ def test_a_file_that_would_lie_outside_of_the_checkpoint_is_refused(tmp_path, na
     refused = re.escape(f"{folder}: {name!r} is no name of a file in a checkpoint")
     with pytest.raises(ValueError, match=refused):
         writer.commit({}, files={name: b""})
-    assert not storage.is_complete(folder)
+    assert not layout.is_complete(folder)
     writer.commit({}, files={"additional/a.jinja": b"a"})
-    assert storage.files(folder) == ["additional/a.jinja"]
-    assert storage.read(folder, "additional/a.jinja") == b"a"
-    marker = json.loads((folder / storage.MARKER).read_text())  # by hand, of an unknown origin
-    (folder / storage.MARKER).write_text(json.dumps(marker | {"sha256": {name: "0" * 64}}))
+    assert layout.files(folder) == ["additional/a.jinja"]
+    assert layout.read(folder, "additional/a.jinja") == b"a"
+    marker = json.loads((folder / layout.MARKER).read_text())  # by hand, of an unknown origin
+    (folder / layout.MARKER).write_text(json.dumps(marker | {"sha256": {name: "0" * 64}}))
     with pytest.raises(ValueError, match=refused):
-        storage.files(folder)
+        layout.files(folder)
 
 
 def chunks_in(folder) -> list[pathlib.Path]:
@@ -203,7 +203,7 @@ def test_chunks_that_were_exchanged_by_hand_are_not_noticed_as_the_docs_say(save
     want = np.asarray(state()["params"]["embed"])
     assert np.array_equal(found[:, 4:8], want[:, 8:12])
     assert np.array_equal(found[:, 8:12], want[:, 4:8])
-    for file in (storage.__doc__, (ROOT / "docs/checkpoints.md").read_text()):
+    for file in (layout.__doc__, (ROOT / "docs/checkpoints.md").read_text()):
         assert "exchange" in file
 
 
@@ -221,13 +221,13 @@ def test_lost_or_cut_chunks_and_damaged_small_files_are_refused_by_name(saved):
     meta = (saved / "meta.json").read_bytes()
     (saved / "meta.json").write_bytes(meta.replace(b"5", b"6"))
     with pytest.raises(ValueError, match=r"meta.json is damaged"):
-        storage.read_meta(saved)
+        layout.read_meta(saved)
     flip(saved / "_METADATA", 40)
     with pytest.raises(ValueError, match=r"_METADATA is damaged"):
         storage.restore(saved, abstract(state()))
-    (saved / storage.MARKER).write_text("{")
+    (saved / layout.MARKER).write_text("{")
     with pytest.raises(ValueError, match=r"commit_success.txt is damaged"):
-        storage.read_meta(saved)
+        layout.read_meta(saved)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_lost_or_cut_chunks_and_damaged_small_files_are_refused_by_name(saved):
     ids=range(10),
 )
 def test_a_marker_that_is_not_ours_is_refused(saved, marker):
-    (saved / storage.MARKER).write_bytes(marker)
-    line = f"^{saved / storage.MARKER} is damaged, or not written by olmo_jax$"
-    for way in (storage.kind, storage.files, storage.read_meta, storage.tree_of):
+    (saved / layout.MARKER).write_bytes(marker)
+    line = f"^{saved / layout.MARKER} is damaged, or not written by olmo_jax$"
+    for way in (layout.kind, layout.files, layout.read_meta, layout.tree_of):
         with pytest.raises(ValueError, match=line):
             way(saved)
 
@@ -280,10 +280,10 @@ def test_a_marker_that_is_not_ours_is_refused(saved, marker):
 )  # fmt: skip
 def test_a_small_file_that_says_nothing_sound_is_refused_by_name(saved, name, data, message):
     (saved / name).write_bytes(data)
-    marker = json.loads((saved / storage.MARKER).read_bytes())
+    marker = json.loads((saved / layout.MARKER).read_bytes())
     marker["sha256"][name] = hashlib.sha256(data).hexdigest()  # as somebody wrote it
-    (saved / storage.MARKER).write_text(json.dumps(marker))
-    read = storage.read_meta if name == "meta.json" else storage.tree_of
+    (saved / layout.MARKER).write_text(json.dumps(marker))
+    read = layout.read_meta if name == "meta.json" else layout.tree_of
     with pytest.raises(ValueError, match=f"^{saved}/{message}") as caught:
         read(saved)
     assert "\n" not in str(caught.value)
@@ -350,8 +350,8 @@ def test_another_tree_shape_or_dtype_is_refused_with_every_leaf_named(saved):
 
 
 def test_a_folder_without_the_marker_is_no_checkpoint(saved):
-    (saved / storage.MARKER).unlink()
-    assert not storage.is_complete(saved)
+    (saved / layout.MARKER).unlink()
+    assert not layout.is_complete(saved)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint here"):
         storage.restore(saved, abstract(state()))
 
@@ -367,12 +367,12 @@ def test_an_existing_folder_is_never_overwritten(saved):
 
 def test_the_marker_is_written_last(folder, monkeypatch):
     written = []
-    write = storage._write
+    write = layout.write_file
     monkeypatch.setattr(
-        storage, "_write", lambda f, name, data: (written.append(name), write(f, name, data))
+        layout, "write_file", lambda f, name, data: (written.append(name), write(f, name, data))
     )
     snapshot.save(folder, state(), {})
-    assert written[-1] == storage.MARKER
+    assert written[-1] == layout.MARKER
 
 
 SLOW_SAVE = """
@@ -404,10 +404,10 @@ def test_kill_in_the_middle_of_a_save_leaves_no_checkpoint_and_the_previous_one(
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert 0 < len(chunks_in(torn)) < len(chunks_in(saved))
-    assert not storage.is_complete(torn)
-    assert storage.is_torn(torn)
-    (torn / storage.BEGUN).unlink()  # as older versions left it
-    assert storage.is_torn(torn)
+    assert not layout.is_complete(torn)
+    assert layout.is_torn(torn)
+    (torn / layout.BEGUN).unlink()  # as older versions left it
+    assert layout.is_torn(torn)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint here"):
         storage.restore(torn, abstract(state()))
     with (
@@ -508,21 +508,21 @@ def interrupt(monkeypatch, after: int) -> None:
 @pytest.mark.parametrize("left", ["complete", "torn", "torn by an older version"])
 def test_a_deletion_takes_the_marker_first_and_its_half_is_known_as_ours(saved, monkeypatch, left):
     if left != "complete":
-        (saved / storage.MARKER).unlink()
+        (saved / layout.MARKER).unlink()
     if left == "torn":
-        (saved / storage.BEGUN).write_text(storage.BEGUN_TEXT)
+        (saved / layout.BEGUN).write_text(layout.BEGUN_TEXT)
     for after in range(100):
         with monkeypatch.context() as patch:
             interrupt(patch, after)
             with contextlib.suppress(OSError):
-                storage.remove(saved)
+                layout.remove(saved)
                 break
-        assert not storage.is_complete(saved)
-        assert storage.is_torn(saved)
+        assert not layout.is_complete(saved)
+        assert layout.is_torn(saved)
         assert saved.exists()
     assert after > 3
     assert not saved.exists()
-    storage.remove(saved)  # nothing to do
+    layout.remove(saved)  # nothing to do
 
 
 FOREIGN = {
@@ -533,8 +533,8 @@ FOREIGN = {
     "a backup beside arrays": "params.embed/zarr.json notes~",
     "notes inside of an array": "params.embed/zarr.json params.embed/notes.txt",
     "small files alone": "meta.json tokenizer.json",
-    "a mark of somebody": f"{storage.BEGUN} thesis.md",
-    "nearly our mark": f"{storage.BEGUN}.notes weights.bin",
+    "a mark of somebody": f"{layout.BEGUN} thesis.md",
+    "nearly our mark": f"{layout.BEGUN}.notes weights.bin",
 }
 
 
@@ -552,7 +552,7 @@ def test_what_is_not_provably_a_half_of_ours_is_not_ours_and_not_written_into(tm
         os.symlink(other, target)
     if kind == "a link to nothing":
         other.rename(tmp_path / "moved")
-    assert not storage.is_torn(target)
+    assert not layout.is_torn(target)
     before = runs.contents(tmp_path)
     with pytest.raises(OSError, match=f"{target} is there already and is not overwritten"):
         snapshot.save(target, state(), {})
@@ -564,7 +564,7 @@ def test_paths_are_local_or_in_a_bucket(monkeypatch):
     monkeypatch.setattr(files, "_has", lambda package: package == "gcsfs")
     assert str(files.path("runs/a")) == os.path.abspath("runs/a")
     assert str(files.path("gs://bucket/runs/a")) == "gs://bucket/runs/a"
-    assert storage._kvstore(files.path("gs://bucket/runs/a")) == {
+    assert layout._kvstore(files.path("gs://bucket/runs/a")) == {
         "driver": "gcs",
         "bucket": "bucket",
         "path": "runs/a/",

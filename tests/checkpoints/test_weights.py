@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from olmo_jax.checkpoints import storage, weights
+from olmo_jax.checkpoints import layout, weights
 from olmo_jax.checkpoints.derived import Mean, Padded
 from olmo_jax.config.model import ModelConfig
 
@@ -88,7 +88,7 @@ def test_who_ends_early_waits_for_nothing_and_nothing_more_begins():
 )
 def test_blocks_are_whole_chunks_and_all_of_the_part(name, shape, part):
     leaf = jax.ShapeDtypeStruct(shape, np.dtype("float32"))
-    chunk = storage.chunk_shape(name, leaf)
+    chunk = layout.chunk_shape(name, leaf)
     at = 0
     for index in weights.blocks(name, leaf, part):
         ends = [along.indices(n)[:2] for along, n in zip(index, shape, strict=True)]

@@ -18,7 +18,7 @@ import pytest
 import runs
 
 from olmo_jax import files
-from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints import layout
 from olmo_jax.data.loader import Loader
 from olmo_jax.parallel import distributed
 from olmo_jax.parallel.distributed import Cluster
@@ -177,7 +177,7 @@ def test_a_signal_to_one_process_makes_all_save_and_end(tmp_path, options):
         seconds = time.monotonic() - began
     assert seconds < 10  # 1 s where nothing else runs
     (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert storage.is_complete(files.path(checkpoint))
+    assert layout.is_complete(files.path(checkpoint))
     saved = int(checkpoint.name.removeprefix("step"))
     assert max(jsonl.read(folder)) == saved
     result = runs.run(*options, f"dir={folder}", ENDLESS, f"train.hard_stop={saved + 1}")
@@ -274,7 +274,7 @@ def test_a_process_that_fails_ends_at_once_and_so_do_the_others(tmp_path, option
             r" ended before: see its output", line
         )  # fmt: skip
         assert "Traceback" not in errors
-    assert storage.is_complete(files.path(tmp_path / "run/checkpoints/step4"))
+    assert layout.is_complete(files.path(tmp_path / "run/checkpoints/step4"))
 
 
 def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
@@ -296,15 +296,15 @@ def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
 
 
 def test_the_watchdog_says_that_data_are_waited_for(tmp_path, options, monkeypatch):
-    beat, read, codes, go_on = distributed.Watchdog.beat, Loader.batch, [], threading.Event()
+    beat, read, codes, go_on = distributed.Watchdog.beat, Loader.read, [], threading.Event()
 
     def impatient(self, what):
         self._timeout_s = 0.2 if what == "the data of step 5" else 600.0
         beat(self, what)
 
-    def hanging(self, i):
-        assert i != 4 or go_on.wait(60)
-        return read(self, i)
+    def hanging(self, step):
+        assert step != 5 or go_on.wait(60)
+        return read(self, step)
 
     def end(code: int) -> None:
         codes.append(code)
@@ -312,7 +312,7 @@ def test_the_watchdog_says_that_data_are_waited_for(tmp_path, options, monkeypat
 
     monkeypatch.setattr(distributed.Watchdog, "beat", impatient)
     monkeypatch.setattr(distributed.os, "_exit", end)
-    monkeypatch.setattr(Loader, "batch", hanging)
+    monkeypatch.setattr(Loader, "read", hanging)
     result = runs.run(*options, f"dir={tmp_path}/run", "train.duration=6", "checkpoint.interval=4")
     assert (result.code, set(codes)) == (0, {74})
     assert re.match(

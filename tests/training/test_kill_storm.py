@@ -14,7 +14,7 @@ import runs
 from test_resume import lines, values
 from test_writer import scalars
 
-from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints import layout
 from olmo_jax.files import path
 
 SEED, N_KILLS = 16, 40
@@ -123,6 +123,6 @@ def test_a_run_killed_forty_times_is_that_of_nobody_killed(tmp_path, compiled):
         assert drawn == (curve if "train" in metric else [x for x in curve if x in drawn])
     last = f"checkpoints/step{STEPS}"
     assert runs.arrays(storm / last) == runs.arrays(whole / last)
-    metas = [storage.read_meta(path(folder / last)) for folder in (storm, whole)]
+    metas = [layout.read_meta(path(folder / last)) for folder in (storm, whole)]
     assert metas[0]["position"] == metas[1]["position"]
     assert names(storm) == names(whole)  # nothing is left over

@@ -21,7 +21,7 @@ import small_run
 from test_writer import Tracker, scalars
 
 from olmo_jax import files, plot, train
-from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints import layout, storage
 from olmo_jax.config.run import load
 from olmo_jax.config.training import ScheduleConfig
 from olmo_jax.curation import stdlib
@@ -118,13 +118,13 @@ def values(folder: pathlib.Path, *, last: int = 20) -> dict[int, dict[str, float
 def kept(folder: pathlib.Path) -> dict[str, bool]:
     """The checkpoints of a run, and whether each says that it is confirmed."""
     paths = (files.path(p) for p in (folder / "checkpoints").iterdir())
-    return {path.name: storage.is_confirmed(path) for path in paths}
+    return {path.name: layout.is_confirmed(path) for path in paths}
 
 
 def stored(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of a complete checkpoint by name."""
     tree: dict = {}
-    for name, leaf in storage.tree_of(files.path(folder)).items():
+    for name, leaf in layout.tree_of(files.path(folder)).items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_no_step_is_doubled(half, whole, op
     stored = runs.arrays(whole / newest)
     assert len(stored) > 400
     assert runs.arrays(half / newest) == stored
-    metas = [storage.read_meta(files.path(f / newest)) for f in (half, whole)]
+    metas = [layout.read_meta(files.path(f / newest)) for f in (half, whole)]
     assert metas[0]["position"] == metas[1]["position"]
 
     assert values(half) == values(whole)
@@ -196,7 +196,7 @@ def test_a_run_killed_within_a_save_goes_on_from_the_one_before(tmp_path, whole,
         assert process.returncode == -signal.SIGKILL, errors
     checkpoints = folder / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step10", "step5"]
-    assert not storage.is_complete(files.path(checkpoints / "step10"))
+    assert not layout.is_complete(files.path(checkpoints / "step10"))
     result = runs.run(*options, *keep, f"dir={folder}")
     assert result.code == 0
     assert "resuming after step 5" in result.out
@@ -630,7 +630,7 @@ def test_a_resume_from_wrecked_parameters_falls_back_to_the_confirmed_ones(
     assert "step 27: the loss is not finite, so its checkpoint takes no other's place" in result.out
     assert "stopped: saved step 27" in result.out
     assert kept(tmp_path / "run") == {"step20": True, "step25": False, "step27": False}
-    assert storage.kind(files.path(tmp_path / "run/checkpoints/step27")) == "ephemeral"
+    assert layout.kind(files.path(tmp_path / "run/checkpoints/step27")) == "ephemeral"
     result = runs.run(*options, *BRIEF, f"dir={tmp_path}/run", "train.duration=30", *keep)
     assert (result.code, result.err) == (0, "")
     assert (
@@ -835,11 +835,11 @@ def test_the_epoch_is_counted_as_the_order_counts_it(tmp_path, options):
     folder, tokens = tmp_path / "run", runs.write_tokens(tmp_path / "few.npy", 24 * 64)
     few = [*options, f"dir={folder}", "eval.paths=()", f"data.paths={tokens}"]  # 3 steps an epoch
     assert runs.run(*few, "data.order=legacy", "train.duration=4").code == 0
-    at = storage.read_meta(files.path(folder / "checkpoints/step4"))["position"]
+    at = layout.read_meta(files.path(folder / "checkpoints/step4"))["position"]
     assert at == {"epoch": 1, "row": 8, "tokens": 4 * BATCH}
     result = runs.run(*few, "data.order=core", "train.duration=5")
     assert "config.data.order: 'legacy' -> 'core'; the data comes in another order" in result.out
-    at = storage.read_meta(files.path(folder / "checkpoints/step5"))["position"]
+    at = layout.read_meta(files.path(folder / "checkpoints/step5"))["position"]
     assert at == {"epoch": 2, "row": 16, "tokens": 5 * BATCH}
 
 

@@ -9,7 +9,7 @@ from olmo_jax import files
 from olmo_jax.checkpoints import storage
 from olmo_jax.config.run import Config
 from olmo_jax.training import start
-from olmo_jax.training.start import Origin
+from olmo_jax.training.origin import Origin
 
 FILES = {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ x }}", "generation_config.json": b"1"}
 IDS = {"eos_token_id": [7, 9], "bos_token_id": None, "pad_token_id": 3}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from olmo_jax import files
-from olmo_jax.checkpoints import snapshot, storage
+from olmo_jax.checkpoints import layout, snapshot, storage
 
 GIB = 1 << 30
 
@@ -86,7 +86,7 @@ def main() -> None:
             ("save, background: until it is complete", lambda: job.wait()),
         ):
             if name.startswith("save") and "complete" not in name:
-                storage.remove(step)
+                layout.remove(step)
                 os.sync()
             rows.setdefault(name, []).append(measure(work))
         target.unlink()

@@ -14,7 +14,7 @@ from olmo_jax.checkpoints.formats import folders, hf_config, safetensors, stacke
 from olmo_jax.checkpoints.formats.folders import Folder
 from olmo_jax.checkpoints.formats.hub import CARRIED, TEMPLATES
 from olmo_jax.checkpoints.formats.stacked import Stacked, is_same, narrowed
-from olmo_jax.checkpoints.weights import Index
+from olmo_jax.checkpoints.weights import Index, NoOptimizerError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # Single files and indices, in the order in which transformers takes the first that is there.
@@ -78,7 +78,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     model = hf_config.read(config, f"{src.rstrip('/')}/{CONFIG}")
     architecture = f"{hf_config.family(config, CONFIG)}ForCausalLM"
     if optimizer:
-        raise ValueError(f"{src}: a Hugging Face folder has no optimizer state; leave --optimizer")
+        raise NoOptimizerError(f"{src}: a Hugging Face folder has no optimizer state")
     store = Store(folder, is_tied=model.tie_embeddings)
     weights = Stacked(model, is_remote=isinstance(folder, folders.Remote))
     rows = names.rows(model, "Hugging Face")

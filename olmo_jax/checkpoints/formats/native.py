@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from olmo_jax import files
-from olmo_jax.checkpoints import checkpointer, names, storage
+from olmo_jax.checkpoints import checkpointer, layout, names, storage
 from olmo_jax.checkpoints.formats import resume
 from olmo_jax.checkpoints.formats.fields import find, odd_ids
-from olmo_jax.checkpoints.weights import Index, Leaves, Weights, whole
+from olmo_jax.checkpoints.weights import Index, Leaves, NoOptimizerError, Weights, whole
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import axis_sizes
@@ -24,12 +24,14 @@ def recognises(src: str) -> bool:
     if re.match(r"https?://", src):
         return False
     folder = files.path(src)
-    if storage.is_complete(folder) or (folder / "checkpoints").exists():
+    if layout.is_complete(folder):
+        return not layout.is_by_orbax(folder)
+    if (folder / "checkpoints").exists():
         return True
     children = list(folder.iterdir()) if folder.is_dir() else []
     steps = [child for child in children if re.fullmatch(r"step\d+", child.name)]
-    is_rest = bool(children) and storage.is_torn(folder)
-    return is_rest or any(storage.is_complete(c) or storage.is_torn(c) for c in steps)
+    is_rest = bool(children) and layout.is_torn(folder)
+    return is_rest or any(layout.is_complete(c) or layout.is_torn(c) for c in steps)
 
 
 def read(src: str, *, optimizer: bool = False) -> "Native":
@@ -65,14 +67,14 @@ class Native(Weights):
           optimizer: take more than the parameters.
         """
         self._folder, meta = folder, _meta(folder)
-        stored = storage.tree_of(folder)
-        self.model = _model(meta.get("model"), stored, f"{folder}/meta.json")
+        stored = layout.tree_of(folder)
+        self.model = checked_model(meta.get("model"), stored, f"{folder}/meta.json")
         if optimizer and not any(name.startswith("opt_state/") for name in stored):
-            raise ValueError(f"{folder} has no optimizer state; leave --optimizer")
+            raise NoOptimizerError(f"{folder} has no optimizer state")
         self.leaves = {
             name: leaf for name, leaf in stored.items() if optimizer or name.startswith("params/")
         }
-        self.files = {name: storage.read(folder, name) for name in storage.files(folder)}
+        self.files = {name: layout.read(folder, name) for name in layout.files(folder)}
         self.meta = {"token_ids": token_ids(meta)}
         self.meta |= {"dtype": meta["dtype"]} if "dtype" in meta else {}
         if optimizer:
@@ -94,7 +96,7 @@ class Native(Weights):
 
 def _meta(folder: files.Path) -> dict[str, Any]:
     """What the checkpoint says of itself, after a look at it."""
-    meta, where = storage.read_meta(folder), f"{folder}/meta.json"
+    meta, where = layout.read_meta(folder), f"{folder}/meta.json"
     for key in ("token_ids", "config"):
         if not isinstance(meta.get(key, {}), dict):
             raise ValueError(f"{where}: {key} is {reprlib.repr(meta[key])}, need a group of values")
@@ -106,8 +108,12 @@ def _meta(folder: files.Path) -> dict[str, Any]:
     return meta
 
 
-def _model(values: Any, stored: Leaves, where: str) -> ModelConfig:
-    """The model of a checkpoint, after a look whether its arrays are that model's."""
+def checked_model(values: Any, stored: Leaves, where: str) -> ModelConfig:
+    """The model that `values` describe, after a look whether the `stored` arrays are that model's.
+
+    Raises:
+      ValueError: if not; `where` is the file that has the values.
+    """
     try:
         model = from_dict(modern({"model": values})["model"], ModelConfig, "model")
     except ConfigError as error:

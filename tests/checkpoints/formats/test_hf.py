@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import olmo_jax
 from olmo_jax import files
-from olmo_jax.checkpoints import compare, conversion, storage, weights
+from olmo_jax.checkpoints import compare, conversion, layout, storage, weights
 from olmo_jax.checkpoints.formats import hf, native, open, safetensors, stacked
 from olmo_jax.checkpoints.logits import logits
 from olmo_jax.config.model import MeshConfig
@@ -157,7 +157,7 @@ def test_experts_in_one_tensor_that_cannot_be_right_are_named(tmp_path, change, 
 
 @pytest.mark.parametrize("name", ["olmoe", "flex olmo"])
 def test_experts_are_converted_some_at_a_time(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 2 * 64 * 48 * 4)  # two experts
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 2 * 64 * 48 * 4)  # two experts
     folder = save(tmp_path, name)
     back = convert(folder, tmp_path)
     leaf = native.read(str(tmp_path / "ours")).leaves["params/layers/moe/w_down"]
@@ -342,7 +342,7 @@ def test_nothing_is_downloaded_twice(tmp_path, monkeypatch, verb):
     folder = save(tmp_path, "olmo2")
     ours = str(tmp_path / "ours")
     conversion.to_jax(str(folder), ours, say=quiet)
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 4000)  # a quarter of a matrix
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4000)  # a quarter of a matrix
     monkeypatch.setattr(conversion, "PIECE_BYTES", 1)
     monkeypatch.setattr(compare, "LOGIT_BYTES", 0)
     monkeypatch.setattr(conversion, "logits", lambda checkpoint, tokens: np.ones((1, 1, 1)))
@@ -360,7 +360,7 @@ def test_nothing_is_downloaded_twice(tmp_path, monkeypatch, verb):
 
 def test_large_tensors_are_read_in_parts_that_make_the_same_checkpoint(tmp_path, monkeypatch):
     folder = save(tmp_path, "olmo2 grouped")
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 4000)
     conversion._write_native(
         open.open_weights(str(folder)), files.path(tmp_path / "whole"), "float32"
     )

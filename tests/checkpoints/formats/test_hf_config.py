@@ -21,6 +21,7 @@ from olmo_jax.config.text import to_dict
 from olmo_jax.config.training import CheckpointConfig
 from olmo_jax.nn import rope
 from olmo_jax.training import start
+from olmo_jax.training.origin import find_origin
 
 
 def saved(name: str, **options) -> dict:
@@ -365,7 +366,7 @@ def test_yarn_that_came_back_from_hugging_face_starts_a_run_with_the_config_that
     storage.Writer(files.path(tmp_path / "ours"), {}).commit(meta)  # as to_jax writes it
     options = CheckpointConfig(load_path=str(tmp_path / "ours"), load_optimizer=False)
     config = Config(dir=str(tmp_path / "run"), model=model, checkpoint=options)
-    source = start.origin(config, checkpointer.Checkpointer(config))
+    source = find_origin(config.checkpoint, config.model, checkpointer.Checkpointer(config))
     assert start.first_step(config, source) == 0
     other = dataclasses.replace(config, model=dataclasses.replace(model, yarn_factor=4.0))
     with pytest.raises(ValueError, match=r"^config\.model\.yarn_factor=4\.0, but"):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from test_hf import TOKENS, convert, quiet, save, tensors, theirs
 
 import olmo_jax
-from olmo_jax.checkpoints import compare, conversion, storage, weights
+from olmo_jax.checkpoints import compare, conversion, layout, weights
 from olmo_jax.checkpoints.formats import hf, open
 from olmo_jax.checkpoints.logits import logits
 
@@ -193,7 +193,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_place(tmp_path, val
 
 def test_a_row_of_a_table_that_is_not_finite_is_named_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "PIECE_BYTES", 20_000)
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 8 * 64 * 4)  # the table in pieces of eight rows
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 8 * 64 * 4)  # the table in pieces of eight rows
     folder = save(tmp_path, "olmo2")
     key = "model.embed_tokens.weight"
     edit(folder, lambda state: state[key].__setitem__((90, 3), np.inf))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+import types
 import warnings
 
 import jax
@@ -24,6 +25,7 @@ from olmo_jax import (
 )
 from olmo_jax.checkpoints import (
     conversion,
+    layout,
     storage,
 )
 from olmo_jax.checkpoints.formats import (
@@ -37,9 +39,11 @@ from olmo_jax.config.model import (
     ModelConfig,
 )
 from olmo_jax.config.run import from_dict
-from olmo_jax.config.training import OptimConfig
+from olmo_jax.config.training import CheckpointConfig, OptimConfig
 from olmo_jax.parallel import sharding
 from olmo_jax.training import optim
+from olmo_jax.training.origin import find_origin
+from olmo_jax.training.state import TrainState
 
 SCRIPT = pathlib.Path(__file__).with_name("train_olmo_core.py")
 KEYS = {
@@ -300,13 +304,22 @@ def test_a_converted_checkpoint_is_what_training_restores(tmp_path, grouped):
     src = save(tmp_path / "step3", {"model": state, "optim": {"state": adam(state)}})
     conversion.to_jax(src, str(tmp_path / "ours"), optimizer=True, say=lambda line: None)
     folder = files.path(str(tmp_path / "ours"))
-    config = from_dict(storage.read_meta(folder)["config"])
+    config = from_dict(layout.read_meta(folder)["config"])
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     restored = storage.restore(folder, made.state_shapes(config, mesh))
     assert int(restored.step) == int(restored.opt_state["count"]) == 3
     np.testing.assert_array_equal(restored.params["lm_head"], params["lm_head"])
     w_up = params["layers"]["mlp"]["w_up"]
     np.testing.assert_array_equal(restored.opt_state["mu"]["layers"]["mlp"]["w_up"], 2 * w_up)
+    options = CheckpointConfig(load_path=src, load_position=True)
+    new_run = types.SimpleNamespace(latest=lambda: None)
+    origin = find_origin(options, config.model, new_run)
+    assert (origin.parts, origin.step()) == (("params", "opt_state", "step"), 3)
+    assert "position" not in origin.meta  # nor in what was saved here
+    direct = TrainState(**origin.load(made.state_shapes(config, mesh)))
+    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(direct), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert (ours.dtype, ours.sharding) == (theirs.dtype, theirs.sharding)
 
 
 # --- behind https ---------------------------------------------------------------------------------
