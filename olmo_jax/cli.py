@@ -25,7 +25,6 @@ VERBS = {
 
 # Exit codes. One that a signal ends without more has 128 + its number, as shells count.
 DONE, FAILED, WRONG = 0, 1, 2
-STALLED = 74  # EX_IOERR: a step takes too long
 PREEMPTED = 75  # EX_TEMPFAIL, "try again later": the SLURM script answers with a requeue
 INTERRUPTED = 128 + signal.SIGINT
 

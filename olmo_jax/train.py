@@ -31,6 +31,7 @@ import traceback
 from typing import Any
 
 from olmo_jax import cli, files
+from olmo_jax.config.model import MeshConfig
 from olmo_jax.config.options import ConfigError, Count, Natural
 from olmo_jax.config.run import Config, load, planned_devices, validate
 from olmo_jax.files import brief
@@ -100,7 +101,7 @@ def configure(argv: list[str]) -> tuple[Flags, Config]:
         config, unread, cause = error.rest, error.options, error
     if config is not None:
         try:
-            validate(config, _devices(config, line.given.get("n_devices")), unread)
+            validate(config, _devices(config.mesh, line.given.get("n_devices")), unread)
         except ConfigError as error:
             problems += error.problems
             cause = error
@@ -129,9 +130,9 @@ def _flag_problems(given: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _devices(config: Config, n_devices: int | None) -> int:
+def _devices(mesh: MeshConfig, n_devices: int | None) -> int:
     """Devices of a run that is planned; those of a real one are counted when JAX is there."""
-    return n_devices or planned_devices(config.mesh)
+    return n_devices or planned_devices(mesh)
 
 
 def _dry_run(config: Config, flags: Flags) -> int:
@@ -142,7 +143,7 @@ def _dry_run(config: Config, flags: Flags) -> int:
     rows = table(config.model)
     groups = optim.describe_groups(config.optim, nested(rows), rows).splitlines()
     moments = optim.moments(config.optim, rows)
-    print(describe.describe(config, _devices(config, flags.n_devices), groups, moments))
+    print(describe.describe(config, _devices(config.mesh, flags.n_devices), groups, moments))
     return 0
 
 
@@ -153,14 +154,14 @@ def _train(config: Config, flags: Flags) -> int:
         )
     # JAX takes a second to import: errors above this line answer at once.
     from olmo_jax.parallel import distributed
-    from olmo_jax.training import loop
+    from olmo_jax.training import start
 
     cli.raise_interrupts()  # several processes end together
     cluster = distributed.find_cluster(vars(flags), os.environ)
     distributed.start(cluster, flags.connect_timeout)
     import jax
 
-    from olmo_jax.evals import perplexity, summary
+    from olmo_jax.evals import summary
     from olmo_jax.parallel import processes
     from olmo_jax.parallel.processes import say
 
@@ -171,7 +172,7 @@ def _train(config: Config, flags: Flags) -> int:
         validate(config, jax.device_count())
         config = _with_corpus(config)
         needs_summary = config.train.summary and not summary.is_written(config.run_dir)
-        outcome = loop.train(config, preemption, perplexity.evaluators, needs_summary)
+        outcome = start.train(config, preemption, _evaluators, needs_summary)
         if outcome.state is None:
             if config.train.summary and not needs_summary:
                 say(f"its summary: {files.path(config.run_dir) / 'summary.md'}")
@@ -185,6 +186,14 @@ def _train(config: Config, flags: Flags) -> int:
             params, scores = outcome.state.params, outcome.scores
             summary.write(run, outcome.model, params, scores, seconds, outcome.saved)
     return outcome.code
+
+
+def _evaluators(config: Config, mesh: Any) -> list[Any]:
+    """What scores a run: its held-out files, if it has some."""
+    from olmo_jax.evals.perplexity import Evaluator
+
+    parts = config.eval, config.data, config.model, config.compute
+    return [Evaluator(*parts, mesh)] if config.eval.paths else []
 
 
 def _with_corpus(config: Config) -> Config:

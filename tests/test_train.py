@@ -23,7 +23,7 @@ from test_storage import full_disk, ordinary_user  # noqa: F401
 from olmo_jax import files, train
 from olmo_jax.checkpoints import layout, storage
 from olmo_jax.records import jsonl
-from olmo_jax.training import loop, start
+from olmo_jax.training import start
 from olmo_jax.training.keeping import Keeper
 
 CONFIGS = sorted((runs.ROOT / "configs").glob("*.py"))
@@ -461,14 +461,14 @@ def test_a_disk_that_fills_up_ends_the_run_at_the_next_save(place, tmp_path, mon
 def test_a_folder_that_becomes_read_only_ends_the_run_at_the_next_save(
     open_folder, monkeypatch
 ):  # P15
-    folder, finish = open_folder / "run", loop.Checkpointer.finish
+    folder, finish = open_folder / "run", start.Checkpointer.finish
 
     def closing(self):
         finish(self)
         if self.latest() == 5:
             os.chmod(folder / "checkpoints", 0o555)
 
-    monkeypatch.setattr(loop.Checkpointer, "finish", closing)
+    monkeypatch.setattr(start.Checkpointer, "finish", closing)
     place = [f"data.paths={open_folder}/tokens.npy", f"dir={folder}",
              "compute.compilation_cache=none"]  # fmt: skip
     with ordinary_user():
@@ -577,7 +577,7 @@ def test_a_device_without_room_is_no_traceback(place, monkeypatch):
     def train(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 549755813632 bytes.\nmore")
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(start, "train", train)
     result = runs.run(*place)
     (line,) = result.errors
     assert result.code == 1

@@ -16,14 +16,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-
-import olmo_jax
 from olmo_jax import files
 from olmo_jax.checkpoints import layout, snapshot
-from olmo_jax.config.run import Config
-from olmo_jax.config.text import to_dict
-from olmo_jax.data import foreign
+from olmo_jax.config.training import CheckpointConfig
 from olmo_jax.files import brief
 from olmo_jax.parallel import processes
 
@@ -41,7 +36,7 @@ def steps(folder: files.Path) -> dict[int, str]:
     Raises:
       ValueError: if the newest one is damaged. An older one is of kind "damaged", never deleted.
     """
-    found = {step: child for step, child in _children(folder) if layout.is_complete(child)}
+    found = {step: child for step, child in children(folder) if layout.is_complete(child)}
     kinds = {}
     for step, child in sorted(found.items()):
         try:
@@ -58,47 +53,13 @@ def _foreign(folder: files.Path) -> dict[int, str]:
     """What has the name of a step's checkpoint in a folder and is none, nor the rest of one."""
     return {
         step: str(child)
-        for step, child in _children(folder)
+        for step, child in children(folder)
         if not layout.is_complete(child) and not layout.is_torn(child)
     }
 
 
-def find(name: str, option: str = "config.checkpoint.load_path") -> files.Path:
-    """The checkpoint at a path: itself, or the newest complete one of a run's folder.
-
-    Args:
-      name: local or `gs://`.
-      option: what to call it in errors.
-    Raises:
-      ValueError: if there is none.
-    """
-    if not name.strip():
-        raise ValueError(f"{option} is empty: name a checkpoint or a run's folder, or none")
-    folder = files.path(name)
-    if not folder.exists():
-        raise ValueError(f"{option}: {name} does not exist")
-    if layout.is_complete(folder):
-        return folder
-    others: dict[str, list[str]] = {"incomplete": [], "not written by olmo_jax": []}
-    for parent in (folder / "checkpoints", folder):
-        children = sorted(_children(parent))
-        complete = [step for step, child in children if layout.is_complete(child)]
-        if complete:
-            return parent / f"step{max(complete)}"
-        for _, child in children:
-            is_ours = layout.is_torn(child)
-            others["incomplete" if is_ours else "not written by olmo_jax"].append(child.name)
-    rest = [
-        f"; {', '.join(names)} {'is' if len(names) == 1 else 'are'} {words}"
-        for words, names in others.items()
-        if names
-    ]
-    what = foreign.describe(folder)
-    rest = [f"; it is {what}"] if what else rest
-    raise ValueError(f"{option}: no complete checkpoint in {name}{''.join(rest)}")
-
-
-def _children(folder: files.Path) -> list[tuple[int, files.Path]]:
+def children(folder: files.Path) -> list[tuple[int, files.Path]]:
+    """What has the name of a step's checkpoint in a folder, with its step."""
     if not folder.is_dir():
         return []
     matches = [(re.fullmatch(r"step(0|[1-9]\d*)", child.name), child) for child in folder.iterdir()]
@@ -117,14 +78,15 @@ class Checkpointer:
     `finite_step` is the last step since the start that had a finite loss: who trains sets it.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, options: CheckpointConfig, run_dir: str):
         """Look for the checkpoints that the run has already; writes nothing.
 
         Args:
-          config: the run's; `run_dir` and `checkpoint` are used.
+          options: what is kept, and when.
+          run_dir: the run's folder.
         """
-        self.config = config.checkpoint
-        self.folder = files.path(config.run_dir) / "checkpoints"
+        self.options = options
+        self.folder = files.path(run_dir) / "checkpoints"
         found, known = processes.from_process_0(self._look)
         self.kinds: dict[int, str] = dict(found)  # of each complete checkpoint
         self.finite_step: int | None = None
@@ -186,12 +148,12 @@ class Checkpointer:
         return is_first
 
     def _due(self, step: int) -> str | None:
-        every = self.config.ephemeral_interval
-        if step in self.config.fixed_steps:
+        every = self.options.ephemeral_interval
+        if step in self.options.fixed_steps:
             return "fixed"
         if step == 0:
-            return "permanent" if self.config.step0 else None
-        if step % self.config.interval == 0:
+            return "permanent" if self.options.step0 else None
+        if step % self.options.interval == 0:
             return "permanent"
         return "ephemeral" if every and step % every == 0 else None
 
@@ -208,7 +170,7 @@ class Checkpointer:
         Args:
           step: finished steps.
           state: the TrainState; its arrays may be donated when this returns.
-          meta: what `meta` returned.
+          meta: what JSON can hold, for who resumes.
           kind: permanent, fixed or ephemeral.
           files: what to keep beside the arrays, by file name.
         Returns: False if the step is saved already; a complete checkpoint is never overwritten.
@@ -224,10 +186,10 @@ class Checkpointer:
             return False
         confirmed = self.confirmed()
         spared = confirmed if self.finite_step is not None else None
-        superseded = to_remove(self.kinds, self.config.keep, spared)
+        superseded = to_remove(self.kinds, self.options.keep, spared)
         self.kinds = _without(self.kinds, superseded)
         kinds = self.kinds | {step: kind}
-        old = to_remove(kinds, self.config.keep, spared)
+        old = to_remove(kinds, self.options.keep, spared)
         self._kinds_then = _without(kinds, old)
         is_new, self._known = confirmed != self._known, confirmed
 
@@ -243,11 +205,11 @@ class Checkpointer:
             meta,
             kind=kind,
             files=files,
-            background=self.config.async_save,
+            background=self.options.async_save,
             before=make_room,
             after=lambda: self._remove(old),
         )
-        if not self.config.async_save:
+        if not self.options.async_save:
             self.finish()
         return True
 
@@ -282,7 +244,7 @@ class Checkpointer:
 
     def _remove_torn(self) -> None:
         """Make room: what an interrupted save or deletion of ours left is of no use."""
-        for _, child in _children(self.folder):
+        for _, child in children(self.folder):
             if layout.is_torn(child):
                 print(f"removing {child}: its save, or its deletion, was interrupted", flush=True)
                 layout.remove(child)
@@ -341,27 +303,3 @@ def to_remove(kinds: Mapping[int, str], keep: int | None, confirmed: int | None)
 
 def _without(kinds: Mapping[int, str], old: Sequence[int]) -> dict[int, str]:
     return {step: kind for step, kind in kinds.items() if step not in old}
-
-
-def meta(
-    config: Config,
-    position: Mapping[str, Any],
-    metrics_position: Any,
-    fingerprint: str | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint says beside its arrays.
-
-    Args:
-      config: the run's.
-      position: in the data, as integers by name.
-      metrics_position: where the metrics files end, for the resumed run to cut them there.
-      fingerprint: of the data files.
-    """
-    return {
-        "model": to_dict(config.model),
-        "config": to_dict(config),
-        "position": dict(position),
-        "metrics_position": metrics_position,
-        "fingerprint": fingerprint,
-        "versions": {"olmo_jax": olmo_jax.__version__, "jax": jax.__version__},
-    }

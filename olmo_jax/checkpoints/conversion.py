@@ -17,7 +17,7 @@ import numpy as np
 
 import olmo_jax
 from olmo_jax import files
-from olmo_jax.checkpoints import compare, layout, names, storage
+from olmo_jax.checkpoints import arrays, compare, layout, storage
 from olmo_jax.checkpoints.derived import Mean, Padded, Upcycled
 from olmo_jax.checkpoints.formats import hf, hf_write, native, open, tokenizer_config
 from olmo_jax.checkpoints.logits import logits
@@ -225,7 +225,7 @@ def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[],
 
     def make(name: str, index: Index, values: np.ndarray) -> Block:
         out = np.empty(values.shape, leaves[name].dtype)
-        names.assign(out, values)
+        arrays.assign(out, values)
         compare.refuse_nonfinite(name, out, [along.start or 0 for along in index])
         return Block(name, index, out, compare.crc(out))
 

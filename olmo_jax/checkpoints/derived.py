@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.checkpoints import names
+from olmo_jax.checkpoints import arrays
 from olmo_jax.checkpoints.weights import Index, Leaves, Weights, whole
 
 MLP, MOE, ROUTER = "params/layers/mlp/", "params/layers/moe/", "params/layers/moe/router"
@@ -51,7 +51,7 @@ class Padded(Weights):
         out = np.zeros([b - a for a, b in wanted], leaf.dtype)
         if all(a < b for a, b in there):
             values = self._source.view(name, tuple(slice(a, b) for a, b in there))
-            names.assign(out[tuple(slice(n) for n in values.shape)], values)
+            arrays.assign(out[tuple(slice(n) for n in values.shape)], values)
         return out
 
 

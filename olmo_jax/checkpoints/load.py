@@ -3,9 +3,9 @@
 import jax
 
 from olmo_jax.checkpoints import storage
+from olmo_jax.checkpoints.arrays import on_devices
 from olmo_jax.checkpoints.derived import Padded
 from olmo_jax.checkpoints.formats import open
-from olmo_jax.checkpoints.placing import on_devices
 from olmo_jax.checkpoints.weights import Weights, parts, pieces
 from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.nn import transformer

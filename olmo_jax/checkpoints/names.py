@@ -60,7 +60,6 @@ BEFORE = {
     "layers/attn_norm": "input_layernorm",
     "layers/mlp_norm": "post_attention_layernorm",
 }
-BLOCK = 192  # rows and columns that are transposed at once
 LAYERS = {
     "Hugging Face": "model.layers.{layer}.",
     "OLMo-core": "blocks.{layer}.",
@@ -156,38 +155,6 @@ def view(array: np.ndarray, old: str, new: str, lengths: Mapping[str, int]) -> n
     have, want = re.findall(r"\w", old), re.findall(r"\w", new)
     split = array.reshape([lengths[axis] for axis in have])
     return split.transpose([have.index(axis) for axis in want]).reshape(shape(new, lengths))
-
-
-def assign(out: np.ndarray, values: np.ndarray) -> None:
-    """`out[...] = values`; transposed in blocks, which is several times as fast.
-
-    Each block is read as it lies in memory, narrowed if it has to be, turned while it is in the
-    cache, and written as the result lies in memory.
-    """
-    if out.ndim < 2 or (out.flags.c_contiguous and values.flags.c_contiguous):
-        out[...] = values
-    elif out.ndim > 2:
-        axis = int(np.argmin(out.shape))
-        for i in range(out.shape[axis]):
-            at = (slice(None),) * axis + (i,)
-            assign(out[at], values[at])
-    else:
-        order = "F" if out.strides[0] < out.strides[1] else "C"
-        for i in range(0, out.shape[0], BLOCK):
-            for j in range(0, out.shape[1], BLOCK):
-                block = slice(i, i + BLOCK), slice(j, j + BLOCK)
-                narrow = out.dtype if out.itemsize < values.itemsize else values.dtype
-                piece = values[block].astype(narrow, order="K")
-                out[block] = np.array(piece, order=order)
-
-
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array itself if it lies in C order in memory, else a copy that does."""
-    if array.flags.c_contiguous and array.flags.aligned:
-        return array
-    out = np.empty(array.shape, array.dtype)
-    assign(out, array)
-    return out
 
 
 def groups(axes: str) -> list[str]:

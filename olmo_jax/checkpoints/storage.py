@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from olmo_jax.checkpoints import layout
-from olmo_jax.checkpoints.placing import on_devices
+from olmo_jax.checkpoints.arrays import on_devices
 from olmo_jax.files import Path
 
 IN_FLIGHT_BYTES = 128 << 20  # given to TensorStore and not yet on disk

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import numpy as np
 
-from olmo_jax.checkpoints import layout, names
+from olmo_jax.checkpoints import arrays, layout, names
 from olmo_jax.config.model import ModelConfig
 
 PIECE_BYTES = 128 << 20
@@ -57,7 +57,7 @@ class Weights(Protocol):
           index: a slice (of step 1) for each dimension of ours; None: everything.
         Returns: the values in the stored dtype, C-contiguous.
         """
-        return names.contiguous(self.view(name, index))
+        return arrays.contiguous(self.view(name, index))
 
     def view(self, name: str, index: Index | None = None) -> np.ndarray:
         """What `read` gives, in the order of the source in memory: for who copies it on, once."""

@@ -75,6 +75,11 @@ class Config:
         """The folder of checkpoints and logs."""
         return self.dir or f"runs/{self.name}"
 
+    def changed(self, part: str, **options: Any) -> "Config":
+        """The config with other options in one of its parts."""
+        new = dataclasses.replace(getattr(self, part), **options)
+        return dataclasses.replace(self, **{part: new})
+
 
 # --- ConfigDict <-> dataclasses -------------------------------------------------------------------
 

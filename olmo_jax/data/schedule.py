@@ -26,6 +26,7 @@ class BatchSchedule:
       source: of the rows.
       first: steps that were finished at the start.
       start: the position there.
+      first_size: tokens of a batch of the first stage.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class BatchSchedule:
           ValueError: if the data has too few rows for a batch, or for `start`.
         """
         self.source, self.first, self.start = source, first, start or source.start()
+        self.first_size = stages[0][1]
         for _, size in stages:
             source.after(self.start, size, 1)
         self._stretches = self._lay_out(stages)

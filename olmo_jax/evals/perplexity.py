@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax.config.run import Config
+from olmo_jax.config.data import DataConfig
+from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.config.training import EvalConfig
 from olmo_jax.data import checks
 from olmo_jax.data.batch import segments
 from olmo_jax.data.documents import read_boundaries
@@ -164,39 +166,45 @@ def _row(stream: Stream, first: int, width: int) -> np.ndarray:
     return row
 
 
-def evaluators(config: Config, mesh: Mesh) -> list["Evaluator"]:
-    """What scores a run: its held-out files, if it has some."""
-    return [Evaluator(config, mesh)] if config.eval.paths else []
-
-
 class Evaluator:
     """The files of `config.eval.paths`, opened and checked once, scored whenever called."""
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(
+        self,
+        options: EvalConfig,
+        data: DataConfig,
+        model: ModelConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+    ):
         """Open the files.
 
+        Args:
+          options: which files, and in which rows.
+          data: how tokens are stored, and documents masked, in training.
+          model: what is scored.
+          compute: how it is computed.
+          mesh: where.
         Raises:
           FileNotFoundError: if a file is missing.
           ValueError: if a file is no token file of this model, or two files have one name.
         """
-        self._config, self._mesh = config, mesh
-        self._eval_step = step.make_eval_step(Transformer(config.model, config.compute), mesh)
-        option, vocab_size = "config.eval.paths", config.model.vocab_size
-        paths = resolve_paths(config.eval.paths, config.data.root, option=option)
-        dtype = token_dtype(config.data.dtype, vocab_size)
-        files = TokenFiles(paths, dtype, option)
-        data = config.data
+        self._options, self._seq_len, self._mesh = options, options.seq_len or data.seq_len, mesh
+        self._eval_step = step.make_eval_step(Transformer(model, compute), mesh)
+        option, vocab_size = "config.eval.paths", model.vocab_size
+        paths = resolve_paths(options.paths, data.root, option=option)
+        files = TokenFiles(paths, token_dtype(data.dtype, vocab_size), option)
         checks.check(files, vocab_size, check_dtype=data.check_dtype)
         if data.check_dtype and data.document_mask != "boundaries":
             checks.check_side_files(files)
-        lengths = _byte_lengths(config)
+        lengths = _byte_lengths(data.tokenizer, vocab_size)
         self.streams: dict[str, Stream] = {}
         for i, path in enumerate(paths):
             for start, ids in files.pieces(i):
                 files.check_ids(i, start, ids, vocab_size)
             if Path(path).stem in self.streams:
                 raise ValueError(f"{option}: two files are called {Path(path).stem}")
-            starts = _document_starts(config, files, i)
+            starts = _document_starts(data, files, i)
             stream = Stream(TokenFile(files, i), data.eos_id, starts, lengths)
             if not stream.n_targets:
                 raise ValueError(
@@ -220,8 +228,7 @@ class Evaluator:
             on_batch()
             return self._eval_step(params, batch)
 
-        e = self._config.eval
-        seq_len = e.seq_len or self._config.data.seq_len
+        e, seq_len = self._options, self._seq_len
         options = {"stride": e.stride, "batch_rows": e.batch_rows, "max_rows": max_rows}
         return {
             label: evaluate(eval_step, params, self._mesh, stream, seq_len=seq_len, **options)
@@ -239,19 +246,19 @@ class Evaluator:
         return out
 
 
-def _byte_lengths(config: Config) -> np.ndarray | None:
+def _byte_lengths(tokenizer: str | None, vocab_size: int) -> np.ndarray | None:
     """Bytes per id of the run's tokenizer, 0 for ids that it lacks, `[≥ vocab_size]`."""
-    if config.data.tokenizer is None:
+    if tokenizer is None:
         return None
-    lengths = Tokenizer(config.data.tokenizer).byte_lengths()
-    return np.pad(lengths, (0, max(0, config.model.vocab_size - len(lengths))))
+    lengths = Tokenizer(tokenizer).byte_lengths()
+    return np.pad(lengths, (0, max(0, vocab_size - len(lengths))))
 
 
-def _document_starts(config: Config, files: TokenFiles, file: int) -> np.ndarray | None:
+def _document_starts(data: DataConfig, files: TokenFiles, file: int) -> np.ndarray | None:
     """Where documents of a file start, if training masks them; found in the same way."""
-    if config.data.document_mask == "none":
+    if data.document_mask == "none":
         return None
-    if config.data.document_mask == "boundaries":
+    if data.document_mask == "boundaries":
         return np.append(0, read_boundaries(files.paths[file], int(files.lengths[file])))
-    ends = [at + np.flatnonzero(ids == config.data.eos_id) + 1 for at, ids in files.pieces(file)]
+    ends = [at + np.flatnonzero(ids == data.eos_id) + 1 for at, ids in files.pieces(file)]
     return np.concatenate([[0], *ends])

@@ -17,8 +17,7 @@ from jax._src import cloud_tpu_init, xla_bridge  # whether a TPU is here, whethe
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import GceTpuCluster, GkeTpuCluster  # what `initialize` asks on a TPU host
 
-from olmo_jax import cli
-
+STALLED = 74  # exit code, EX_IOERR: a step takes too long
 WAIT_LINE_S = 10.0  # between lines that say who is missing
 GRACE_S = 3.0
 SAVE_S = 60.0  # for a save under way when a run ends with an error
@@ -350,7 +349,7 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(cli.STALLED)  # the main thread is stuck inside a collective
+                os._exit(STALLED)  # the main thread is stuck inside a collective
 
 
 def _is_of_the_devices(error: object) -> bool:

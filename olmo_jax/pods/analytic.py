@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from olmo_jax.config import costs
 from olmo_jax.config.costs import GIB
+from olmo_jax.config.data import DataConfig
 from olmo_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, mesh_shape
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
@@ -93,11 +94,10 @@ class Work(NamedTuple):
     batch: int  # tokens
     seq_len: int  # tokens
 
-
-def work_of(config: Config) -> Work:
-    """The parts that count."""
-    data = config.data
-    return Work(config.model, config.compute, config.mesh, data.global_batch_size, data.seq_len)
+    @classmethod
+    def of(cls, m: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, d: DataConfig) -> "Work":
+        """The work of a step of a run with these parts."""
+        return cls(m, compute, mesh, d.global_batch_size, d.seq_len)
 
 
 def predict(config: Config, machine: Machine, corrections: Corrections | None = None) -> Plan:
@@ -109,7 +109,11 @@ def predict(config: Config, machine: Machine, corrections: Corrections | None = 
       corrections: of `corrected`; None: none.
     """
     fix = {"temporary": 1.0} | (corrections or {})
-    work, m, chip = work_of(config), config.model, machine.chip
+    work, m, chip = (
+        Work.of(config.model, config.compute, config.mesh, config.data),
+        config.model,
+        machine.chip,
+    )
     shape = mesh_shape(config.mesh, machine.n_devices)
     tokens = config.data.global_batch_size / token_ways(shape)
     share, again = START.get(chip.kind, START["GPU"]), _again(work)

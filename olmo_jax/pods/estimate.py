@@ -35,7 +35,7 @@ def estimate(
       program: the compiled step.
       seconds_of: of the attention kernels for a row (`kernels.seconds`).
     """
-    work = analytic.work_of(config)
+    work = analytic.Work.of(config.model, config.compute, config.mesh, config.data)
     chip, kinds = where.chip, rope.kinds(config.model)  # as the model has its branches
     shares = [config.model.layer_kinds.count(kind) / config.model.n_layers for kind in kinds]
     found = hlo.totals(program.text, lambda n: shares if n == len(shares) else hlo.first_of_two(n))

@@ -121,13 +121,20 @@ def candidates(config: Config, machine: Machine) -> Iterator[Config]:
       ConfigError: if there is none: what is wrong with the first.
     """
     n, is_any, wrong = machine.n_devices, False, None
-    for mesh in _meshes(config.mesh, config.data.seq_len, config.model.n_experts > 0, n):
-        try:
-            for each in _with_mesh(config, mesh, n):
+    rows = config.data.global_batch_size // config.data.seq_len
+    is_dense = not config.model.n_experts
+    policies = [x for x in _REMAT if is_dense or x != "qkv_mlp"]  # experts have no such names
+    for mesh in _meshes(config.mesh, config.data.seq_len, not is_dense, n):
+        for micro in divisors(rows // (mesh.data * mesh.fsdp * mesh.expert)) or [1]:
+            one = dataclasses.replace(config, mesh=mesh).changed("compute", accumulate=micro)
+            try:
+                validate(one, n)
+            except ConfigError as error:
+                wrong = wrong or error
+                break  # so are the other numbers of micro-batches
+            for remat in policies:
                 is_any = True
-                yield each
-        except ConfigError as error:
-            wrong = wrong or error
+                yield one.changed("compute", remat=remat)
     if wrong and not is_any:
         raise wrong
 
@@ -143,16 +150,3 @@ def _meshes(mesh: MeshConfig, seq_len: int, has_experts: bool, n: int) -> Iterat
                         mesh, data=n // inner // expert // fsdp, fsdp=fsdp, expert=expert,
                         context=context, tensor=tensor,
                     )  # fmt: skip
-
-
-def _with_mesh(config: Config, mesh: MeshConfig, n: int) -> Iterator[Config]:
-    rows = config.data.global_batch_size // config.data.seq_len
-    is_dense = not config.model.n_experts
-    policies = [x for x in _REMAT if is_dense or x != "qkv_mlp"]  # experts have no such names
-    for micro in divisors(rows // (mesh.data * mesh.fsdp * mesh.expert)) or [1]:
-        compute = dataclasses.replace(config.compute, accumulate=micro)
-        one = dataclasses.replace(config, mesh=mesh, compute=compute)
-        validate(one, n)
-        for remat in policies:
-            changed = dataclasses.replace(compute, remat=remat)
-            yield dataclasses.replace(one, compute=changed)

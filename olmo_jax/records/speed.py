@@ -6,29 +6,34 @@ import sys
 import time
 
 from olmo_jax.config import costs
-from olmo_jax.config.run import Config
+from olmo_jax.config.model import ModelConfig
 
 BAR_PERIOD = 0.1  # seconds between drawings of the progress bar
 DEVICE = "throughput/device/"
+
+
+def peak_flops(said: float | None, dtype: str, device_kind: str) -> float | None:
+    """FLOP/s that a device can do: as it is `said`, or known of its kind in bfloat16; else None."""
+    if said is None and dtype == "bfloat16":  # as the table's figures are
+        return costs.peak_flops(device_kind)
+    return said
 
 
 class Speed:
     """Times steps. As in OLMo-core, the first one is not counted: it compiles.
 
     Args:
-      cfg: the run.
+      model: whose FLOPs are counted.
+      seq_len: tokens of a row.
+      peak: FLOP/s of a device; None: not known, so no MFU.
       n_devices: devices of all processes together.
-      device_kind: as `jax.devices()[0].device_kind` says.
     """
 
-    def __init__(self, cfg: Config, n_devices: int, device_kind: str):
-        self._n_devices = n_devices
-        self._flops = costs.flops_per_token(cfg.model, cfg.data.seq_len)
-        self._flops_core2 = costs.flops_per_token_core2(cfg.model, cfg.data.seq_len)
-        self._non_embedding = costs.n_params(cfg.model).non_embedding
-        self._peak = cfg.log.device_peak_flops
-        if self._peak is None and cfg.compute.dtype == "bfloat16":  # the table's figures are
-            self._peak = costs.peak_flops(device_kind)
+    def __init__(self, model: ModelConfig, seq_len: int, peak: float | None, n_devices: int):
+        self._n_devices, self._peak = n_devices, peak
+        self._flops = costs.flops_per_token(model, seq_len)
+        self._flops_core2 = costs.flops_per_token_core2(model, seq_len)
+        self._non_embedding = costs.n_params(model).non_embedding
         self.paused_s = 0.0  # since the last step, in evaluations and checkpoints
         self._start: float | None = None  # end of the first step
         self._last = 0.0

@@ -6,11 +6,10 @@ import json
 import os
 import pathlib
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from olmo_jax import files
-from olmo_jax.config.run import Config
-from olmo_jax.config.text import to_dict
 from olmo_jax.records import jsonl
 
 
@@ -23,7 +22,15 @@ class Wandb:
     and the number of its `segment`.
     """
 
-    def __init__(self, cfg: Config, folder: pathlib.Path, last_step: int, seen: int):
+    def __init__(self, run: Mapping[str, Any], folder: pathlib.Path, last_step: int, seen: int):
+        """Begin the run there, or go on with it.
+
+        Args:
+          run: its `project`, `name` and `config`.
+          folder: of what W&B writes here.
+          last_step: finished steps.
+          seen: the last step of which something was recorded before.
+        """
         try:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
@@ -38,7 +45,7 @@ class Wandb:
             last_row = max(seen + self._state["offset"], self._state["last_row"])
         self._save()
         expected = last_step + self._state["offset"]
-        self._run = self._start(wandb, cfg, folder, expected, last_row > expected)
+        self._run = self._start(wandb, run, folder, expected, last_row > expected)
         self._next_row, self._began = last_row + 1, False  # lower ones would be dropped
         if isinstance(getattr(self._run, "step", None), int):  # W&B knows: lost, or rewound to
             self._next_row = max(self._run.step, expected + 1 if known else 0)
@@ -70,13 +77,10 @@ class Wandb:
     def _save(self) -> None:
         jsonl.replace(self._path, [json.dumps(self._state).encode()])
 
-    def _start(self, wandb: Any, cfg: Config, folder: pathlib.Path, row: int, rewind: bool) -> Any:
-        common = {
-            "project": cfg.log.wandb_project,
-            "name": cfg.name,
-            "dir": str(folder),
-            "config": to_dict(cfg),
-        }
+    def _start(
+        self, wandb: Any, run: Mapping[str, Any], folder: pathlib.Path, row: int, rewind: bool
+    ) -> Any:
+        common = {**run, "dir": str(folder)}
         refused = getattr(wandb, "Error", RuntimeError), TypeError, ValueError
         if rewind:
             at = f"{self._state['id']}?_step={row}"

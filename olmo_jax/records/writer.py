@@ -10,15 +10,15 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from olmo_jax.config.run import Config
-from olmo_jax.records import jsonl, speed, tensorboard
-from olmo_jax.records.wandb import Wandb
+from olmo_jax.records import jsonl
+from olmo_jax.records.speed import Bar, Speed
 
+MakeSink = Callable[[pathlib.Path, int, int], Any]
 PPL_LIMIT = 10.0  # OLMo-core reports no perplexity above this loss
 
 
@@ -30,15 +30,16 @@ class Writer:
     same step. A value that is not finite is null there: JSON has no word for it.
 
     Args:
-      cfg: the run.
       run_dir: folder of the records. For a URL, a path object with `/`, `exists`, `mkdir`,
         `read_bytes` and `write_bytes`: records are then kept locally and copied by `sync`.
+      interval: steps between printed lines.
+      speed: tells how fast it goes.
+      sinks: make what is told too, of the records' folder here, the step they go on from and the
+        last one of which something was told before.
       start_step: finished steps of the state that the run starts with ...
       start_tokens: ... and the tokens seen by it.
       is_resume: they are this run's own, so their records are to be there.
       total_steps: the last step of the run, for the ETA.
-      n_devices: devices of all processes together.
-      device_kind: as `jax.devices()[0].device_kind` says; an unknown one gets no MFU.
       process_index: of this process.
 
     Raises:
@@ -48,25 +49,25 @@ class Writer:
 
     def __init__(
         self,
-        cfg: Config,
         run_dir: str | os.PathLike[str],
+        interval: int,
+        speed: Speed,
+        sinks: Sequence[MakeSink] = (),
         *,
         start_step: int,
         start_tokens: int,
         is_resume: bool = False,
         total_steps: int,
-        n_devices: int,
-        device_kind: str,
         process_index: int = 0,
     ):
-        self._interval, self._total_steps = cfg.log.interval, total_steps
+        self._interval, self._total_steps = interval, total_steps
         self._first_step, self._last_step, self._tokens = start_step + 1, start_step, start_tokens
         self._early: dict[int, dict[str, float]] = {}  # of steps that are not finished
-        self._speed = speed.Speed(cfg, n_devices, device_kind)
+        self._speed = speed
         self._on = process_index == 0
         if not self._on:
             return
-        self._bar = speed.Bar()
+        self._bar = Bar()
         self._folder = jsonl.Folder(run_dir)
         local = self._folder.local
         with jsonl.writing(local):
@@ -74,11 +75,7 @@ class Writer:
             if is_resume and self._jsonl.missing:
                 print(f"{self._jsonl.path}: no record of {jsonl.spans(self._jsonl.missing)};"
                       " they are not made again", flush=True)  # fmt: skip
-            self._sinks: list[Any] = []
-            if cfg.log.wandb:
-                self._sinks.append(Wandb(cfg, local, start_step, self._jsonl.seen))
-            if cfg.log.tensorboard:
-                self._sinks.append(tensorboard.TensorBoard(local / "tensorboard", start_step))
+            self._sinks = [make(local, start_step, self._jsonl.seen) for make in sinks]
 
     def step(
         self,

@@ -1,14 +1,11 @@
-"""The training loop: parts of a run -> steps, records, evaluations, checkpoints.
+"""The training loop: the parts of a run -> steps, records, evaluations, checkpoints.
 
-Pretraining, mid-training and long-context training run this one loop.
+Pretraining, mid-training and long-context training run this one loop; `start` brings its parts.
 """
 
-import contextlib
 import dataclasses
 import math
-import time
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,28 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from olmo_jax import cli, files
-from olmo_jax.checkpoints import checkpointer
-from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config import costs
 from olmo_jax.config.costs import GIB
-from olmo_jax.config.data import batch_stages
-from olmo_jax.config.options import ConfigError
-from olmo_jax.config.parameters import table
-from olmo_jax.config.run import Config
+from olmo_jax.config.training import EvalConfig, LogConfig, OptimConfig, TrainConfig
 from olmo_jax.data.loader import Loader
-from olmo_jax.data.open import open_source
-from olmo_jax.data.schedule import BatchSchedule
-from olmo_jax.data.source import Position, Source
+from olmo_jax.data.source import Position
 from olmo_jax.nn.transformer import Transformer
 from olmo_jax.parallel import distributed, processes, sharding
 from olmo_jax.parallel.processes import say
-from olmo_jax.records import jsonl, writer
-from olmo_jax.training import losses, optim, profiler, program, start, step
-from olmo_jax.training.keeping import FellBack, Keeper, Stopped
-from olmo_jax.training.origin import find_origin
+from olmo_jax.records import writer
+from olmo_jax.training import profiler, program, step
+from olmo_jax.training.keeping import Keeper, Stopped
+from olmo_jax.training.losses import Objective
 from olmo_jax.training.pacing import Pacing
-from olmo_jax.training.state import TrainState, abstract_state
+from olmo_jax.training.state import TrainState
 
 T = TypeVar("T")
 
@@ -50,156 +39,6 @@ class Budget(NamedTuple):
 
 
 Evaluator = Callable[[Any, Budget], dict[str, float]]  # params -> metrics, "eval/…" by name
-
-
-class Outcome(NamedTuple):
-    """How a run ended."""
-
-    code: int  # for the command's exit
-    state: TrainState | None = None  # after the last step; None: there was nothing to do, or a stop
-    scores: Mapping[str, float] = types.MappingProxyType({})  # of all evaluators, at the end
-    saved: Any = None  # the folder of the last checkpoint
-    model: Transformer | None = None  # as it was computed
-
-
-def train(
-    config: Config,
-    preemption: processes.Preemption,
-    make_evaluators: Callable[[Config, Mesh], Sequence[Evaluator]],
-    needs_end: bool = False,
-) -> Outcome:
-    """Run a config to its end, from wherever it was left.
-
-    A run that falls back to an older checkpoint starts once more.
-
-    Args:
-      config: of the run, validated.
-      preemption: hears signals, which end the run after a save.
-      make_evaluators: what scores the model between steps and at the end.
-      needs_end: the last state and all its scores are needed, though they may be on disk already.
-
-    Raises:
-      ConfigError, ValueError, OSError: with one line for the user; nothing is overwritten.
-    """
-    while True:
-        try:
-            return _train(config, preemption, make_evaluators, needs_end)
-        except FellBack as error:
-            line = str(error)
-        say(line)  # not in there: the error holds the old state
-
-
-def _train(
-    config: Config,
-    preemption: processes.Preemption,
-    make_evaluators: Callable[[Config, Mesh], Sequence[Evaluator]],
-    needs_end: bool,
-) -> Outcome:
-    with contextlib.ExitStack() as stack:
-        config = start.resolve(config)
-        mesh = sharding.make_mesh(config.mesh)
-        shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
-        kind = jax.devices()[0].device_kind
-        say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
-        start.check_attention(config, mesh)
-        program.check_flags(config.compute.xla_flags, mesh)
-        config = start.with_loss_ranks(config, mesh)
-        checkpointer = Checkpointer(config)
-        stack.callback(_wait_for_save, checkpointer)
-        origin = find_origin(config.checkpoint, config.model, checkpointer)
-        first = start.first_step(config, origin)
-        is_resume = origin is not None and origin.is_resume
-        checkpointer.refuse_foreign(first if first or is_resume else -1)
-        data = open_source(config.data, config.model.vocab_size)
-        position = start.position(origin, data)
-        schedule = BatchSchedule(data, batch_stages(config.data), position, first)
-        pacing = Pacing(config.train, config.optim, config.data, schedule)
-        loader = Loader(
-            schedule,
-            lambda n: sharding.local_rows(mesh, n),
-            config.data.n_threads,
-            config.data.prefetch,
-        )
-        evaluators = make_evaluators(config, mesh)
-        rows = table(config.model)
-        say(
-            optim.describe_groups(
-                config.optim, abstract_state(config.model, config.optim, mesh).params, rows
-            )
-        )
-        is_done = first >= pacing.last
-        if is_done and not is_resume:
-            end = f"config.train.duration={config.train.duration} ends at step {pacing.last}"
-            place = f"checkpoint.load_path with load_position=True starts after step {first}"
-            raise ConfigError([f"{end}, but {place}"])
-        if is_done:
-            say(f"done already: step {first:,} of {pacing.last:,}; a larger train.duration goes on,"
-                " other changes have no effect")  # fmt: skip
-            if not needs_end and start.is_complete(config, first):
-                return Outcome(0)
-        loading = time.perf_counter()
-        state = start.initial_state(config, mesh, origin, first)
-        loading = time.perf_counter() - loading
-
-        trace = profiler.Profiler(config.profile.steps, first, pacing.last)
-
-        # From here on things are written.
-        if origin is None:
-            say(f"new run in {config.run_dir}")
-        if not is_resume:
-            set_aside = processes.from_process_0(lambda: jsonl.set_aside(config.run_dir))
-            if set_aside:
-                say(f"no checkpoint in {config.run_dir}, but records: kept as {set_aside}")
-        if not is_done:
-            start.write_config(config)
-        watchdog = stack.enter_context(distributed.Watchdog(config.train.step_timeout_s))
-        log = writer.Writer(
-            config,
-            files.path(config.run_dir),
-            start_step=first,
-            start_tokens=schedule.start.tokens,
-            is_resume=is_resume,
-            total_steps=pacing.last,
-            n_devices=jax.device_count(),
-            device_kind=jax.devices()[0].device_kind,
-            process_index=jax.process_index(),
-        )
-        stack.callback(log.close)
-        if origin is not None:
-            log.write(first + 1, {"checkpoint/load_duration_s": loading})
-        kept = start.kept(config, origin)
-        keeper = Keeper(
-            checkpointer, log, watchdog,
-            lambda position, at: kept.meta | checkpoint_meta(config, data, position, at),
-            kept.carried, config.train.max_nonfinite_steps, config.checkpoint.async_save,
-        )  # fmt: skip
-        if origin is not None and is_resume:
-            keeper.last_finite = origin.meta.get("last_finite_step")
-        run = Run(
-            config, mesh, log, keeper, evaluators, loader, schedule.start, pacing, preemption,
-            watchdog, trace, config.eval.at_finish or needs_end,
-        )  # fmt: skip
-        try:
-            if not is_done:
-                n_rows = f"{data.n_rows:,} rows"
-                say(f"training steps {first + 1:,} to {pacing.last:,} on {n_rows}")
-                with trace:
-                    state = run.steps(state, first)
-            watchdog.beat("the end of the run")
-            model = Transformer(config.model, config.compute)
-            return Outcome(0, state, *run.finish(state), model)
-        except Stopped as stopped:
-            checkpointer.finish()
-            log.close()  # which also clears the progress bar
-            say(f"stopped: saved step {stopped.step}; the same command goes on from there")
-            return Outcome(cli.PREEMPTED)
-
-
-def _wait_for_save(checkpointer: Checkpointer) -> None:
-    """After an error too a save under way is worth having; for several see `distributed.leave`."""
-    if jax.process_count() == 1:
-        with contextlib.suppress(OSError):
-            checkpointer.finish()
 
 
 def _device_memory() -> dict[str, float]:
@@ -220,9 +59,11 @@ def _or_rescue(batches: Iterable[T], rescue: Callable[[], str]) -> Iterator[T]:
         raise ValueError(f"{error}; {rescue()}") from error
 
 
-def checkpoint_meta(config: Config, data: Source, position: Position, at: int) -> dict[str, Any]:
-    """What a checkpoint of this run says beside its arrays, after step `at`."""
-    return checkpointer.meta(config, dataclasses.asdict(position), at, data.fingerprint)
+def due_eval(options: EvalConfig, at: int) -> bool:
+    """Whether an evaluation is due after a step, 0 being the start."""
+    if at == 0:
+        return options.at_start
+    return options.interval is not None and at % options.interval == 0
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -241,9 +82,15 @@ class Done(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """What the loop works with; made once, by `train`."""
+    """What the loop works with; `start` makes it."""
 
-    config: Config
+    model: Transformer
+    objective: Objective
+    train: TrainConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    options: LogConfig
+    xla_flags: tuple[str, ...]
     mesh: Mesh
     log: writer.Writer
     keeper: Keeper
@@ -254,6 +101,7 @@ class Run:
     preemption: processes.Preemption
     watchdog: distributed.Watchdog
     trace: profiler.Profiler
+    scores_start: bool  # before the first step, where a run was stopped between the two
     scores_end: bool  # after the last step all evaluators run, on all of their texts
 
     def steps(self, state: TrainState, first: int) -> TrainState:
@@ -263,22 +111,20 @@ class Run:
           Stopped: after a signal.
           ValueError: if batches cannot be read any more; what was trained is saved.
         """
-        c, at = self.config, first
-        model = Transformer(c.model, c.compute)
-        objective = losses.next_token(c.model, c.compute, c.train)
+        at, model, every = first, self.model, self.options.norms_interval
         update = program.CompiledUpdate(
-            step.make_update(objective, model, c.train, c.optim, self.mesh),
+            step.make_update(self.objective, model, self.train, self.optim, self.mesh),
             self.log,
-            c.compute.xla_flags,
-            lambda seq_len: costs.flops_per_token(c.model, seq_len) * seq_len,
+            self.xla_flags,
+            lambda seq_len: costs.flops_per_token(model.config, seq_len) * seq_len,
         )
         norms = None
-        if c.log.norms_interval:
-            norms = step.make_norms(objective, model, c.train, self.mesh)
+        if every:
+            norms = step.make_norms(self.objective, model, self.train, self.mesh)
         slowest = sharding.make_max(self.mesh)
         if first == 0 and (kind := self.keeper.checkpointer.due(0)):
             self.keeper.save(state, 0, self.began, kind)
-        if self.due_eval(first) and start.lacks_eval(c, first):
+        if self.scores_start:
             self.evaluate_between(state, first, self.began)
         position = self.began
         seen = position.tokens
@@ -300,7 +146,7 @@ class Run:
             with profiler.step(at):
                 batch_tokens, seen = position.tokens - seen, position.tokens
                 arrays = sharding.to_global(read.batch, self.mesh, read.n_rows)
-                if norms is not None and at % c.log.norms_interval == 0:  # type: ignore[operator]
+                if norms is not None and every and at % every == 0:
                     with self.log.pause(at):
                         self.log.write(at, jax.device_get(norms(state.params, arrays)))
                 lr, clip = self.pacing.rates(at, seen, batch_tokens)
@@ -342,7 +188,7 @@ class Run:
         values = {} if report is None else {k: float(v) for k, v in report.metrics().items()}
         if report is not None and not report.has_loss:  # no token, so no loss either: not 0
             values.pop("train/CE loss")
-        if at % self.config.log.interval == 0:
+        if at % self.options.interval == 0:
             values |= _device_memory()
             for name, table in ({} if report is None else report.tables).items():
                 self.log.table(at, name, table)
@@ -358,7 +204,7 @@ class Run:
             return
         loss, norm = float(report.loss), float(report.grad_norm)
         self.keeper.judge(at, loss if report.has_loss else None, norm)
-        limit = self.config.compute.expert_buffer
+        limit = self.model.compute.expert_buffer
         if limit is not None and report.room is not None and report.room > np.float32(limit):
             raise ValueError(
                 f"step {at}: the experts of one device are to take {report.room:.3f} times the"
@@ -375,7 +221,7 @@ class Run:
           ValueError: if a file cannot be read any more.
         """
         try:
-            self.evaluate(state, at, self.config.eval.max_rows)
+            self.evaluate(state, at, self.eval.max_rows)
         except Stopped:
             self.keeper.save(state, at, position, "ephemeral")
             raise
@@ -408,9 +254,8 @@ class Run:
         return scores
 
     def due_eval(self, at: int) -> bool:
-        """Whether the held-out files are to be scored after a step, 0 being the start."""
-        e = self.config.eval
-        return e.at_start if at == 0 else e.interval is not None and at % e.interval == 0
+        """Whether the evaluators are to score the parameters after a step."""
+        return due_eval(self.eval, at)
 
     def finish(self, state: TrainState) -> tuple[dict[str, float], Any]:
         """Wait for the last checkpoint and evaluate; returns the scores, and its folder."""

@@ -4,15 +4,16 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from olmo_jax import files
 from olmo_jax.checkpoints import layout, storage
-from olmo_jax.checkpoints.checkpointer import Checkpointer, find
+from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.checkpoints.derived import Padded
+from olmo_jax.checkpoints.formats import native
 from olmo_jax.checkpoints.formats.open import is_foreign, open_weights
 from olmo_jax.checkpoints.load import read_leaf
 from olmo_jax.checkpoints.weights import NoOptimizerError, Weights
@@ -22,7 +23,10 @@ from olmo_jax.config.text import to_dict
 from olmo_jax.config.training import CheckpointConfig
 from olmo_jax.data.source import NoPlaceError, Position, Source
 from olmo_jax.parallel import processes
+from olmo_jax.parallel.processes import say
 
+# Files that are a tokenizer; others say how it is used.
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
 NEW_STATE = "config.checkpoint.load_optimizer=False starts with a new optimizer state"
 
 
@@ -139,7 +143,7 @@ def find_origin(
     weights = None if is_ours else _open(name, options, model)
     place: Any = name
     if is_ours:
-        place = files.path(processes.from_process_0(lambda: str(find(name))))
+        place = files.path(processes.from_process_0(lambda: str(native.find(name))))
     taken = {"params": True, "opt_state": options.load_optimizer, "step": options.load_position}
     words = {"params": "parameters", "opt_state": "optimizer state", "step": "step and data"}
     what = f" ({weights.line})" if weights is not None else ""
@@ -179,3 +183,54 @@ def _read(weights: Weights, wanted: dict[str, Any], new: Sequence[str]) -> dict[
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(wanted), filled)
+
+
+# --- what checkpoints carry along -----------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """What all checkpoints of a run hold beside its state; in processes but 0, that is nothing."""
+
+    meta: dict[str, Any]  # added to what `start.checkpoint_meta` gives
+    carried: dict[str, bytes]  # files by name
+
+
+def kept(origin: Origin | None, tokenizer: str | None) -> Kept:
+    """Special tokens and files of the checkpoint that a run starts from, and its tokenizer.
+
+    Where these are two tokenizers, nothing that belongs to the first is kept. `data.eos_id` is
+    where documents end, and replaces no special token.
+
+    Args:
+      origin: where the run starts from.
+      tokenizer: of `data.tokenizer`.
+    Raises:
+      ValueError, OSError: if a file is damaged, or cannot be read.
+    """
+    meta: dict[str, Any] = {}
+    carried: dict[str, bytes] = {}
+
+    def read() -> None:
+        if origin is not None:
+            said = origin.meta
+            ids = native.token_ids(said)
+            # Where nothing is said, a run that goes on may know better by now.
+            follows = origin.is_resume or ids.get("eos_token_id") is None
+            if "token_ids" in said or not follows:
+                meta["token_ids"] = ids
+            carried.update(origin.carried())
+        if tokenizer is None:
+            return
+        path = files.path(tokenizer)
+        name = f"tokenizer{'.model' if path.suffix == '.model' else '.json'}"
+        own = path.read_bytes()
+        if origin is not None and carried.keys() & VOCABULARIES and carried.get(name) != own:
+            gone = ", ".join(sorted(carried))
+            say(f"data.tokenizer: not the one of {origin.place}, so its special tokens and files"
+                f" are not kept: {gone}")  # fmt: skip
+            carried.clear()
+            meta.clear()
+        carried[name] = own
+
+    processes.from_process_0(read)
+    return Kept(meta, carried)

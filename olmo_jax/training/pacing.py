@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from olmo_jax.config.data import DataConfig, batch_stages
 from olmo_jax.config.options import INT32, ConfigError
-from olmo_jax.config.schedule_problems import optimizer_problems
 from olmo_jax.config.training import OptimConfig, TrainConfig
 from olmo_jax.data.schedule import BatchSchedule
 from olmo_jax.training import schedules
@@ -13,7 +11,7 @@ from olmo_jax.training import schedules
 class Pacing:
     """What follows from the number of a step alone: whether the run ends there, and its rates."""
 
-    def __init__(self, t: TrainConfig, o: OptimConfig, data: DataConfig, schedule: BatchSchedule):
+    def __init__(self, t: TrainConfig, o: OptimConfig, schedule: BatchSchedule):
         """Work out the end of the run.
 
         Raises:
@@ -27,18 +25,15 @@ class Pacing:
         if last > INT32:
             end = f"config.train.duration={t.duration} {t.duration_unit} is {last} steps"
             raise ConfigError([f"{end}, more than {INT32}"])
-        self._first_batch = batch_stages(data)[0][1]
+        self._first_batch = schedule.first_size
         if o.schedule.t_max is not None:
-            self._t_max = o.schedule.t_max
+            self.schedule_end = o.schedule.t_max
         elif o.schedule.unit == t.duration_unit:
-            self._t_max = t.duration
+            self.schedule_end = t.duration
         elif o.schedule.unit == "steps":
-            self._t_max = last
+            self.schedule_end = last
         else:
-            self._t_max = schedule.position(last).tokens
-        problems = optimizer_problems(o, self._t_max)
-        if problems:
-            raise ConfigError(problems)
+            self.schedule_end = schedule.position(last).tokens
         self._skipped = t.skip_steps
 
     def rates(self, at: int, tokens: int, batch_tokens: int) -> tuple[float, float]:
@@ -47,7 +42,7 @@ class Pacing:
         # OLMo-core's batch-size schedule scales the peak; where a schedule ends stays as it is.
         peak = self._optim.lr * schedules.batch_lr_scale(self._first_batch, batch_tokens)
         scaled = dataclasses.replace(self._optim, lr=peak)
-        return schedules.learning_rate(scaled, t, self._t_max), schedules.clip_norm(scaled, t)
+        return schedules.learning_rate(scaled, t, self.schedule_end), schedules.clip_norm(scaled, t)
 
     def is_skipped(self, at: int) -> bool:
         """Whether the batch of step `at` is passed over (`train.skip_steps`)."""

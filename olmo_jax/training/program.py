@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax._src import compilation_cache  # in public it cannot be read
 from jax.sharding import Mesh
 
+from olmo_jax import files
 from olmo_jax.config.costs import GIB
 from olmo_jax.config.options import ConfigError
+from olmo_jax.files import brief
 from olmo_jax.parallel import xla_flags
 from olmo_jax.parallel.processes import say
 from olmo_jax.records import writer
@@ -24,6 +27,42 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all",
     "collective-permute",
 )  # fmt: skip
+
+
+KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
+_read_compiled = compilation_cache.get_executable_and_time
+
+
+def keep_compiled(name: str) -> None:
+    """Keep compiled programs in a folder, where that can be written, for the starts that follow."""
+    try:
+        folder = files.path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:  # slower starts are no reason to end a run
+        reason = getattr(error, "strerror", None) or error
+        say(f"compute.compilation_cache: cannot write {brief(name)}: {reason}")
+        return
+    say(f"compilation cache: {folder}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_S)
+    compilation_cache.get_executable_and_time = _compiled
+
+
+def _compiled(key: str, *arguments: Any) -> Any:
+    """JAX's own function, but an entry that a kill tore is removed.
+
+    JAX warns of it at every start, and never writes it anew.
+    """
+    try:
+        return _read_compiled(key, *arguments)
+    except OSError:  # of the disk
+        raise
+    except Exception as error:
+        entry = files.path(jax.config.jax_compilation_cache_dir) / f"{key}-cache"  # type: ignore
+        entry.unlink(missing_ok=True)
+        why = brief(str(error) or type(error).__name__)
+        say(f"compute.compilation_cache: removed {entry.name}, which is damaged ({why})")
+        return None, None
 
 
 class CompiledUpdate:

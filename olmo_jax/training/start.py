@@ -1,29 +1,48 @@
-"""Where a run starts: what depends on the machine, on its last checkpoint, or on another run's."""
+"""How a run starts: a config, what the machine, its last checkpoint or another run's add to it, and
+the parts of the loop that it takes.
+"""
 
+import contextlib
 import dataclasses
+import functools
 import json
+import time
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import compilation_cache  # in public it cannot be read
 from jax.sharding import Mesh
 
-from olmo_jax import files
-from olmo_jax.checkpoints import storage
-from olmo_jax.checkpoints.formats import native
+import olmo_jax
+from olmo_jax import cli, files
+from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config import changes
-from olmo_jax.config.model import LANES
+from olmo_jax.config.data import batch_stages
+from olmo_jax.config.model import LANES, ModelConfig
 from olmo_jax.config.options import ConfigError
+from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
+from olmo_jax.config.schedule_problems import optimizer_problems
 from olmo_jax.config.text import to_dict
+from olmo_jax.config.training import LogConfig, OptimConfig
+from olmo_jax.data.loader import Loader
+from olmo_jax.data.open import open_source
+from olmo_jax.data.schedule import BatchSchedule
 from olmo_jax.data.source import Position, Source
 from olmo_jax.kernels import attention
-from olmo_jax.parallel import processes, sharding
+from olmo_jax.nn.transformer import Transformer
+from olmo_jax.parallel import distributed, processes, sharding
 from olmo_jax.parallel.processes import say
-from olmo_jax.records import jsonl
+from olmo_jax.records import jsonl, speed, writer
+from olmo_jax.records.tensorboard import TensorBoard
+from olmo_jax.records.wandb import Wandb
+from olmo_jax.training import loop, losses, optim, profiler, program
+from olmo_jax.training.keeping import FellBack, Keeper, Stopped
 from olmo_jax.training.optim import ROUTER_BIAS
-from olmo_jax.training.origin import Origin
+from olmo_jax.training.origin import Origin, find_origin, kept
+from olmo_jax.training.pacing import Pacing
 from olmo_jax.training.state import (
     TrainState,
     abstract_state,
@@ -32,63 +51,232 @@ from olmo_jax.training.state import (
     replicated,
 )
 
-KEPT_FROM_S = 0.5  # a program that is compiled in less is not worth a file
-# Files that are a tokenizer; others say how it is used.
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
-_read_compiled = compilation_cache.get_executable_and_time
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    code: int  # for the command's exit
+    state: TrainState | None = None  # after the last step; None: there was nothing to do, or a stop
+    scores: Mapping[str, float] = types.MappingProxyType({})  # of all evaluators, at the end
+    saved: Any = None  # the folder of the last checkpoint
+    model: Transformer | None = None  # as it was computed
+
+
+def train(
+    config: Config,
+    preemption: processes.Preemption,
+    make_evaluators: Callable[[Config, Mesh], Sequence[loop.Evaluator]],
+    needs_end: bool = False,
+) -> Outcome:
+    """Run a config to its end, from wherever it was left.
+
+    A run that falls back to an older checkpoint starts once more.
+
+    Args:
+      config: of the run, validated.
+      preemption: hears signals, which end the run after a save.
+      make_evaluators: what scores the model between steps and at the end.
+      needs_end: the last state and all its scores are needed, though they may be on disk already.
+
+    Raises:
+      ConfigError, ValueError, OSError: with one line for the user; nothing is overwritten.
+    """
+    while True:
+        try:
+            return _train(config, preemption, make_evaluators, needs_end)
+        except FellBack as error:
+            line = str(error)
+        say(line)  # not in there: the error holds the old state
+
+
+def _train(
+    config: Config,
+    preemption: processes.Preemption,
+    make_evaluators: Callable[[Config, Mesh], Sequence[loop.Evaluator]],
+    needs_end: bool,
+) -> Outcome:
+    with contextlib.ExitStack() as stack:
+        config = resolve(config)
+        mesh = sharding.make_mesh(config.mesh)
+        shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+        kind = jax.devices()[0].device_kind
+        say(f"devices: {jax.device_count()} {kind} ({shape or 'no axis used'})")
+        config = with_attention(config, mesh)
+        program.check_flags(config.compute.xla_flags, mesh)
+        config = with_loss_ranks(config, mesh)
+        checkpointer = Checkpointer(config.checkpoint, config.run_dir)
+        stack.callback(_wait_for_save, checkpointer)
+        origin = find_origin(config.checkpoint, config.model, checkpointer)
+        first = first_step(origin, to_dict(config), config.checkpoint.allow_changes)
+        is_resume = origin is not None and origin.is_resume
+        checkpointer.refuse_foreign(first if first or is_resume else -1)
+        data = open_source(config.data, config.model.vocab_size)
+        schedule = BatchSchedule(data, batch_stages(config.data), position(origin, data), first)
+        pacing = Pacing(config.train, config.optim, schedule)
+        if problems := optimizer_problems(config.optim, pacing.schedule_end):
+            raise ConfigError(problems)
+        loader = Loader(
+            schedule,
+            lambda n: sharding.local_rows(mesh, n),
+            config.data.n_threads,
+            config.data.prefetch,
+        )
+        evaluators = make_evaluators(config, mesh)
+        rows = table(config.model)
+        say(
+            optim.describe_groups(
+                config.optim, abstract_state(config.model, config.optim, mesh).params, rows
+            )
+        )
+        is_done = first >= pacing.last
+        if is_done and not is_resume:
+            end = f"config.train.duration={config.train.duration} ends at step {pacing.last}"
+            place = f"checkpoint.load_path with load_position=True starts after step {first}"
+            raise ConfigError([f"{end}, but {place}"])
+        if is_done:
+            say(f"done already: step {first:,} of {pacing.last:,}; a larger train.duration goes on,"
+                " other changes have no effect")  # fmt: skip
+            lacks_end = config.eval.paths and config.eval.at_finish
+            if not needs_end and not (lacks_end and lacks_eval(config.run_dir, first)):
+                return Outcome(0)
+        loading = time.perf_counter()
+        state = initial_state(config.model, config.optim, config.train.seed, mesh, origin, first)
+        loading = time.perf_counter() - loading
+
+        trace = profiler.Profiler(config.profile.steps, first, pacing.last)
+
+        # From here on things are written.
+        if origin is None:
+            say(f"new run in {config.run_dir}")
+        if not is_resume:
+            set_aside = processes.from_process_0(lambda: jsonl.set_aside(config.run_dir))
+            if set_aside:
+                say(f"no checkpoint in {config.run_dir}, but records: kept as {set_aside}")
+        if not is_done:
+            write_config(config)
+        watchdog = stack.enter_context(distributed.Watchdog(config.train.step_timeout_s))
+        log = _records(config, schedule, is_resume, pacing.last)
+        stack.callback(log.close)
+        if origin is not None:
+            log.write(first + 1, {"checkpoint/load_duration_s": loading})
+        extra = kept(origin, config.data.tokenizer)
+        keeper = Keeper(
+            checkpointer, log, watchdog,
+            lambda position, at: extra.meta | checkpoint_meta(config, data, position, at),
+            extra.carried, config.train.max_nonfinite_steps, config.checkpoint.async_save,
+        )  # fmt: skip
+        if origin is not None and is_resume:
+            keeper.last_finite = origin.meta.get("last_finite_step")
+        run = loop.Run(
+            model=Transformer(config.model, config.compute),
+            objective=losses.next_token(config.model, config.compute, config.train),
+            train=config.train,
+            optim=config.optim,
+            eval=config.eval,
+            options=config.log,
+            xla_flags=config.compute.xla_flags,
+            mesh=mesh,
+            log=log,
+            keeper=keeper,
+            evaluators=evaluators,
+            loader=loader,
+            began=schedule.start,
+            pacing=pacing,
+            preemption=preemption,
+            watchdog=watchdog,
+            trace=trace,
+            scores_start=loop.due_eval(config.eval, first) and lacks_eval(config.run_dir, first),
+            scores_end=config.eval.at_finish or needs_end,
+        )
+        try:
+            if not is_done:
+                n_rows = f"{data.n_rows:,} rows"
+                say(f"training steps {first + 1:,} to {pacing.last:,} on {n_rows}")
+                with trace:
+                    state = run.steps(state, first)
+            watchdog.beat("the end of the run")
+            # Others than the run's devices may compute with it.
+            compute = dataclasses.replace(config.compute, attention="auto")
+            model = Transformer(config.model, compute)
+            return Outcome(0, state, *run.finish(state), model)
+        except Stopped as stopped:
+            checkpointer.finish()
+            log.close()  # which also clears the progress bar
+            say(f"stopped: saved step {stopped.step}; the same command goes on from there")
+            return Outcome(cli.PREEMPTED)
+
+
+def _records(config: Config, schedule: BatchSchedule, is_resume: bool, last: int) -> writer.Writer:
+    kind = jax.devices()[0].device_kind
+    peak = speed.peak_flops(config.log.device_peak_flops, config.compute.dtype, kind)
+    return writer.Writer(
+        files.path(config.run_dir),
+        config.log.interval,
+        speed.Speed(config.model, config.data.seq_len, peak, jax.device_count()),
+        _sinks(config.log, config.name, to_dict(config)),
+        start_step=schedule.first,
+        start_tokens=schedule.start.tokens,
+        is_resume=is_resume,
+        total_steps=last,
+        process_index=jax.process_index(),
+    )
+
+
+def _sinks(options: LogConfig, name: str, config: Mapping[str, Any]) -> list[writer.MakeSink]:
+    """The servers and files beside `metrics.jsonl` that are told what a run tells."""
+    sinks: list[writer.MakeSink] = []
+    if options.wandb:
+        about = {"project": options.wandb_project, "name": name, "config": config}
+        sinks.append(functools.partial(Wandb, about))
+    if options.tensorboard:
+        sinks.append(lambda folder, step, _: TensorBoard(folder / "tensorboard", step))
+    return sinks
+
+
+def checkpoint_meta(config: Config, data: Source, position: Position, at: int) -> dict[str, Any]:
+    """What a checkpoint of this run says beside its arrays.
+
+    Args:
+      config: the run's.
+      data: its source.
+      position: in the data.
+      at: the step, at which the records end: who resumes cuts them there.
+    """
+    return {
+        "model": to_dict(config.model),
+        "config": to_dict(config),
+        "position": dataclasses.asdict(position),
+        "metrics_position": at,
+        "fingerprint": data.fingerprint,
+        "versions": {"olmo_jax": olmo_jax.__version__, "jax": jax.__version__},
+    }
+
+
+def _wait_for_save(checkpointer: Checkpointer) -> None:
+    """After an error too a save under way is worth having; for several see `distributed.leave`."""
+    if jax.process_count() == 1:
+        with contextlib.suppress(OSError):
+            checkpointer.finish()
+
+
+# --- what the machine adds ------------------------------------------------------------------------
 
 
 def resolve(config: Config) -> Config:
     """The config with what depends on this machine filled in: fp32 on a CPU."""
     if config.compute.compilation_cache is not None:
-        _keep_compiled(config.compute.compilation_cache)
+        program.keep_compiled(config.compute.compilation_cache)
     if jax.default_backend() == "cpu" and config.compute.dtype != "float32":
         say("compute.dtype: float32 on a CPU, where bfloat16 is far slower")
-        config = _replace(config, "compute", dtype="float32")
+        config = config.changed("compute", dtype="float32")
     tokenizer = config.data.tokenizer
     if tokenizer is not None and not files.path(tokenizer).exists():
         raise FileNotFoundError(f"config.data.tokenizer: no such file: {tokenizer}")
     return config
 
 
-def _keep_compiled(name: str) -> None:
-    try:
-        folder = files.path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, ImportError) as error:  # slower starts are no reason to end a run
-        reason = getattr(error, "strerror", None) or error
-        say(f"compute.compilation_cache: cannot write {files.brief(name)}: {reason}")
-        return
-    say(f"compilation cache: {folder}")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", KEPT_FROM_S)
-    compilation_cache.get_executable_and_time = _compiled
-
-
-def _compiled(key: str, *arguments: Any) -> Any:
-    """JAX's own function, but an entry that a kill tore is removed.
-
-    JAX warns of it at every start, and never writes it anew.
-    """
-    try:
-        return _read_compiled(key, *arguments)
-    except OSError:  # of the disk
-        raise
-    except Exception as error:
-        entry = files.path(jax.config.jax_compilation_cache_dir) / f"{key}-cache"  # type: ignore
-        entry.unlink(missing_ok=True)
-        why = storage.cause(error)
-        say(f"compute.compilation_cache: removed {entry.name}, which is damaged ({why})")
-        return None, None
-
-
-def _replace(config: Config, part: str, **changes: Any) -> Config:
-    changed = dataclasses.replace(getattr(config, part), **changes)
-    return dataclasses.replace(config, **{part: changed})
-
-
-def check_attention(config: Config, mesh: Mesh) -> None:
-    """Say what attention computes with on these devices.
+def with_attention(config: Config, mesh: Mesh) -> Config:
+    """The config with what attention computes with on these devices in the place of "auto".
 
     Raises:
       ConfigError: if they cannot compute it so.
@@ -112,15 +300,24 @@ def check_attention(config: Config, mesh: Mesh) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    return config.changed("compute", attention=impl)
 
 
-def first_step(config: Config, origin: Origin | None) -> int:
-    """Finished steps; says where they come from and what changed."""
+def first_step(origin: Origin | None, config: Mapping[str, Any], allow: Collection[str]) -> int:
+    """Finished steps; says where they come from and what changed.
+
+    Args:
+      origin: where the run starts from.
+      config: the run's, as dicts.
+      allow: `checkpoint.allow_changes`.
+    Raises:
+      ValueError: if something changed that may not.
+    """
     if origin is None:
         return 0
     say(origin.line)
-    found = changes.between(origin.meta["config"], to_dict(config))
-    changes.refuse(found, config.checkpoint.allow_changes, origin.parts)
+    found = changes.between(origin.meta["config"], config)
+    changes.refuse(found, allow, origin.parts)
     if "step" not in origin.parts:
         return 0
     shown = [c for c in found if c.key not in changes.RECORDS]
@@ -149,20 +346,22 @@ def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
     ranks = sharding.data_parallel_ways(mesh)
     say(f"train.loss_ranks: {ranks}, the data-parallel ways of this mesh; set it to keep the loss"
         " the same on another")  # fmt: skip
-    return _replace(config, "train", loss_ranks=ranks)
+    return config.changed("train", loss_ranks=ranks)
 
 
-def initial_state(config: Config, mesh: Mesh, origin: Origin | None, first: int) -> TrainState:
+def initial_state(
+    m: ModelConfig, o: OptimConfig, seed: int, mesh: Mesh, origin: Origin | None, first: int
+) -> TrainState:
     """The state after `first` steps: fresh, or with the parts that the origin gives."""
     if origin is None:
-        return init_state(config.model, config.optim, mesh, config.train.seed)
+        return init_state(m, o, mesh, seed)
     new = ()
-    if config.model.router_bias_gamma is not None and not _has_biases(origin):
+    if m.router_bias_gamma is not None and not _has_biases(origin):
         say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
         new = (ROUTER_BIAS,)
-    loaded = origin.load(abstract_state(config.model, config.optim, mesh), new)
+    loaded = origin.load(abstract_state(m, o, mesh), new)
     if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
-        loaded["opt_state"] = init_opt_state(config.model, config.optim, mesh, loaded["params"])
+        loaded["opt_state"] = init_opt_state(m, o, mesh, loaded["params"])
     if "step" not in loaded:
         loaded["step"] = replicated(mesh, np.int32(first))
     return TrainState(**loaded)
@@ -170,51 +369,6 @@ def initial_state(config: Config, mesh: Mesh, origin: Origin | None, first: int)
 
 def _has_biases(origin: Origin) -> bool:
     return origin.meta["model"].get("router_bias_gamma") is not None
-
-
-class Kept(NamedTuple):
-    """What all checkpoints of a run hold beside its state; in processes but 0, that is nothing."""
-
-    meta: dict[str, Any]  # added to what `checkpoint.meta` gives
-    carried: dict[str, bytes]  # files by name
-
-
-def kept(config: Config, origin: Origin | None) -> Kept:
-    """Special tokens and files of the checkpoint that a run starts from, and `data.tokenizer`.
-
-    Where these are two tokenizers, nothing that belongs to the first is kept. `data.eos_id` is
-    where documents end, and replaces no special token.
-
-    Raises:
-      ValueError, OSError: if a file is damaged, or cannot be read.
-    """
-    meta: dict[str, Any] = {}
-    carried: dict[str, bytes] = {}
-
-    def read() -> None:
-        if origin is not None:
-            said = origin.meta
-            ids = native.token_ids(said)
-            # Where nothing is said, a run that goes on may know better by now.
-            follows = origin.is_resume or ids.get("eos_token_id") is None
-            if "token_ids" in said or not follows:
-                meta["token_ids"] = ids
-            carried.update(origin.carried())
-        if config.data.tokenizer is None:
-            return
-        path = files.path(config.data.tokenizer)
-        name = f"tokenizer{'.model' if path.suffix == '.model' else '.json'}"
-        own = path.read_bytes()
-        if origin is not None and carried.keys() & VOCABULARIES and carried.get(name) != own:
-            gone = ", ".join(sorted(carried))
-            say(f"data.tokenizer: not the one of {origin.place}, so its special tokens and files"
-                f" are not kept: {gone}")  # fmt: skip
-            carried.clear()
-            meta.clear()
-        carried[name] = own
-
-    processes.from_process_0(read)
-    return Kept(meta, carried)
 
 
 def write_config(config: Config) -> None:
@@ -254,16 +408,11 @@ def _is_a_runs_config(path: files.Path) -> bool:
     return found.keys() >= {"model", "optim", "checkpoint"}
 
 
-def is_complete(config: Config, last: int) -> bool:
-    """Whether a run that has trained its last step has its last evaluation too."""
-    return not (config.eval.paths and config.eval.at_finish and lacks_eval(config, last))
-
-
-def lacks_eval(config: Config, step: int) -> bool:
+def lacks_eval(run_dir: str, step: int) -> bool:
     """Whether a run was stopped between the checkpoint of a step and its evaluation."""
 
     def read() -> bool:
-        folder = files.path(config.run_dir)
+        folder = files.path(run_dir)
         names = jsonl.read(folder).get(step, {}) if (folder / jsonl.NAME).exists() else {}
         is_recorded = step == 0 or any(name.startswith("train/") for name in names)
         return is_recorded and not any(name.startswith("eval/") for name in names)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from small_state import abstract, bits, state
 from olmo_jax import files
 from olmo_jax.checkpoints import checkpointer, layout, storage
 from olmo_jax.checkpoints.checkpointer import Checkpointer
-from olmo_jax.checkpoints.checkpointer import meta as checkpoint_meta
 from olmo_jax.config.run import Config, from_dict
 from olmo_jax.config.text import to_dict
+from olmo_jax.data.source import Position
+from olmo_jax.training import start
 from olmo_jax.training.origin import find_origin
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,15 +46,25 @@ def config(folder, **options) -> Config:
     return from_dict({"dir": str(folder), "checkpoint": options})
 
 
+def meta_of(cfg, position, at):
+    data = types.SimpleNamespace(fingerprint="abc")
+    return start.checkpoint_meta(cfg, data, position, at)
+
+
+def of(cfg: Config):
+    """What a Checkpointer takes of a config."""
+    return cfg.checkpoint, cfg.run_dir
+
+
 def run_to(folder, n_steps: int, **options) -> Checkpointer:
     """Save as a run of `n_steps`, whose losses are all finite, would."""
     cfg = config(folder, **options)
-    checkpointer = Checkpointer(cfg)
+    checkpointer = Checkpointer(cfg.checkpoint, cfg.run_dir)
     for step in range(n_steps + 1):
         checkpointer.finite_step = step or None
         kind = checkpointer.due(step)
         if kind:
-            meta = checkpoint_meta(cfg, {"row": step}, step) | {"step": step}
+            meta = meta_of(cfg, Position(1, step, 0), step) | {"step": step}
             checkpointer.save(step, train_state(step), meta, kind)
     checkpointer.finish()
     return checkpointer
@@ -73,7 +85,7 @@ def test_permanent_ephemeral_and_fixed_steps(tmp_path, async_save):
     kept = {0: "permanent", 4: "permanent", 5: "fixed", 8: "permanent", 10: "ephemeral"}
     assert on_disk(tmp_path) == kept == run.kinds
     assert run.latest() == 10
-    assert Checkpointer(config(tmp_path)).kinds == kept
+    assert Checkpointer(*of(config(tmp_path))).kinds == kept
     assert sorted(os.listdir(tmp_path / "checkpoints")) == sorted(f"step{n}" for n in kept)
 
 
@@ -92,7 +104,7 @@ def test_a_complete_step_is_never_saved_again_but_may_become_permanent(tmp_path)
     assert not run.save(2, train_state(99), {}, "ephemeral")
     assert not run.save(2, train_state(99), {}, "permanent")
     assert on_disk(tmp_path) == {0: "permanent", 2: "permanent"}
-    assert layout.read_meta(run.folder_of(2))["position"] == {"row": 2}
+    assert layout.read_meta(run.folder_of(2))["position"]["row"] == 2
     back = storage.restore(run.folder_of(2), abstract(train_state(2)))
     assert bits(back) == bits(train_state(2))
 
@@ -122,40 +134,40 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_complete_and_confirmed(
 
 def test_a_step_without_a_finite_loss_confirms_nothing_and_what_came_before_is_known(tmp_path):
     run_to(tmp_path, 8, interval=4, keep=1)
-    run = Checkpointer(config(tmp_path, keep=1))
+    run = Checkpointer(*of(config(tmp_path, keep=1)))
     assert (run.kinds, run.confirmed()) == ({4: "permanent", 8: "permanent"}, 4)
     for step in (9, 10):  # signals
         run.save(step, train_state(step), {}, "ephemeral")
         run.finish()
         assert run.confirmed() == 4
-        run = Checkpointer(config(tmp_path, keep=1))
+        run = Checkpointer(*of(config(tmp_path, keep=1)))
     assert on_disk(tmp_path) == {4: "permanent", 8: "permanent", 9: "ephemeral", 10: "ephemeral"}
     run.finite_step = 11
     assert run.confirmed() == 10
     run.save(11, train_state(11), {}, "permanent")
     run.finish()
     assert on_disk(tmp_path) == run.kinds == {10: "ephemeral", 11: "permanent"}
-    assert Checkpointer(config(tmp_path)).confirmed() == 10
+    assert Checkpointer(*of(config(tmp_path))).confirmed() == 10
 
 
 def test_a_fall_back_renames_what_no_finite_loss_has_confirmed_once(tmp_path):
     run_to(tmp_path, 8, interval=4)
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(checkpoints / "step8", checkpoints / "step8.nonfinite")  # of a time before
-    run = Checkpointer(config(tmp_path))
+    run = Checkpointer(*of(config(tmp_path)))
     run.save(9, train_state(9), {"step": 9})
     assert run.fall_back() == ["step9.nonfinite", "step8.nonfinite2"]
     assert (run.latest(), run.confirmed()) == (4, 4)
     assert on_disk(tmp_path) == run.kinds == {0: "permanent", 4: "permanent"}
     assert layout.read_meta(files.path(checkpoints / "step8.nonfinite2"))["position"]
-    assert run.fall_back() == Checkpointer(config(tmp_path)).fall_back() == []
+    assert run.fall_back() == Checkpointer(*of(config(tmp_path))).fall_back() == []
     layout.mark(run.folder_of(0), confirmed=False)  # as older versions left all of them
     layout.mark(run.folder_of(4), confirmed=False)
-    assert Checkpointer(config(tmp_path)).fall_back() == []
+    assert Checkpointer(*of(config(tmp_path))).fall_back() == []
 
 
 def test_what_is_postponed_is_due_until_it_is_saved(tmp_path):
-    run = Checkpointer(config(tmp_path, interval=4, ephemeral_interval=1, fixed_steps=(5,)))
+    run = Checkpointer(*of(config(tmp_path, interval=4, ephemeral_interval=1, fixed_steps=(5,))))
     assert [run.due(step) for step in (3, 4)] == ["ephemeral", "permanent"]
     assert run.postpone("permanent")
     assert [run.due(step) for step in (5, 6)] == ["fixed", "permanent"]
@@ -167,13 +179,13 @@ def test_what_is_postponed_is_due_until_it_is_saved(tmp_path):
 
 def test_the_files_of_a_checkpoint_say_all_that_a_run_needs(tmp_path):
     cfg = config(tmp_path)
-    meta = checkpointer.meta(cfg, {"epoch": 1, "row": 3, "tokens": 12}, {"line": 7}, "abc")
-    run = Checkpointer(cfg)
+    meta = meta_of(cfg, Position(1, 3, 12), 7)
+    run = Checkpointer(cfg.checkpoint, cfg.run_dir)
     run.save(3, train_state(3), meta, files={"tokenizer.json": b'{"version": "1.0"}'})
     run.finish()
     found = layout.read_meta(run.folder_of(3))
     assert found["position"] == {"epoch": 1, "row": 3, "tokens": 12}
-    assert found["metrics_position"] == {"line": 7}
+    assert found["metrics_position"] == 7
     assert found["fingerprint"] == "abc"
     assert found["config"] == to_dict(cfg)
     assert found["model"] == to_dict(cfg.model)
@@ -184,7 +196,7 @@ def test_the_files_of_a_checkpoint_say_all_that_a_run_needs(tmp_path):
 def test_a_damaged_marker_of_an_old_checkpoint_does_not_stop_a_run(tmp_path):
     run_to(tmp_path, 12, interval=4)
     (tmp_path / "checkpoints/step4" / layout.MARKER).write_text("{")
-    run = Checkpointer(config(tmp_path, interval=4, keep=1))
+    run = Checkpointer(*of(config(tmp_path, interval=4, keep=1)))
     assert run.kinds == {0: "permanent", 4: "damaged", 8: "permanent", 12: "permanent"}
     run.finite_step = 16
     run.save(16, train_state(16), {}, "permanent")
@@ -193,7 +205,7 @@ def test_a_damaged_marker_of_an_old_checkpoint_does_not_stop_a_run(tmp_path):
     assert left == ["step12", "step16", "step4"]  # kept, to look at
     (tmp_path / "checkpoints/step16" / layout.MARKER).write_text("{")
     with pytest.raises(ValueError, match=r"step16/commit_success.txt is damaged"):
-        Checkpointer(config(tmp_path))
+        Checkpointer(*of(config(tmp_path)))
 
 
 def test_a_missing_file_of_a_checkpoint_is_named(tmp_path):
@@ -226,7 +238,7 @@ def test_what_others_put_there_is_left_alone_or_refuses_the_run(tmp_path):
         (checkpoints / f"step{step + 2}" / "model_and_optim").mkdir(parents=True)
     (checkpoints / "step6").write_text("a file")
     (checkpoints / "step7").symlink_to(mine)
-    run = Checkpointer(config(tmp_path))
+    run = Checkpointer(*of(config(tmp_path)))
     with pytest.raises(ValueError) as caught:
         run.refuse_foreign(run.latest())
     assert str(caught.value) == (
@@ -298,7 +310,7 @@ def test_a_failed_save_deletes_nothing_and_can_be_repeated(tmp_path, monkeypatch
         with pytest.raises(OSError, match="step8 was not saved"):
             run_to(tmp_path, 8, interval=4, keep=1, step0=False)
     assert on_disk(tmp_path) == {4: "permanent"}
-    run = Checkpointer(config(tmp_path, keep=1))
+    run = Checkpointer(*of(config(tmp_path, keep=1)))
     assert run.latest() == 4
     back = storage.restore(run.folder_of(4), abstract(train_state(4)))
     assert bits(back) == bits(train_state(4))
@@ -312,7 +324,7 @@ def test_finish_waits_for_the_last_save(tmp_path, monkeypatch):
     monkeypatch.setattr(
         storage.Writer, "write", lambda self, *args: (go.wait(5), write(self, *args))
     )
-    run = Checkpointer(config(tmp_path))
+    run = Checkpointer(*of(config(tmp_path)))
     start = time.perf_counter()
     run.save(7, train_state(7), {})
     assert time.perf_counter() - start < 2
@@ -346,7 +358,7 @@ def test_kill_during_a_save_resumes_from_the_one_before_and_its_rest_is_cleared(
         assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "step8").exists()
     cfg = config(tmp_path, keep=1)
-    run = Checkpointer(cfg)
+    run = Checkpointer(cfg.checkpoint, cfg.run_dir)
     source = find_origin(cfg.checkpoint, cfg.model, run)
     assert (run.latest(), source.place.name) == (4, "step4")
     assert bits(source.load(abstract(train_state(4)))) == bits(train_state(4))
@@ -377,12 +389,12 @@ def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=rf"^config\.dir: {copy} is the checkpoint of step 4 under"
     ):
-        Checkpointer(config(tmp_path))
+        Checkpointer(*of(config(tmp_path)))
 
 
 def source_of(folder, **options):
     cfg = config(folder, **options)
-    return find_origin(cfg.checkpoint, cfg.model, Checkpointer(cfg))
+    return find_origin(cfg.checkpoint, cfg.model, Checkpointer(cfg.checkpoint, cfg.run_dir))
 
 
 def test_a_fresh_run_starts_from_nothing_and_its_own_checkpoint_is_resumed(tmp_path):
@@ -394,7 +406,7 @@ def test_a_fresh_run_starts_from_nothing_and_its_own_checkpoint_is_resumed(tmp_p
     assert source.line == (
         f"resuming after step 8: this run's own newest checkpoint is {tmp_path}/checkpoints/step8"
     )
-    assert source.meta["position"] == {"row": 8}
+    assert source.meta["position"]["row"] == 8
     assert bits(source.load(abstract(train_state(8)))) == bits(train_state(8))
 
 

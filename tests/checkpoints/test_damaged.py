@@ -34,6 +34,7 @@ from olmo_jax.checkpoints import (
 from olmo_jax.checkpoints.formats import open
 from olmo_jax.config.data import FixedLength
 from olmo_jax.config.run import Config
+from olmo_jax.config.text import to_dict
 from olmo_jax.data.fixed_length import FixedLengthSource
 from olmo_jax.training import start
 from olmo_jax.training.origin import Origin
@@ -195,7 +196,7 @@ def use(folder: pathlib.Path) -> None:
         data = FixedLength(seq_len=32, eos_id=2)
         config = Config(model=source.model, data=data, dir=str(folder / "none"))
         source = Origin(files.path(folder), ("step", "params"), True, "")
-        start.first_step(config, source)
+        start.first_step(source, to_dict(config), ())
         rows = types.SimpleNamespace(lengths=np.array([6400]), paths=["a"], dtype=np.dtype("u1"))
         start.position(source, FixedLengthSource(rows, data, 256))
 

@@ -22,7 +22,7 @@ from olmo_jax.config import typed
 from olmo_jax.config.run import validate
 from olmo_jax.parallel import processes
 from olmo_jax.records import plot
-from olmo_jax.training import start
+from olmo_jax.training import program
 
 PLAIN = [f"--config={runs.CONFIG}", "--config.data.paths=x.npy"]
 
@@ -185,7 +185,7 @@ def test_without_a_home_folder_a_path_there_is_refused_and_the_cache_is_not_kept
     assert refused("--config=~/x.py") == [f"--config=~/x.py: {need}"]
     with pytest.raises(ValueError, match=f"^~/x: {need}"):
         files.path("~/x")
-    start._keep_compiled(configured().compute.compilation_cache)
+    program.keep_compiled(configured().compute.compilation_cache)
     assert capsys.readouterr().out.startswith("compute.compilation_cache: cannot write ~/.cache/")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert plan.main([f"--config={runs.CONFIG}", "--topology=v5p:4x4x8"]) == 2

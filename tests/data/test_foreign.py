@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from olmo_jax.checkpoints import checkpointer
-from olmo_jax.checkpoints.formats import open
+from olmo_jax.checkpoints.formats import native, open
 
 TAKEN = "taken by: python -m olmo_jax.convert to_jax"
 HF = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
@@ -114,7 +113,7 @@ def test_a_folder_of_another_kind_is_named_with_what_takes_it(tmp_path, name):
     files, what = FOLDERS[name]
     make(tmp_path / name, files)
     with pytest.raises(ValueError) as caught:
-        checkpointer.find(str(tmp_path / name))
+        native.find(str(tmp_path / name))
     line = f"config.checkpoint.load_path: no complete checkpoint in {tmp_path / name}; it is "
     assert str(caught.value) == line + what.format(tmp_path / name)
 
@@ -124,7 +123,7 @@ def test_a_file_is_named_too(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     what = FILES[name].format(tmp_path / name)
     with pytest.raises(ValueError, match="no complete checkpoint in") as caught:
-        checkpointer.find(str(tmp_path / name))
+        native.find(str(tmp_path / name))
     assert str(caught.value).endswith(f"; it is {what}")
     with pytest.raises(ValueError, match="is no checkpoint that is known here") as caught:
         open.open_weights(str(tmp_path / name))
@@ -146,5 +145,5 @@ def test_the_converter_says_the_same_of_what_it_does_not_read(tmp_path, name):
 
 def test_what_is_not_there_is_named():
     with pytest.raises(ValueError) as caught:
-        checkpointer.find("runs/mine")
+        native.find("runs/mine")
     assert str(caught.value) == "config.checkpoint.load_path: runs/mine does not exist"

@@ -9,7 +9,7 @@ import runs
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.schedule import BatchSchedule
 from olmo_jax.data.source import Position, Rows, Take
-from olmo_jax.training import loop
+from olmo_jax.training import loop, start
 
 LENGTHS = (16, 32)  # of a batch of 128 tokens 8 rows and 4 rows, in turn
 N_BATCHES = 10  # of an epoch
@@ -78,7 +78,7 @@ def test_batches_of_two_lengths_come_in_turn_on_any_number_of_hosts():
 
 @pytest.mark.slow
 def test_the_loop_trains_on_two_lengths_and_resumes(tmp_path, monkeypatch, compiled):
-    monkeypatch.setattr(loop, "open_source", lambda data, vocab_size: TwoLengths())
+    monkeypatch.setattr(start, "open_source", lambda data, vocab_size: TwoLengths())
     losses = []
 
     def record(self, pending, real=loop.Run.record):

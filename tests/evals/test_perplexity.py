@@ -27,6 +27,10 @@ COMPUTE = config.ComputeConfig(dtype="float32", remat="none")
 TEXT = np.random.default_rng(0).integers(0, VOCAB, 203).astype(np.uint16)
 
 
+def evaluator_of(c, mesh):
+    return Evaluator(c.eval, c.data, c.model, c.compute, mesh)
+
+
 def cfg(**data) -> config.Config:
     data = {"seq_len": SEQ, "eos_id": EOS} | data
     return config.Config(model=MODEL, compute=COMPUTE, data=config.FixedLength(**data))
@@ -179,7 +183,7 @@ def test_documents_that_training_masks_are_scored_apart(tmp_path, mesh, model, p
             cfg(document_mask=mask),
             eval=config.EvalConfig(paths=(str(tmp_path / "text.npy"),), stride=8, batch_rows=2),
         )
-        stream = dataclasses.replace(Evaluator(c, mesh).streams["text"], eos_id=None)
+        stream = dataclasses.replace(evaluator_of(c, mesh).streams["text"], eos_id=None)
 
         def score_inner(params, batch):
             weights = batch["loss_weights"] * (batch["tokens"] != EOS)  # no first tokens
@@ -196,7 +200,7 @@ def test_files_are_scored_by_name_with_metrics_of_olmo_core(tmp_path, mesh, para
         text.astype(np.uint8).tofile(tmp_path / f"{name}.npy")
     options = config.EvalConfig(paths=("*.npy",), seq_len=SEQ, stride=8, batch_rows=2, max_rows=1)
     data = {"root": str(tmp_path), "tokenizer": str(tmp_path / "tokenizer.json")}
-    evaluator = Evaluator(dataclasses.replace(cfg(**data), eval=options), mesh)
+    evaluator = evaluator_of(dataclasses.replace(cfg(**data), eval=options), mesh)
     found = evaluator(params, Budget(None, lambda: None))
     assert list(found) == [
         f"eval/lm/{label}/{name}" for label in ("c4", "wiki") for name in ("CE loss", "PPL", "BPB")
@@ -221,7 +225,7 @@ def test_problems_are_named(tmp_path, mesh):
 
     def open_files(*names):
         paths = tuple(str(tmp_path / name) for name in names)
-        return Evaluator(dataclasses.replace(cfg(), eval=config.EvalConfig(paths=paths)), mesh)
+        return evaluator_of(dataclasses.replace(cfg(), eval=config.EvalConfig(paths=paths)), mesh)
 
     with pytest.raises(FileNotFoundError, match=r"config.eval.paths: .*nowhere.npy"):
         open_files("nowhere.npy")
@@ -238,7 +242,7 @@ def test_a_held_out_file_without_anything_to_score_is_refused_at_start(tmp_path,
 
     def open_files(*names, eos_id=None):
         paths = config.EvalConfig(paths=tuple(str(tmp_path / name) for name in names))
-        return Evaluator(
+        return evaluator_of(
             dataclasses.replace(cfg(eos_id=eos_id, document_mask=mask), eval=paths), mesh
         )
 
@@ -260,10 +264,10 @@ def test_held_out_files_of_another_type_are_refused_unless_they_are_to_be_read(t
     documents.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint16")
     paths = config.EvalConfig(paths=(str(tmp_path / "x.npy"),))
     with pytest.raises(ValueError, match=r"config\.eval\.paths: in .*x\.npy every second id is 0"):
-        Evaluator(dataclasses.replace(cfg(), eval=paths), mesh)
-    read = Evaluator(dataclasses.replace(cfg(check_dtype=False), eval=paths), mesh)
+        evaluator_of(dataclasses.replace(cfg(), eval=paths), mesh)
+    read = evaluator_of(dataclasses.replace(cfg(check_dtype=False), eval=paths), mesh)
     assert len(read.streams["x"].tokens) == 192
     documents.write_documents(tmp_path / "x.npy", [range(1, 97)], "uint8")
     np.arange(1, 96, dtype=np.uint8).tofile(tmp_path / "x.npy")
     with pytest.raises(ValueError, match=r"eval\.paths: .*x\.csv\.gz ends at token 96, but .* 95 "):
-        Evaluator(dataclasses.replace(cfg(), eval=paths), mesh)
+        evaluator_of(dataclasses.replace(cfg(), eval=paths), mesh)

@@ -227,7 +227,7 @@ def test_chunks_that_a_tpu_cannot_take_are_refused_at_start_and_told_in_a_dry_ru
         shape={"context": 8}, devices=np.array([AbstractDevice("TPU v5 lite", 1, "tpu")])
     )
     with pytest.raises(ConfigError) as refused:
-        start.check_attention(config, chips)
+        start.with_attention(config, chips)
     assert refused.value.problems == [
         "config.data.seq_len=1024 over 2 x mesh.context=16 is chunks of 64, on a TPU they are"
         " multiples of 128; use a multiple of 2048, a smaller mesh.context or"
@@ -235,5 +235,5 @@ def test_chunks_that_a_tpu_cannot_take_are_refused_at_start_and_told_in_a_dry_ru
     ]
     assert "16 of each row, 64 tokens; no multiple of 128" in describe.describe(config, 8, [])
     blocked = dataclasses.replace(config, compute=ComputeConfig(attention="blocked"))
-    start.check_attention(blocked, chips)
-    start.check_attention(config, make_mesh(config.mesh))  # a CPU takes any
+    start.with_attention(blocked, chips)
+    start.with_attention(config, make_mesh(config.mesh))  # a CPU takes any

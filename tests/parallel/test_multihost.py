@@ -92,9 +92,9 @@ def options(tmp_path_factory, compiled) -> list[str]:
 
 ONE_MESH_AFTER_THE_OTHER = """
 import dataclasses
-from olmo_jax.training import loop
+from olmo_jax.training import start
 from olmo_jax.config.model import MeshConfig
-run = loop.train
+run = start.train
 def stages(config, *parts):
     for stop, accumulate, mesh in {stages}:
         end = run(dataclasses.replace(
@@ -104,7 +104,7 @@ def stages(config, *parts):
         ), *parts)
         assert end.code == 0
     return end
-loop.train = stages
+start.train = stages
 """
 
 

@@ -160,7 +160,12 @@ def test_rows_travel_to_experts_and_not_the_room_that_these_have():
 def test_room_for_rows_of_experts_is_what_can_come(ways, router, buffer, room):
     model = config.ModelConfig(n_experts=64, n_experts_per_token=8, router=router)
     run = config.Config(model=model, compute=config.ComputeConfig(expert_buffer=buffer))
-    assert analytic._room(analytic.work_of(run), {"expert": ways}) == room
+    assert (
+        analytic._room(
+            analytic.Work.of(run.model, run.compute, run.mesh, run.data), {"expert": ways}
+        )
+        == room
+    )
 
 
 def test_a_collective_on_another_core_is_found():

@@ -13,9 +13,11 @@ import pytest
 
 from olmo_jax.config import costs
 from olmo_jax.config.run import from_dict
+from olmo_jax.config.text import to_dict
 from olmo_jax.records import jsonl, speed, tensorboard
 from olmo_jax.records.speed import Speed
 from olmo_jax.records.writer import Writer
+from olmo_jax.training import start
 
 MODEL = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "d_ff": 128}
 BATCH = 512  # tokens
@@ -46,14 +48,16 @@ def config(**log):
 def writer(
     folder, start_step=0, cfg=None, total_steps=20, n_devices=1, kind="TPU v4", process=0, **more
 ):
+    cfg = cfg or config(tensorboard=False)
+    peak = speed.peak_flops(cfg.log.device_peak_flops, "bfloat16", kind)
     return Writer(
-        cfg or config(tensorboard=False),
         folder,
+        cfg.log.interval,
+        Speed(cfg.model, cfg.data.seq_len, peak, n_devices),
+        start._sinks(cfg.log, cfg.name, to_dict(cfg)),
         start_step=start_step,
         start_tokens=start_step * BATCH,
         total_steps=total_steps,
-        n_devices=n_devices,
-        device_kind=kind,
         process_index=process,
         **more,
     )
@@ -228,13 +232,12 @@ def test_a_step_with_another_batch_size_compiles_and_has_no_speed(tmp_path, cloc
     ],
 )
 def test_mfu_needs_a_known_peak(kind, compute, peak, shown, clock):
-    cfg = from_dict(
-        {"model": MODEL, "compute": {"dtype": compute}, "log": {"device_peak_flops": peak}}
-    )
-    speed = Speed(cfg, 1, kind)
-    speed.step(BATCH, BATCH, 0.0)
+    cfg = from_dict({"model": MODEL})
+    found = speed.peak_flops(peak, compute, kind)
+    timer = Speed(cfg.model, cfg.data.seq_len, found, 1)
+    timer.step(BATCH, BATCH, 0.0)
     clock.sleep(1.0)
-    values = speed.step(2 * BATCH, BATCH, 0.0)
+    values = timer.step(2 * BATCH, BATCH, 0.0)
     mfu = values.get("throughput/device/MFU")
     rate = costs.flops_per_token(cfg.model, cfg.data.seq_len) * BATCH
     assert mfu == (None if shown is None else pytest.approx(100 * rate / shown))

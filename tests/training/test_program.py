@@ -20,7 +20,7 @@ from olmo_jax.config.model import ComputeConfig, mesh_shape
 from olmo_jax.parallel import sharding
 from olmo_jax.pods import hlo
 from olmo_jax.pods.compiled import lower
-from olmo_jax.training import pacing, program, start
+from olmo_jax.training import pacing, program
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_second_start_finds_its_program_in_the_default_cache(
     bare, tmp_path, no_cache, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(start, "KEPT_FROM_S", 0.0)  # a fast machine compiles it in less
+    monkeypatch.setattr(program, "KEPT_FROM_S", 0.0)  # a fast machine compiles it in less
     options = [*bare[:-1], "train.duration=3", "optim.beta1=0.89"]  # nobody else's program
     for hits in (0, 1):
         result = runs.run(*options, f"dir={tmp_path / str(hits)}")
@@ -70,7 +70,7 @@ def test_the_second_start_finds_its_program_in_the_default_cache(
     "damage", [lambda data: data[:-9], lambda data: b""], ids=["torn", "empty"]
 )
 def test_a_torn_entry_of_the_compilation_cache_is_made_anew(no_cache, tmp_path, capsys, damage):
-    start._keep_compiled(str(tmp_path))
+    program.keep_compiled(str(tmp_path))
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

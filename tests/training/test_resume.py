@@ -46,7 +46,8 @@ def killing(self, pending):
     record(self, pending)
     if pending is not None and pending[0] == 13:
         self.keeper.checkpointer.finish()
-        (pathlib.Path(self.config.run_dir) / "tracker.json").write_text(json.dumps(tracker.history))
+        folder = pathlib.Path(self.keeper.checkpointer.folder.parent)
+        (folder / "tracker.json").write_text(json.dumps(tracker.history))
         os.kill(os.getpid(), signal.SIGKILL)
 loop.Run.record = killing
 """

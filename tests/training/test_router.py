@@ -245,7 +245,7 @@ def test_biases_begin_at_0_where_a_run_takes_weights_without_them(tmp_path, caps
     writer.commit({"model": to_dict(plain.model), "config": to_dict(plain)})
     parts = "step", "params", "opt_state"
     source = Origin(files.path(tmp_path / "step3"), parts, False, "")
-    state = start.initial_state(biased, mesh, source, 0)
+    state = start.initial_state(biased.model, biased.optim, 0, mesh, source, 0)
     assert "biases of the routers begin at 0, the checkpoint has none" in capsys.readouterr().out
     for name, x in storage.names(fields(state)).items():
         expected = tree[name] if name in tree else np.zeros((2, 8), np.float32)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.checkpoints import compare, names
+from olmo_jax.checkpoints import arrays, compare, names
 from olmo_jax.checkpoints.formats import folders, hf_config, safetensors
 from olmo_jax.checkpoints.formats.hf import CONFIG, GENERATION, INDEX, SINGLE
 from olmo_jax.checkpoints.names import Row
@@ -206,7 +206,7 @@ def _fill(
     # Experts are a tensor each.
     one_by_one = values[0] if names.has_experts(name) else [values[(0,) * len(part)]]
     for out, one in zip(outs, one_by_one, strict=True):
-        names.assign(out, one)
+        arrays.assign(out, one)
     return done
 
 

@@ -9,14 +9,15 @@ import numpy as np
 
 from olmo_jax import files
 from olmo_jax.checkpoints import checkpointer, layout, names, storage
-from olmo_jax.checkpoints.formats import resume
-from olmo_jax.checkpoints.formats.fields import find, odd_ids
+from olmo_jax.checkpoints.formats import fields, resume
+from olmo_jax.checkpoints.formats.fields import odd_ids
 from olmo_jax.checkpoints.weights import Index, Leaves, NoOptimizerError, Weights, whole
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import axis_sizes
 from olmo_jax.config.renamed import modern
 from olmo_jax.config.run import from_dict
+from olmo_jax.data import foreign
 
 
 def recognises(src: str) -> bool:
@@ -40,7 +41,42 @@ def read(src: str, *, optimizer: bool = False) -> "Native":
     Raises:
       ValueError: if it is incomplete or damaged, or has no optimizer state when that is asked for.
     """
-    return Native(checkpointer.find(src, "SRC"), optimizer)
+    return Native(find(src, "SRC"), optimizer)
+
+
+def find(name: str, option: str = "config.checkpoint.load_path") -> files.Path:
+    """The checkpoint at a path: itself, or the newest complete one of a run's folder.
+
+    Args:
+      name: local or `gs://`.
+      option: what to call it in errors.
+    Raises:
+      ValueError: if there is none.
+    """
+    if not name.strip():
+        raise ValueError(f"{option} is empty: name a checkpoint or a run's folder, or none")
+    folder = files.path(name)
+    if not folder.exists():
+        raise ValueError(f"{option}: {name} does not exist")
+    if layout.is_complete(folder):
+        return folder
+    others: dict[str, list[str]] = {"incomplete": [], "not written by olmo_jax": []}
+    for parent in (folder / "checkpoints", folder):
+        children = sorted(checkpointer.children(parent))
+        complete = [step for step, child in children if layout.is_complete(child)]
+        if complete:
+            return parent / f"step{max(complete)}"
+        for _, child in children:
+            is_ours = layout.is_torn(child)
+            others["incomplete" if is_ours else "not written by olmo_jax"].append(child.name)
+    rest = [
+        f"; {', '.join(names)} {'is' if len(names) == 1 else 'are'} {words}"
+        for words, names in others.items()
+        if names
+    ]
+    what = foreign.describe(folder)
+    rest = [f"; it is {what}"] if what else rest
+    raise ValueError(f"{option}: no complete checkpoint in {name}{''.join(rest)}")
 
 
 def token_ids(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +85,7 @@ def token_ids(meta: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       meta: what it says beside its arrays.
     """
-    eos = find(meta, "config", "data", "eos_id")
+    eos = fields.find(meta, "config", "data", "eos_id")
     known = {"eos_token_id": eos, "bos_token_id": None, "pad_token_id": None}
     return meta.get("token_ids", known)
 

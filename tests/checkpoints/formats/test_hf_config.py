@@ -366,8 +366,9 @@ def test_yarn_that_came_back_from_hugging_face_starts_a_run_with_the_config_that
     storage.Writer(files.path(tmp_path / "ours"), {}).commit(meta)  # as to_jax writes it
     options = CheckpointConfig(load_path=str(tmp_path / "ours"), load_optimizer=False)
     config = Config(dir=str(tmp_path / "run"), model=model, checkpoint=options)
-    source = find_origin(config.checkpoint, config.model, checkpointer.Checkpointer(config))
-    assert start.first_step(config, source) == 0
+    run = checkpointer.Checkpointer(config.checkpoint, config.run_dir)
+    source = find_origin(config.checkpoint, config.model, run)
+    assert start.first_step(source, to_dict(config), ()) == 0
     other = dataclasses.replace(config, model=dataclasses.replace(model, yarn_factor=4.0))
     with pytest.raises(ValueError, match=r"^config\.model\.yarn_factor=4\.0, but"):
-        start.first_step(other, source)
+        start.first_step(source, to_dict(other), ())

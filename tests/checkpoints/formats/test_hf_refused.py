@@ -59,13 +59,13 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 
 def test_a_file_that_shrinks_under_way_is_named_and_nothing_is_left(tmp_path, monkeypatch):
     file = save(tmp_path, "olmo2") / "model.safetensors"
-    assign, size = conversion.names.assign, file.stat().st_size
+    assign, size = conversion.arrays.assign, file.stat().st_size
 
     def shrinking(out, values):  # what was read before is used after
         os.truncate(file, size - 100)
         assign(out, values)
 
-    monkeypatch.setattr(conversion.names, "assign", shrinking)
+    monkeypatch.setattr(conversion.arrays, "assign", shrinking)
     message = rf"{file} is truncated: it has {size - 100:,} bytes, {size:,} are needed"
     with pytest.raises(ValueError, match=message):
         conversion.to_jax(str(file.parent), str(tmp_path / "new"), say=quiet)

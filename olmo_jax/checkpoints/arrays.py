@@ -1,4 +1,4 @@
-"""A leaf of a checkpoint as an array on devices: each process reads what its own need, once."""
+"""Arrays of checkpoints: onto devices, where each process reads what its own need, and turned."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from olmo_jax.checkpoints.names import assign
-
+BLOCK = 192  # rows and columns that are transposed at once
 Index = tuple[slice, ...]
 Ranges = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
@@ -77,3 +76,35 @@ def _common(one: Ranges, other: Ranges) -> Ranges | None:
 def _within(inner: Ranges, outer: Ranges) -> Index:
     ends = zip(inner, outer, strict=True)
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in ends)
+
+
+def assign(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`; transposed in blocks, which is several times as fast.
+
+    Each block is read as it lies in memory, narrowed if it has to be, turned while it is in the
+    cache, and written as the result lies in memory.
+    """
+    if out.ndim < 2 or (out.flags.c_contiguous and values.flags.c_contiguous):
+        out[...] = values
+    elif out.ndim > 2:
+        axis = int(np.argmin(out.shape))
+        for i in range(out.shape[axis]):
+            at = (slice(None),) * axis + (i,)
+            assign(out[at], values[at])
+    else:
+        order = "F" if out.strides[0] < out.strides[1] else "C"
+        for i in range(0, out.shape[0], BLOCK):
+            for j in range(0, out.shape[1], BLOCK):
+                block = slice(i, i + BLOCK), slice(j, j + BLOCK)
+                narrow = out.dtype if out.itemsize < values.itemsize else values.dtype
+                piece = values[block].astype(narrow, order="K")
+                out[block] = np.array(piece, order=order)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array itself if it lies in C order in memory, else a copy that does."""
+    if array.flags.c_contiguous and array.flags.aligned:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    assign(out, array)
+    return out
