@@ -36,7 +36,7 @@ FOUND = ("compute.remat", "compute.accumulate")  # by a search, besides the mesh
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class PlanFlags:
     """What a command says beside the options of its config."""
 
     config: str
@@ -52,13 +52,13 @@ def main(argv: list[str]) -> int:
     return cli.attempt(argv, __doc__, _plan, "interrupted; what was compiled is kept")
 
 
-def configure(argv: list[str]) -> tuple[Flags, Config]:
-    """Flags and config of a command line; relations between options depend on the machine.
+def configure(argv: list[str]) -> tuple[PlanFlags, Config]:
+    """PlanFlags and config of a command line; relations between options depend on the machine.
 
     Raises:
       ConfigError: with all that is wrong in arguments and options.
     """
-    line = cli.read(argv, Flags)
+    line = cli.read(argv, PlanFlags)
     problems, config = line.problems, None
     found = [name for name in line.overrides if name.startswith("mesh.") or name in FOUND]
     if found and line.given["search"]:
@@ -69,14 +69,14 @@ def configure(argv: list[str]) -> tuple[Flags, Config]:
         problems += error.problems
     if problems or config is None:
         raise ConfigError(problems)
-    return Flags(**line.given), config
+    return PlanFlags(**line.given), config
 
 
 def _plan(argv: list[str]) -> int:
     flags, config = configure(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator that is here must not matter
     from olmo_jax.pods import report
-    from olmo_jax.pods.compiled import Store
+    from olmo_jax.pods.compiled import PlanStore
 
     try:
         machine = report.parse(flags.topology)
@@ -85,7 +85,7 @@ def _plan(argv: list[str]) -> int:
     cli.unwind()  # the compiler's process ends with us
     n_compiles = flags.compiles if flags.search else None
     try:
-        store = Store(pathlib.Path(flags.cache))
+        store = PlanStore(pathlib.Path(flags.cache))
         return report.run(config, machine, store, n_compiles=n_compiles, price=flags.price)
     except RuntimeError as error:  # of the compiler
         raise OSError(str(error)) from error

@@ -42,7 +42,7 @@ NO_ROOM = "{}; --dry_run says what the state takes, see compute.remat, compute.a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
+class TrainFlags:
     """What a command says beside the options of its config."""
 
     config: str
@@ -85,13 +85,13 @@ def _is_one_of_several() -> bool:
     return distributed is not None and distributed.is_one_of_several()
 
 
-def configure(argv: list[str]) -> tuple[Flags, Config]:
-    """Flags and config of a command line.
+def configure(argv: list[str]) -> tuple[TrainFlags, Config]:
+    """TrainFlags and config of a command line.
 
     Raises:
       ConfigError: with all that is wrong in arguments, options and their relations.
     """
-    line = cli.read(argv, Flags)
+    line = cli.read(argv, TrainFlags)
     problems = line.problems + _flag_problems(line.given)
     config, unread, cause = None, set(), None
     try:
@@ -107,7 +107,7 @@ def configure(argv: list[str]) -> tuple[Flags, Config]:
             cause = error
     if problems or config is None:
         raise ConfigError(problems) from cause
-    return Flags(**line.given), config
+    return TrainFlags(**line.given), config
 
 
 def _flag_problems(given: dict[str, Any]) -> list[str]:
@@ -135,7 +135,7 @@ def _devices(mesh: MeshConfig, n_devices: int | None) -> int:
     return n_devices or planned_devices(mesh)
 
 
-def _dry_run(config: Config, flags: Flags) -> int:
+def _dry_run(config: Config, flags: TrainFlags) -> int:
     from olmo_jax.config import describe
     from olmo_jax.config.parameters import nested, table
     from olmo_jax.training import optim
@@ -147,7 +147,7 @@ def _dry_run(config: Config, flags: Flags) -> int:
     return 0
 
 
-def _train(config: Config, flags: Flags) -> int:
+def _train(config: Config, flags: TrainFlags) -> int:
     if config.compute.deterministic:  # has to be set before JAX meets its devices
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
@@ -179,7 +179,7 @@ def _train(config: Config, flags: Flags) -> int:
             return outcome.code
         if jax.process_index() == 0 and config.train.summary:
             seconds = time.perf_counter() - began
-            run = summary.Run(
+            run = summary.Told(
                 config.name, config.run_dir, config.eval.paths, config.data.tokenizer,
                 config.data.seq_len, config.optim.lr,
             )  # fmt: skip
@@ -190,10 +190,10 @@ def _train(config: Config, flags: Flags) -> int:
 
 def _evaluators(config: Config, mesh: Any) -> list[Any]:
     """What scores a run: its held-out files, if it has some."""
-    from olmo_jax.evals.perplexity import Evaluator
+    from olmo_jax.evals.perplexity import HeldOut
 
     parts = config.eval, config.data, config.model, config.compute
-    return [Evaluator(*parts, mesh)] if config.eval.paths else []
+    return [HeldOut(*parts, mesh)] if config.eval.paths else []
 
 
 def _with_corpus(config: Config) -> Config:

@@ -1,6 +1,7 @@
 """Imports flow one way, each third-party package has one home, and light parts stay light."""
 
 import ast
+import collections
 import itertools
 import pathlib
 import re
@@ -177,3 +178,15 @@ def test_text_is_utf_8_whatever_the_locale():
             calls = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, ast.Call)]
             found = [ast.unparse(call) for call in calls if _by_the_locale(call)]
             assert not found, path
+
+
+def test_a_public_noun_names_one_thing():
+    where = collections.defaultdict(list)
+    for name, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where[node.name].append(name)
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                if isinstance(target, ast.Name) and re.match("[A-Z].*[a-z]", target.id):
+                    where[target.id].append(name)  # an alias of a type
+    assert not {noun: files for noun, files in where.items() if len(files) > 1}

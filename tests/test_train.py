@@ -428,14 +428,14 @@ def test_rows_without_loss_harm_no_device(place, tmp_path, masked):  # P02
 
 
 def fail_writes_after(monkeypatch, step: int, number: int) -> None:
-    write = storage.Writer.write
+    write = storage.ArrayWriter.write
 
     def failing(self, *args):
         if int(self.folder.name.removeprefix("step")) > step:
             raise OSError(number, os.strerror(number))
         write(self, *args)
 
-    monkeypatch.setattr(storage.Writer, "write", failing)
+    monkeypatch.setattr(storage.ArrayWriter, "write", failing)
 
 
 @pytest.mark.slow
@@ -532,14 +532,14 @@ def test_the_config_of_others_is_not_overwritten(bare, tmp_path):
 
 
 def test_after_a_failed_save_what_was_trained_since_is_saved(bare, tmp_path, monkeypatch):
-    commit = storage.Writer.commit
+    commit = storage.ArrayWriter.commit
 
     def failing(self, *args, **options):
         if self.folder.name == "step2":
             raise OSError("away for a while")
         commit(self, *args, **options)
 
-    monkeypatch.setattr(storage.Writer, "commit", failing)
+    monkeypatch.setattr(storage.ArrayWriter, "commit", failing)
     result = runs.run(*bare, "train.duration=6", "checkpoint.interval=2")
     assert result.code == 1
     (line,) = result.errors

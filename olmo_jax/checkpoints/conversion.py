@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 Checksums = list[tuple[str, Index, int]]  # of each block of each leaf
 
 
-class Block(NamedTuple):
+class LeafRows(NamedTuple):
     """Some rows of a leaf, as they are written."""
 
     name: str
@@ -182,7 +182,7 @@ def _write_native(source: Weights, folder: files.Path, dtype: str) -> Checksums:
         name: jax.ShapeDtypeStruct(leaf.shape, compare.dtype_of(name, leaf, dtype))
         for name, leaf in source.leaves.items()
     }
-    writer = storage.Writer(folder, leaves)
+    writer = storage.ArrayWriter(folder, leaves)
     try:
         with _bar("writing", sum(map(size, leaves.values()))) as report:
             for name, index, values, checksum in ahead(_blocks(source, leaves)):
@@ -208,7 +208,7 @@ def _write_native(source: Weights, folder: files.Path, dtype: str) -> Checksums:
     return written
 
 
-def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[], Block]]]:
+def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[], LeafRows]]]:
     """Bytes and maker of each block, in order; what they are made from is read ahead of them.
 
     A source that lies across our rows is passed through once for several blocks: as many as make
@@ -223,11 +223,11 @@ def _blocks(source: Weights, leaves: Leaves) -> Iterator[tuple[int, Callable[[],
             groups = [rows[i : i + n] for i in range(0, len(rows), n)]
             reads += [(name, _together(group, len(part)), group) for group in groups]
 
-    def make(name: str, index: Index, values: np.ndarray) -> Block:
+    def make(name: str, index: Index, values: np.ndarray) -> LeafRows:
         out = np.empty(values.shape, leaves[name].dtype)
         arrays.assign(out, values)
         compare.refuse_nonfinite(name, out, [along.start or 0 for along in index])
-        return Block(name, index, out, compare.crc(out))
+        return LeafRows(name, index, out, compare.crc(out))
 
     read = ahead(
         (size(source.leaves[name], index), functools.partial(source.view, name, index))

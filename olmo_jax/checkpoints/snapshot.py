@@ -18,7 +18,7 @@ from olmo_jax.checkpoints import layout, storage
 from olmo_jax.files import Path
 from olmo_jax.parallel import processes
 
-Block = tuple[str, tuple[int, ...], np.ndarray]  # leaf, where it starts, values
+Part = tuple[str, tuple[int, ...], np.ndarray]  # leaf, where it starts, values
 
 _calls = itertools.count()  # all processes save the same things in the same order
 
@@ -39,7 +39,7 @@ def save(
     Args:
       folder: new or empty, from `storage.path`; all processes see it.
       tree: jax.Arrays, which may be donated as soon as this returns, or NumPy arrays.
-      meta, kind, files: as in `storage.Writer.commit`.
+      meta, kind, files: as in `storage.ArrayWriter.commit`.
       background: copy to the host and return; a thread writes.
       before, after: run by process 0 ahead of the writing, and when the checkpoint is complete.
     Raises:
@@ -63,7 +63,7 @@ def save(
     if background:
         blocks = _drain(collections.deque(blocks))
 
-    def commit(writer: storage.Writer) -> None:
+    def commit(writer: storage.ArrayWriter) -> None:
         writer.commit(meta, kind=kind, files=files)
 
     job = Save(folder, leaves, blocks, before, commit, after)
@@ -79,16 +79,16 @@ class Save:
         self,
         folder: files.Path,
         leaves: layout.Leaves,
-        blocks: Iterable[Block],
+        blocks: Iterable[Part],
         before: Callable[[], None],
-        commit: Callable[[storage.Writer], None],
+        commit: Callable[[storage.ArrayWriter], None],
         after: Callable[[], None],
     ):
         self.error: str | None = None  # why it failed, in one line
         self.seconds = 0.0  # that it took
         self._folder, self._leaves, self._blocks = folder, leaves, blocks
         self._before, self._commit, self._after = before, commit, after
-        self._writer: storage.Writer | None = None
+        self._writer: storage.ArrayWriter | None = None
         self._key = f"olmo_jax save {folder} {next(_calls)}"
         # Not a daemon: a process that ends waits for its last checkpoint.
         self._thread = threading.Thread(target=self._run, name=f"save {folder.name}")
@@ -117,13 +117,13 @@ class Save:
 
     def _prepare(self) -> None:
         self._before()
-        self._writer = storage.Writer(self._folder, self._leaves)
+        self._writer = storage.ArrayWriter(self._folder, self._leaves)
 
     def _write(self) -> str:
         """Write the blocks of this process; the error, if any, is for process 0 to hear."""
         try:
             if self._writer is None:
-                self._writer = storage.Writer(self._folder, self._leaves, create=False)
+                self._writer = storage.ArrayWriter(self._folder, self._leaves, create=False)
             for block in self._blocks:
                 self._writer.write(*block)
             self._writer.wait()
@@ -163,7 +163,7 @@ def _own(number: int, name: str, x: Any) -> Iterator[tuple[str, tuple[int, ...],
 
 def _chunks(
     name: str, origin: Sequence[int], data: Any, chunk: Sequence[int], copy: bool
-) -> Iterator[Block]:
+) -> Iterator[Part]:
     # A CPU array's NumPy view is the array itself, which the next step will overwrite.
     is_view = not isinstance(data, jax.Array) or next(iter(data.devices())).platform == "cpu"
     host = np.asarray(data)
@@ -173,7 +173,7 @@ def _chunks(
         yield name, where, block.copy() if copy and is_view else block
 
 
-def _drain(queue: collections.deque[Block]) -> Iterator[Block]:
+def _drain(queue: collections.deque[Part]) -> Iterator[Part]:
     """Let go of each block as it is written."""
     while queue:
         yield queue.popleft()

@@ -120,11 +120,11 @@ def _read_leaf(
 # --- writing --------------------------------------------------------------------------------------
 
 
-class Writer:
+class ArrayWriter:
     """Writes one checkpoint, slice by slice: what is held in memory is what is under way.
 
     ```
-    writer = Writer(path(DST), leaves)
+    writer = ArrayWriter(path(DST), leaves)
     for layer in range(n_layers):
         writer.write("params/layers/attn/wq", (layer, 0, 0, 0), block)  # [1, d_model, …]
     writer.commit(meta)

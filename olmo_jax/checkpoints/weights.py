@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from olmo_jax.checkpoints import arrays, layout, names
+from olmo_jax.checkpoints.arrays import Index
+from olmo_jax.checkpoints.layout import Leaves
 from olmo_jax.config.model import ModelConfig
 
 PIECE_BYTES = 128 << 20
@@ -21,8 +23,6 @@ AHEAD_BYTES = 192 << 20  # of arrays that are made while another is used
 THREADS = 4  # that make them: half of their time is the disk's
 
 T = TypeVar("T")
-Index = tuple[slice, ...]
-Leaves = dict[str, jax.ShapeDtypeStruct]  # by name
 
 
 class NoOptimizerError(ValueError):

@@ -38,7 +38,7 @@ CHIP_PEAKS = {
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Numbers of parameters of a model, padded vocabulary rows included."""
 
     total: int
@@ -72,12 +72,12 @@ def _active(m: ModelConfig) -> dict[str, int]:
     }
 
 
-def n_params(model: ModelConfig, active: bool = False) -> Counts:
+def n_params(model: ModelConfig, active: bool = False) -> ParameterCounts:
     """Parameters of the model, or only those that one token meets."""
     sizes = _active(model) if active else _sizes(model)
     total = sum(sizes.values())
     non_embedding = total - sizes["embed"]
-    return Counts(total, non_embedding, non_embedding - sizes.get("lm_head", 0))
+    return ParameterCounts(total, non_embedding, non_embedding - sizes.get("lm_head", 0))
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:

@@ -11,10 +11,10 @@ from olmo_jax.config.options import (
     Bears,
     Count,
     File,
+    Location,
     Natural,
-    Path,
     Range,
-    Row,
+    RowLength,
     Seed,
     SomeUnits,
     Units,
@@ -29,7 +29,7 @@ class DataConfig:
     # Token files or globs; their order is part of the data order.
     paths: Annotated[tuple[File, ...], Bears.ORDER] = ()
     # Put before every relative path.
-    root: Annotated[str, Path(may_be_empty=True), Bears.ORDER] = ""
+    root: Annotated[str, Location(may_be_empty=True), Bears.ORDER] = ""
     # Prepare this embedded corpus instead of `paths`.
     corpus: Annotated[Literal["stdlib"] | None, Bears.ORDER] = None
     corpus_vocab_size: Annotated[int, Range(257, INT32), Bears.ORDER] = 4096
@@ -39,7 +39,7 @@ class DataConfig:
     check_dtype: bool = True  # refuse files that look like another type, though all ids are valid
     tokenizer: File | None = None  # tokenizer.json or sentencepiece .model that made the tokens
     eos_id: Natural | None = None  # where documents end; a checkpoint's own special tokens stay
-    seq_len: Annotated[Row, Bears.ORDER | Bears.PROGRAM] = 4096  # tokens per row
+    seq_len: Annotated[RowLength, Bears.ORDER | Bears.PROGRAM] = 4096  # tokens per row
     global_batch_size: Annotated[Count, Bears.PROGRAM] = 4_194_304  # tokens per step
     batch_sizes: tuple[Count, ...] = ()  # a schedule of global batch sizes, tokens ...
     batch_starts: tuple[Units, ...] = ()  # ... and the tokens seen at which each begins, first 0

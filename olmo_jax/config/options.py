@@ -104,7 +104,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Path:
+class Location:
     """The path of a file or folder, in which a leading ~ is the home folder."""
 
     addresses: tuple[str, ...] = ()  # that may stand for one, as they look
@@ -144,15 +144,15 @@ Count = Annotated[int, Range(1, INT32)]
 Natural = Annotated[int, Range(0, INT32)]
 Units = Annotated[int, Range(0, INT64)]  # steps or tokens
 SomeUnits = Annotated[int, Range(1, INT64)]
-Row = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that predicts it
+RowLength = Annotated[int, Range(2, INT32)]  # tokens; the first has nothing that predicts it
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Positive = Annotated[float, Range(SMALLEST, LARGEST)]
 NonNegative = Annotated[float, Range(0.0, LARGEST)]
 Share = Annotated[float, Range(0.0, 1.0)]
-File = Annotated[str, Path()]
-Folder = Annotated[str, Path(("gs://BUCKET/…",))]
+File = Annotated[str, Location()]
+Folder = Annotated[str, Location(("gs://BUCKET/…",))]
 # Or an id on the Hugging Face Hub.
-Checkpoint = Annotated[str, Path(("gs://BUCKET/…", "https://HOST/…"))]
+Checkpoint = Annotated[str, Location(("gs://BUCKET/…", "https://HOST/…"))]
 RunName = Annotated[str, Name()]
 
 

@@ -11,7 +11,7 @@ included. Sources: configs of allenai/OLMo and presets of allenai/OLMo-core.
 from itertools import pairwise
 from typing import Any
 
-Fields = dict[str, Any]  # fields of ModelConfig
+Preset = dict[str, Any]  # fields of ModelConfig
 
 
 def _size(
@@ -21,7 +21,7 @@ def _size(
     d_ff: int,
     n_kv_heads: int | None = None,
     head_dim: int | None = None,
-) -> Fields:
+) -> Preset:
     return {
         "d_model": d_model,
         "n_layers": n_layers,
@@ -34,7 +34,7 @@ def _size(
 
 # --- families: everything but the size ------------------------------------------------------------
 
-OLMO1: Fields = {
+OLMO1: Preset = {
     "vocab_size": 50_304,  # of them 50,280 are tokens; the rest was trained like any other row
     "padded_vocab_size": None,
     "max_seq_len": 2048,
@@ -50,8 +50,8 @@ OLMO1: Fields = {
     "yarn_factor": None,
     "init": "mitchell",
 }
-OLMO1_0424: Fields = OLMO1 | {"max_seq_len": 4096, "clip_qkv": 8.0}  # also 0724
-OLMO2: Fields = {
+OLMO1_0424: Preset = OLMO1 | {"max_seq_len": 4096, "clip_qkv": 8.0}  # also 0724
+OLMO2: Preset = {
     "vocab_size": 100_352,  # of them 100,278 are tokens
     "padded_vocab_size": None,
     "max_seq_len": 4096,
@@ -68,13 +68,13 @@ OLMO2: Fields = {
     "init": "normal",
     "init_std": 0.02,
 }
-OLMO3: Fields = OLMO2 | {
+OLMO3: Preset = OLMO2 | {
     "max_seq_len": 8192,
     "layer_types": ("sliding", "sliding", "sliding", "full"),
     "window": 4096,
 }
 
-OLMOE: Fields = OLMO1 | {  # norms before the sub-layers, as OLMo 1 has them, but RMSNorm; QK-norm
+OLMOE: Preset = OLMO1 | {  # norms before the sub-layers, as OLMo 1 has them, but RMSNorm; QK-norm
     "max_seq_len": 4096,
     "norm": "rms",
     "qk_norm": "full",
@@ -86,21 +86,21 @@ OLMOE: Fields = OLMO1 | {  # norms before the sub-layers, as OLMo 1 has them, bu
 
 # --- variations, to be laid over a model ----------------------------------------------------------
 
-LONG_CONTEXT: Fields = {  # Olmo 3 from its long-context stage on
+LONG_CONTEXT: Preset = {  # Olmo 3 from its long-context stage on
     "max_seq_len": 65_536,
     "yarn_factor": 8.0,
     "yarn_original_len": 8192,
     "yarn_beta_fast": 32.0,
     "yarn_beta_slow": 1.0,
 }
-HF_TABLE: Fields = {  # Olmo 3 on Hugging Face: the rows that are no tokens were cut off
+HF_TABLE: Preset = {  # Olmo 3 on Hugging Face: the rows that are no tokens were cut off
     "vocab_size": 100_278,
     "padded_vocab_size": 100_352,
 }
 
 # --- sizes ----------------------------------------------------------------------------------------
 
-SIZES: dict[str, Fields] = {
+SIZES: dict[str, Preset] = {
     "1M": _size(12, 4, 4, 256, head_dim=4),
     "14M": _size(128, 4, 8, 512),
     "30M": _size(256, 4, 8, 768),
@@ -123,7 +123,7 @@ OLMO3_SIZES = {name: size for name, size in SIZES.items() if name != "1B_v2"} | 
     "1B": SIZES["1B_v2"],
 }
 
-MODELS: dict[str, Fields] = {
+MODELS: dict[str, Preset] = {
     "olmo1_1B": OLMO1 | SIZES["1B_v2"] | {"tie_embeddings": True},  # OLMo-1B
     "olmo1_7B": OLMO1 | SIZES["7B"],  # OLMo-7B, OLMo-7B-Twin-2T
     "olmo1_7B_0424": OLMO1_0424 | SIZES["7B"],  # OLMo-7B-0424, once called OLMo-1.7-7B
@@ -148,7 +148,7 @@ MODELS: dict[str, Fields] = {
 
 # --- tests ----------------------------------------------------------------------------------------
 
-TINY: Fields = {
+TINY: Preset = {
     "vocab_size": 512,
     "max_seq_len": 64,
     "d_model": 64,
@@ -157,7 +157,7 @@ TINY: Fields = {
     "head_dim": 16,
     "d_ff": 128,
 }
-TINY_RUN: dict[str, Fields] = {  # 20 steps of 8 rows, for a CPU
+TINY_RUN: dict[str, Preset] = {  # 20 steps of 8 rows, for a CPU
     "data": {"paths": ("tokens.npy",), "eos_id": 0, "seq_len": 64, "global_batch_size": 8 * 64},
     "optim": {"lr": 1e-3, "schedule": {"name": "cos_with_warmup", "warmup": 2}},
     "train": {"duration": 20, "duration_unit": "steps"},
@@ -168,7 +168,7 @@ TINY_RUN: dict[str, Fields] = {  # 20 steps of 8 rows, for a CPU
 
 # --- what the runs of a family share --------------------------------------------------------------
 
-OLMO1_RUN: dict[str, Fields] = {  # trained with allenai/OLMo
+OLMO1_RUN: dict[str, Preset] = {  # trained with allenai/OLMo
     "data": {"dtype": "uint16", "eos_id": 50_279, "order": "legacy", "seed": 6198},
     "optim": {
         "name": "adamw",
@@ -182,13 +182,13 @@ OLMO1_RUN: dict[str, Fields] = {  # trained with allenai/OLMo
     # OLMo: the mean over valid labels of equal micro-batches, here one mean over the global batch.
     "train": {"seed": 6198, "z_loss": None, "loss_normalization": "global_tokens"},
 }
-OLMOE_RUN: dict[str, Fields] = {  # trained with a branch of allenai/OLMo, before its v0.4.0
+OLMOE_RUN: dict[str, Preset] = {  # trained with a branch of allenai/OLMo, before its v0.4.0
     "data": OLMO1_RUN["data"] | {"seq_len": 4096},
     "optim": OLMO1_RUN["optim"] | {"eps": 1e-8, "no_decay": ()},
     "train": OLMO1_RUN["train"]
     | {"load_balancing_loss": 0.01, "router_z_loss": 0.001, "router_loss_form": "olmoe"},
 }
-OLMO2_RUN: dict[str, Fields] = {  # 1B, 7B, 13B: trained with allenai/OLMo from v0.4.0 on
+OLMO2_RUN: dict[str, Preset] = {  # 1B, 7B, 13B: trained with allenai/OLMo from v0.4.0 on
     "data": {
         "dtype": "uint32",
         "eos_id": 100_257,
@@ -202,7 +202,7 @@ OLMO2_RUN: dict[str, Fields] = {  # 1B, 7B, 13B: trained with allenai/OLMo from 
     # Its loss is divided by all positions, masked rows and the last column included.
     "train": {"seed": 6198, "z_loss": 1e-4, "loss_normalization": "legacy_positions"},
 }
-CORE_RUN: dict[str, Fields] = {  # OLMo 2 32B and Olmo 3: trained with allenai/OLMo-core
+CORE_RUN: dict[str, Preset] = {  # OLMo 2 32B and Olmo 3: trained with allenai/OLMo-core
     "data": {"dtype": "uint32", "eos_id": 100_257, "order": "core", "seed": 34_521},
     "optim": OLMO2_RUN["optim"]
     | {"name": "skip_step_adamw", "skip_window": 128, "skip_sigma": 6.0},
@@ -210,7 +210,7 @@ CORE_RUN: dict[str, Fields] = {  # OLMo 2 32B and Olmo 3: trained with allenai/O
 }
 
 
-def ladder(n_params: int, batch: int, multiple: int = 4) -> dict[str, Fields]:
+def ladder(n_params: int, batch: int, multiple: int = 4) -> dict[str, Preset]:
     """The recipe of OLMo-core's scaling ladder, to be laid over CORE_RUN.
 
     The learning rate is held in periods that end at 0.5, 1, 2, .. `multiple` times 20 tokens per

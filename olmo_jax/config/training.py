@@ -13,7 +13,7 @@ from olmo_jax.config.options import (
     Pairs,
     Positive,
     Range,
-    Row,
+    RowLength,
     RunName,
     Seed,
     Share,
@@ -130,7 +130,7 @@ class EvalConfig:
     interval: Count | None = None  # steps
     at_start: bool = False
     at_finish: bool = True
-    seq_len: Row | None = None  # None: data.seq_len
+    seq_len: RowLength | None = None  # None: data.seq_len
     stride: Count | None = None  # tokens scored per row, the rest is context; None: all
     batch_rows: Count = 16
     max_rows: Count | None = None  # for evaluations before the last one

@@ -17,8 +17,8 @@ from olmo_jax.config.options import (
     LARGEST,
     SMALLEST,
     ConfigError,
+    Location,
     Pairs,
-    Path,
     marked_hints,
     shown,
     unmarked,
@@ -195,7 +195,7 @@ def convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return build(hint, value, path, problems)
     if origin is Annotated:
         value = convert(args[0], value, path, problems)
-        is_path = isinstance(args[1], Path) and isinstance(value, str)
+        is_path = isinstance(args[1], Location) and isinstance(value, str)
         return os.path.expanduser(value) if is_path else value
     if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else convert(args[0], value, path, problems)

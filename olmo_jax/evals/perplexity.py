@@ -166,7 +166,7 @@ def _row(stream: Stream, first: int, width: int) -> np.ndarray:
     return row
 
 
-class Evaluator:
+class HeldOut:
     """The files of `config.eval.paths`, opened and checked once, scored whenever called."""
 
     def __init__(

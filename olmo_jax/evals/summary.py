@@ -23,7 +23,7 @@ def is_written(run_dir: Any) -> bool:
     return (files.path(run_dir) / "summary.md").exists()
 
 
-class Run(NamedTuple):
+class Told(NamedTuple):
     """The options that a summary speaks of."""
 
     name: str
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 
 def write(
-    run: Run, model: Any, params: Any, scores: Mapping[str, float], seconds: float, saved: Any
+    run: Told, model: Any, params: Any, scores: Mapping[str, float], seconds: float, saved: Any
 ) -> None:
     """Say what came out of a run: on the screen, in `summary.md`, and its curves in `summary.png`.
 
@@ -89,7 +89,7 @@ def _held_out_lines(path: pathlib.Path, scores: Mapping[str, float]) -> list[str
     return [f"held-out text ({path.stem}), bits per byte:", *table, ""]
 
 
-def _continuation(run: Run, model: Any, params: Any) -> list[str]:
+def _continuation(run: Told, model: Any, params: Any) -> list[str]:
     """A held-out prompt and what the model makes of it, as indented lines."""
     text = pathlib.Path(run.heldout[0]).with_suffix(".txt") if run.heldout else None
     if text is None or not text.exists() or jax.process_count() > 1:

@@ -111,11 +111,11 @@ def obstacle(
     return found and f"{found}; use auto or blocked"
 
 
-def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.Kernel:
+def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.RingKernel:
     """What a ring computes with on each device."""
     dim = q.shape[3]
     if impl == "blocked":
-        return ring.Kernel(
+        return ring.RingKernel(
             functools.partial(blocked.forward, head_dim=dim),
             functools.partial(blocked.backward, head_dim=dim),
             functools.partial(blocked.delta, head_dim=dim),
@@ -130,7 +130,7 @@ def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.
         )
     tuning = pallas_tpu.tuning(dim, q.dtype, has_documents).dividing(chunk)
     options: dict[str, Any] = dict(head_dim=dim, scale=scale, tuning=tuning)
-    return ring.Kernel(
+    return ring.RingKernel(
         functools.partial(pallas_tpu.forward, **options),
         functools.partial(pallas_tpu.backward, **options),
         functools.partial(pallas_tpu.delta, head_dim=dim),

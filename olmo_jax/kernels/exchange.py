@@ -15,7 +15,7 @@ import jax.numpy as jnp
 AXIS = "expert"
 
 
-class Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """The blocks that a device sends or receives, by other device: `[devices, blocks]` int32."""
 
     here: jax.Array  # row in its own array at which a block begins
@@ -23,11 +23,11 @@ class Blocks(NamedTuple):
     there: jax.Array  # row at which it begins on the other device
 
 
-class Plan(NamedTuple):
+class Exchange(NamedTuple):
     """What a device exchanges; the way back has the roles of both swapped."""
 
-    home: Blocks
-    away: Blocks  # of the other devices, for the experts of this one
+    home: RowBlocks
+    away: RowBlocks  # of the other devices, for the experts of this one
 
     @property
     def sizes(self) -> jax.Array:
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
         return self.away.sizes.sum(0)
 
 
-def plan(sizes: jax.Array, buffer: int) -> tuple[Plan, jax.Array]:
+def plan(sizes: jax.Array, buffer: int) -> tuple[Exchange, jax.Array]:
     """Agree with the other devices on the place of each block.
 
     Args:
@@ -57,18 +57,18 @@ def plan(sizes: jax.Array, buffer: int) -> tuple[Plan, jax.Array]:
     me = jax.lax.axis_index(AXIS)
     own = lambda a: a[me].reshape(n, -1)  # noqa: E731
     ours = lambda a: a.reshape(n, n, -1)[:, me]  # noqa: E731
-    home = Blocks(own(at_home), own(sizes), own(at_expert))
-    return Plan(home, Blocks(ours(at_expert), ours(sizes), ours(at_home))), needed
+    home = RowBlocks(own(at_home), own(sizes), own(at_expert))
+    return Exchange(home, RowBlocks(ours(at_expert), ours(sizes), ours(at_home))), needed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send(rows: jax.Array, plan: Plan, buffer: int) -> jax.Array:
+def send(rows: jax.Array, plan: Exchange, buffer: int) -> jax.Array:
     """`rows [n, d]`, by expert, to the experts: `[buffer, d]`, zero behind the last block."""
     return _move(rows, buffer, plan.home, plan.away)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def send_back(rows: jax.Array, plan: Plan, n: int) -> jax.Array:
+def send_back(rows: jax.Array, plan: Exchange, n: int) -> jax.Array:
     """The way back of `send`: `rows [buffer, d]` to `[n, d]`, zero where nothing was sent."""
     return _move(rows, n, plan.away, plan.home)
 
@@ -84,13 +84,13 @@ send_back.defvjp(
 )
 
 
-def _move(rows: jax.Array, n_out: int, sent: Blocks, received: Blocks) -> jax.Array:
-    def ragged(rows: jax.Array, sent: Blocks, received: Blocks) -> Any:
+def _move(rows: jax.Array, n_out: int, sent: RowBlocks, received: RowBlocks) -> jax.Array:
+    def ragged(rows: jax.Array, sent: RowBlocks, received: RowBlocks) -> Any:
         out = jnp.zeros((n_out, rows.shape[1]), rows.dtype)
         blocks = (a.reshape(-1) for a in (sent.here, sent.sizes, sent.there, received.sizes))
         return jax.lax.ragged_all_to_all(rows, out, *blocks, axis_name=AXIS)
 
-    def padded(rows: jax.Array, sent: Blocks, received: Blocks) -> Any:
+    def padded(rows: jax.Array, sent: RowBlocks, received: RowBlocks) -> Any:
         most = min(len(rows), n_out)  # that a pair of devices can have
         parts = jnp.take(rows, _rows_of(sent, most), axis=0, mode="fill", fill_value=0)
         parts = jax.lax.all_to_all(parts, AXIS, 0, 0)
@@ -100,7 +100,7 @@ def _move(rows: jax.Array, n_out: int, sent: Blocks, received: Blocks) -> jax.Ar
     return jax.lax.platform_dependent(rows, sent, received, cpu=padded, default=ragged)
 
 
-def _rows_of(blocks: Blocks, most: int) -> jax.Array:
+def _rows_of(blocks: RowBlocks, most: int) -> jax.Array:
     """The rows of all blocks of each other device, `[devices, most]`; too large behind the last."""
 
     def of_one(here: jax.Array, sizes: jax.Array) -> jax.Array:

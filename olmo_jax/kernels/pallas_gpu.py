@@ -38,7 +38,7 @@ MAX_HEAD_DIM = 128  # ... wider ones need too many registers
 DTYPES = ("bfloat16", "float16")
 
 
-class Tuning(NamedTuple):
+class GpuTuning(NamedTuple):
     """Sizes for each kernel: what fits into shared memory and registers. Not tuned yet."""
 
     forward: Sizes = Sizes(64, 128, 2)
@@ -46,7 +46,7 @@ class Tuning(NamedTuple):
     d_keys: Sizes = Sizes(64, 64, 3)
 
 
-TUNING = Tuning()
+TUNING = GpuTuning()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -57,7 +57,7 @@ def attention(
     segment_ids: jax.Array | None,
     window: int | None,
     scale: float,
-    tuning: Tuning = TUNING,
+    tuning: GpuTuning = TUNING,
     interpret: Any = None,
 ) -> jax.Array:
     """Causal attention on a Hopper GPU; see `kernels.attention.attention` for the contract.
@@ -104,7 +104,7 @@ def forward(
     *,
     window: int | None,
     scale: float,
-    tuning: Tuning = TUNING,
+    tuning: GpuTuning = TUNING,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output and logsumexp.
@@ -152,7 +152,7 @@ def backward(
     *,
     window: int | None,
     scale: float,
-    tuning: Tuning = TUNING,
+    tuning: GpuTuning = TUNING,
     interpret: Any = None,
 ) -> tuple[jax.Array, ...]:
     """Gradients of q, k and v, in their dtypes.

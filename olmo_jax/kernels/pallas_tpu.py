@@ -36,7 +36,7 @@ from olmo_jax.kernels.schedule import LOG2E, Blocks
 from olmo_jax.parallel.sharding import Axes, device, on_each_device
 
 
-class Tuning(NamedTuple):
+class TpuTuning(NamedTuple):
     """Sizes of blocks and the memory to use."""
 
     forward: Blocks
@@ -44,7 +44,7 @@ class Tuning(NamedTuple):
     vmem: int = 60 << 20  # bytes of a core that a kernel may take
     dq_vmem: int = 24 << 20  # bytes of fp32 dq that stay in VMEM; more goes to HBM
 
-    def dividing(self, seq: int) -> "Tuning":
+    def dividing(self, seq: int) -> "TpuTuning":
         """The same with blocks, as large for keys as for queries, that divide a multiple of LANES.
 
         Lengths and offsets that are multiples of such a block need no padding.
@@ -58,7 +58,7 @@ class Tuning(NamedTuple):
 LARGE, MEDIUM = Blocks(2048, 2048, 512, 256), Blocks(1024, 1024, 512, 256)
 
 
-def tuning(head_dim: int, dtype: Any, has_documents: bool) -> Tuning:
+def tuning(head_dim: int, dtype: Any, has_documents: bool) -> TpuTuning:
     """The sizes that were fastest on v5e, v5p and v6e by the compiler's schedule.
 
     Large blocks hide the most between products; smaller ones leave more out among documents, and
@@ -67,7 +67,7 @@ def tuning(head_dim: int, dtype: Any, has_documents: bool) -> Tuning:
     is_small = device().device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
     is_wide = head_dim > 128 or jnp.dtype(dtype).itemsize > 2
     blocks = MEDIUM if is_small or is_wide or has_documents else LARGE
-    return Tuning(blocks, blocks)
+    return TpuTuning(blocks, blocks)
 
 
 def attention(
@@ -77,7 +77,7 @@ def attention(
     segment_ids: jax.Array | None,
     window: int | None,
     scale: float,
-    tuning: Tuning,
+    tuning: TpuTuning,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention on TPU; see `kernels.attention.attention` for the contract.
@@ -94,7 +94,7 @@ class _Options(NamedTuple):
     head_dim: int
     window: int | None
     scale: float
-    tuning: Tuning
+    tuning: TpuTuning
     interpret: bool
 
     def here(self, seq: int) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def forward(
     window: int | None,
     scale: float,
     offset: Any = 0,
-    tuning: Tuning,
+    tuning: TpuTuning,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output and logsumexp of queries over keys.
@@ -240,7 +240,7 @@ def forward(
     plan = schedule.make(
         q_len, kv_len, blocks, by="q", window=window, offset=offset, q_ids=q_ids, kv_ids=kv_ids
     )
-    at = body.Index(heads, kv_heads, plan.pairs.shape[0], plan.kinds)
+    at = body.BlockIndex(heads, kv_heads, plan.pairs.shape[0], plan.kinds)
     of_q = layout.block(blocks.q, lambda n, t, p: (*at.head(n), at.q(n, t, p)))
     of_kv = layout.block(blocks.kv, lambda n, t, p: (*at.kv_head(n), at.kv(n, t, p)))
     row = pl.BlockSpec((None, None, 1, blocks.q), lambda n, t, p: (*at.head(n), 0, at.q(n, t, p)))
@@ -292,7 +292,7 @@ def backward(
     window: int | None,
     scale: float,
     offset: Any = 0,
-    tuning: Tuning,
+    tuning: TpuTuning,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, in their dtypes.
@@ -316,7 +316,7 @@ def backward(
     )
     n_q = q_len // blocks.q
     is_held = 4 * group * q_len * head_dim <= tuning.dq_vmem
-    at = body.Index(kv_heads, kv_heads, plan.pairs.shape[0], plan.kinds)
+    at = body.BlockIndex(kv_heads, kv_heads, plan.pairs.shape[0], plan.kinds)
 
     def head(n, g):
         return n // kv_heads, n % kv_heads * group + g

@@ -198,7 +198,7 @@ class Copy(NamedTuple):
             self.is_moving[0] = 0
 
 
-class Index(NamedTuple):
+class BlockIndex(NamedTuple):
     """Block indices from a step `(n, t)` of the grid: n counts batch and heads, t the pairs."""
 
     heads: int

@@ -35,7 +35,7 @@ F32 = jnp.float32
 HIDDEN = float(jnp.finfo(F32).min)  # the logsumexp of no keys
 
 
-class Kernel(NamedTuple):
+class RingKernel(NamedTuple):
     """Attention on one device, as `pallas_tpu` and `blocked` have it; only masks are open."""
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -105,7 +105,7 @@ def attention(
     v: jax.Array,
     segment_ids: jax.Array | None,
     window: int | None,
-    kernel: Kernel,
+    kernel: RingKernel,
 ) -> jax.Array:
     """Causal attention, positions in `order`; see `kernels.attention.attention` for the contract.
 
@@ -272,7 +272,7 @@ def _where_documents_meet(q_ids, kv_ids, run, otherwise):
     return jax.lax.cond(may_meet.any(), run, nothing)
 
 
-def _reach(window: int | None, chunk: int, kernel: Kernel) -> int:
+def _reach(window: int | None, chunk: int, kernel: RingKernel) -> int:
     """How many keys before a chunk its queries can see, in whole units of the kernel."""
     if window is None:
         return 0

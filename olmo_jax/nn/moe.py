@@ -92,11 +92,11 @@ def _experts(
     return out.astype(x.dtype).reshape(x.shape), stats
 
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down of a device's experts
+Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down of a device's experts
 
 
 def _travel(
-    c: ModelConfig, compute: ComputeConfig, weights: Weights, rows: jax.Array, sizes: jax.Array
+    c: ModelConfig, compute: ComputeConfig, weights: Matrices, rows: jax.Array, sizes: jax.Array
 ) -> tuple[jax.Array, Stats]:
     """`rows [n, d_model]`, by expert, through their experts and back; `buffer` if it is limited."""
     if len(weights[0]) == c.n_experts:

@@ -1,4 +1,4 @@
-"""Flags of the XLA compiler for the training step, one table, each with its reason.
+"""Chosen of the XLA compiler for the training step, one table, each with its reason.
 
 They go to the compiler with the program and not through `XLA_FLAGS`, so that a step compiled for
 devices that are elsewhere gets the same ones. "est." marks what the TPU compiler itself estimates
@@ -8,15 +8,15 @@ holds for every program of a process.
 
 import re
 
-Flags = dict[str, tuple[str, str]]  # (value, reason) by name
+Chosen = dict[str, tuple[str, str]]  # (value, reason) by name
 
-_NO_WINDOWED_EINSUM: Flags = {
+_NO_WINDOWED_EINSUM: Chosen = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": (
         "1000000",
         "weights are gathered whole, not in permutes with copies; v5e then overlaps the gathers",
     ),
 }
-_SPARSE_CORE: Flags = {
+_SPARSE_CORE: Chosen = {
     f"xla_tpu_enable_{name}": ("True", reason)
     for collective in ("all_gather", "reduce_scatter", "all_reduce")
     for name, reason in (
@@ -30,14 +30,14 @@ _SPARSE_CORE: Flags = {
 }  # fmt: skip
 
 
-def _vmem(kib: int, reason: str) -> Flags:
+def _vmem(kib: int, reason: str) -> Chosen:
     return {"xla_tpu_scoped_vmem_limit_kib": (str(kib), reason)}
 
 
 # By `device_kind`, which must match wholly. Not here, because they bring nothing: async collective
 # fusion (on where it helps, v5e, once einsums are not windowed; not recommended elsewhere) and, on
 # TPU7x, the offload to SparseCores, which is its default. A CPU has no flag that was worth one.
-TABLE: dict[str, Flags] = {
+TABLE: dict[str, Chosen] = {
     r"TPU v4": _NO_WINDOWED_EINSUM,  # its 16 MiB of VMEM leave nothing to give
     r"TPU v5 lite|TPU v5e": _NO_WINDOWED_EINSUM
     | _vmem(98304, "larger fusions, as on v5p; it has 128 MiB"),
@@ -58,7 +58,7 @@ TABLE: dict[str, Flags] = {
 }
 
 
-def flags(device_kind: str, changes: tuple[str, ...] = ()) -> Flags:
+def flags(device_kind: str, changes: tuple[str, ...] = ()) -> Chosen:
     """Value and reason of each flag for a kind of device, by name.
 
     Args:

@@ -113,7 +113,7 @@ def _size(text: str) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
+class PlanStore:
     """A folder of what was compiled."""
 
     folder: pathlib.Path

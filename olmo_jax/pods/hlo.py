@@ -48,7 +48,7 @@ class Fusion(NamedTuple):
     n_bytes: float  # read and written
 
 
-class Kernel(NamedTuple):
+class CustomCall(NamedTuple):
     """A custom kernel, of which the scheduler knows nothing."""
 
     name: str
@@ -70,7 +70,7 @@ class Totals:
 
     Attributes:
       fusions: {Fusion: times}.
-      kernels: {Kernel: times}.
+      kernels: {CustomCall: times}.
       collectives: {Collective: times}.
       flops: of matrix products outside kernels.
     """
@@ -168,7 +168,7 @@ class _Program:
             total.collectives[self._collective(kind, i, shapes)] += 1
         elif 'custom_call_target="tpu_custom_call"' in i.line:
             name = re.sub(r"[.\d]+$", "", i.name)
-            total.kernels[Kernel(name, moved, _grouped_flops(name, i, shapes))] += 1
+            total.kernels[CustomCall(name, moved, _grouped_flops(name, i, shapes))] += 1
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.line)
         if i.opcode not in _FREE and cycles is not None and int(cycles[1]) < _NO_MODEL:
             inside = self._called(i)

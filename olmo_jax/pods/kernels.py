@@ -51,7 +51,7 @@ class Case(NamedTuple):
     forward: Sequence[int] | None = None  # sizes of blocks; None: as the kernel chooses
     backward: Sequence[int] | None = None
 
-    def tuning(self) -> pallas_tpu.Tuning:
+    def tuning(self) -> pallas_tpu.TpuTuning:
         """As the kernel chooses it for this chip, but for sizes that were asked for."""
         chip = jax.sharding.AbstractDevice(CHIPS[self.chip].kind, 1, "tpu")
         mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip)
@@ -175,7 +175,7 @@ def _outermost(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-class Counts(NamedTuple):
+class Branches(NamedTuple):
     """How often a head takes the branches before the products, with them, and after them; how many
     rows of pairs of blocks there are, and how many pairs."""
 
@@ -186,7 +186,7 @@ class Counts(NamedTuple):
     steps: int
 
 
-def counts(case: Case, way: str) -> Counts:
+def counts(case: Case, way: str) -> Branches:
     """How often each branch of our kernel is taken by a head."""
     blocks = getattr(case.tuning(), way).fit(case.seq, case.seq)
     of_q, of_kv = -(-case.seq // blocks.q), -(-case.seq // blocks.kv)  # the last one is padded
@@ -202,8 +202,8 @@ def counts(case: Case, way: str) -> Counts:
     n_kinds = 1 + (case.n_documents > 0) + len(schedule.borders(blocks, case.window))
     bodies = [int((kinds == schedule.FULL + i).sum()) for i in range(n_kinds)]
     if way == "forward":
-        return Counts([1, of_q], bodies, [of_q], of_q, len(kinds))
-    return Counts([of_kv, of_q], bodies, [of_q, of_kv], of_kv, len(kinds))
+        return Branches([1, of_q], bodies, [of_q], of_q, len(kinds))
+    return Branches([of_kv, of_q], bodies, [of_q, of_kv], of_kv, len(kinds))
 
 
 def one_chip(name: str) -> Mesh:

@@ -12,7 +12,7 @@ from olmo_jax.config.training import TrainConfig
 from olmo_jax.pods import analytic, estimate, gpus, search
 from olmo_jax.pods.analytic import Machine
 from olmo_jax.pods.chips import Slice
-from olmo_jax.pods.compiled import Store
+from olmo_jax.pods.compiled import PlanStore
 from olmo_jax.pods.plan import OPTIMISM, Plan
 
 _SHOWN = 8  # ranked plans
@@ -36,7 +36,7 @@ time and the temporary memory of a plan are known when it is compiled."""
 def run(
     config: Config,
     machine: Slice | gpus.Nodes,
-    store: Store,
+    store: PlanStore,
     *,
     n_compiles: int | None = None,
     price: float | None = None,
@@ -94,7 +94,7 @@ def parse(name: str) -> Slice | gpus.Nodes:
         raise ValueError(f"{error}; or nodes of {', '.join(gpus.GPUS)}: h100:8x16") from error
 
 
-def compiler(where: Slice, store: Store) -> Callable[[Config], Plan | float]:
+def compiler(where: Slice, store: PlanStore) -> Callable[[Config], Plan | float]:
     """The plan of a config from its compiled step, or the bytes that it needs if it has no room."""
 
     def compile_(config: Config) -> Plan | float:
@@ -112,7 +112,11 @@ def compiler(where: Slice, store: Store) -> Callable[[Config], Plan | float]:
 
 
 def _search(
-    config: Config, machine: Slice | gpus.Nodes, store: Store, n_compiles: int, price: float | None
+    config: Config,
+    machine: Slice | gpus.Nodes,
+    store: PlanStore,
+    n_compiles: int,
+    price: float | None,
 ) -> int:
     compiled, lines = [], []
     if isinstance(machine, Slice) and n_compiles:

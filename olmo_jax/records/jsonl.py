@@ -152,7 +152,7 @@ def set_aside(run_dir: str | os.PathLike[str]) -> str | None:
     return old.name
 
 
-class Folder:
+class RecordFolder:
     """The folder of the records: the run's own, or a local copy of it where that is a URL."""
 
     local: pathlib.Path  # where to write

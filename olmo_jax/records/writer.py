@@ -68,7 +68,7 @@ class Writer:
         if not self._on:
             return
         self._bar = Bar()
-        self._folder = jsonl.Folder(run_dir)
+        self._folder = jsonl.RecordFolder(run_dir)
         local = self._folder.local
         with jsonl.writing(local):
             self._jsonl = jsonl.Jsonl(local / jsonl.NAME, start_step)

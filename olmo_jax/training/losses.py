@@ -17,15 +17,15 @@ from olmo_jax.nn import transformer
 from olmo_jax.nn.transformer import Output
 from olmo_jax.training import experts
 
-Batch = dict[str, jax.Array]
+Arrays = dict[str, jax.Array]
 Parts = dict[str, jax.Array]  # `ce` and `z` (mean logsumexp², not scaled), and those of experts
-Apply = Callable[[Any, Batch], Output]
+Apply = Callable[[Any, Arrays], Output]
 
 
 class Objective(Protocol):
     """A loss: the sum over a (micro-)batch, and its parts; the divisor is in the weights."""
 
-    def __call__(self, apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
+    def __call__(self, apply: Apply, params: Any, batch: Arrays) -> tuple[jax.Array, Parts]:
         """The sum and its parts.
 
         Args:
@@ -78,7 +78,7 @@ def counted(weights: jax.Array) -> jax.Array:
 def next_token(m: ModelConfig, compute: ComputeConfig, t: TrainConfig) -> Objective:
     """The objective of pretraining: the next token, and what experts add to it."""
 
-    def objective(apply: Apply, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
+    def objective(apply: Apply, params: Any, batch: Arrays) -> tuple[jax.Array, Parts]:
         output = apply(params, batch)
         loss, parts = cross_entropy_of(m, compute, t.z_loss, output.hidden, params, batch)
         if not output.routed:
@@ -97,7 +97,7 @@ def cross_entropy_of(
     z_loss: float | None,
     hidden: jax.Array,
     params: Any,
-    batch: Batch,
+    batch: Arrays,
 ) -> tuple[jax.Array, Parts]:
     """The weighted sum of the next-token loss of `hidden [batch, seq, d_model]`, and its parts."""
     return cross_entropy(

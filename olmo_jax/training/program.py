@@ -19,7 +19,7 @@ from olmo_jax.files import brief
 from olmo_jax.parallel import xla_flags
 from olmo_jax.parallel.processes import say
 from olmo_jax.records import writer
-from olmo_jax.training.losses import Batch
+from olmo_jax.training.losses import Arrays
 from olmo_jax.training.state import TrainState
 from olmo_jax.training.step import Jitted, Report
 
@@ -89,7 +89,7 @@ class CompiledUpdate:
         self._shapes: set[tuple[int, int]] = set()  # of batches whose program is there
 
     def __call__(
-        self, at: int, state: TrainState, batch: Batch, lr: Any, max_grad_norm: Any
+        self, at: int, state: TrainState, batch: Arrays, lr: Any, max_grad_norm: Any
     ) -> tuple[TrainState, Report]:
         """One update, number `at`; returns without waiting for the devices."""
         arguments = state, batch, lr, max_grad_norm
@@ -173,7 +173,7 @@ def _explained(error: Exception) -> Exception:
     return error
 
 
-def memory_of(compiled: Any, arguments: tuple[TrainState, Batch, Any, Any]) -> dict[str, int]:
+def memory_of(compiled: Any, arguments: tuple[TrainState, Arrays, Any, Any]) -> dict[str, int]:
     """Bytes that a compiled step takes on a device: `parameters`, `optimizer`, `batch`,
     `temporary`, and the `total` with the program itself.
 

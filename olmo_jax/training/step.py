@@ -19,7 +19,7 @@ from olmo_jax.parallel.sharding import (
     sum_of_replicas,
 )
 from olmo_jax.training import experts, losses, optim
-from olmo_jax.training.losses import Apply, Batch, Objective, Parts
+from olmo_jax.training.losses import Apply, Arrays, Objective, Parts
 from olmo_jax.training.state import TrainState, param_shardings, state_shardings
 
 
@@ -82,7 +82,7 @@ def make_update(
     gradients = _gradients_of(objective, model, t, mesh)
 
     def train_step(
-        state: TrainState, batch: Batch, lr: jax.Array, max_grad_norm: jax.Array
+        state: TrainState, batch: Arrays, lr: jax.Array, max_grad_norm: jax.Array
     ) -> tuple[TrainState, Report]:
         weights = batch["loss_weights"]
         grads, parts = gradients(state.params, batch)
@@ -124,30 +124,30 @@ def make_update(
 
 def _gradients_of(
     objective: Objective, model: Transformer, t: TrainConfig, mesh: Mesh
-) -> Callable[[Any, Batch], tuple[Any, Parts]]:
+) -> Callable[[Any, Arrays], tuple[Any, Parts]]:
     """What gives summed gradients and loss parts of a batch, over its micro-batches."""
     ranks, n = t.loss_ranks or data_parallel_ways(mesh), model.compute.accumulate
 
-    def gradients(params: Any, batch: Batch) -> tuple[Any, Parts]:
+    def gradients(params: Any, batch: Arrays) -> tuple[Any, Parts]:
         weights = batch["loss_weights"]  # the divisors are those of the whole batch
         n_counted = losses.counted(weights).sum()
         scaled = losses.normalize(weights, t.loss_normalization, ranks)
         batch = batch | {"loss_weights": scaled}
 
-        def loss_of(params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
+        def loss_of(params: Any, batch: Arrays) -> tuple[jax.Array, Parts]:
             return objective(_apply(model), params, batch | {"n_counted": n_counted})
 
         grad_fn = jax.grad(loss_of, has_aux=True)
         if n == 1:
             return grad_fn(params, batch)
 
-        def add(total: Any, micro: Batch) -> tuple[Any, None]:
+        def add(total: Any, micro: Arrays) -> tuple[Any, None]:
             grads, parts = jax.tree.map(jnp.add, total, new := grad_fn(params, micro))
             if "buffer" in parts:
                 parts["buffer"] = jnp.maximum(total[1]["buffer"], new[1]["buffer"])
             return (grads, parts), None
 
-        def total(params: Any, batch: Batch) -> tuple[Any, Parts]:
+        def total(params: Any, batch: Arrays) -> tuple[Any, Parts]:
             # Strided, so that each device splits its own rows: contiguous parts would move rows.
             micro = jax.tree.map(
                 lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch
@@ -166,14 +166,14 @@ def _gradients_of(
 
 
 def _apply(model: Transformer, **options: Any) -> Apply:
-    def apply(params: Any, batch: Batch) -> Output:
+    def apply(params: Any, batch: Arrays) -> Output:
         optional = batch.get("positions"), batch.get("segment_ids")
         return model.apply({"params": params}, batch["tokens"], *optional, **options)  # type: ignore[return-value]
 
     return apply
 
 
-def _first(micro: Batch) -> Batch:
+def _first(micro: Arrays) -> Arrays:
     return jax.tree.map(lambda a: a[0], micro)
 
 
@@ -185,7 +185,7 @@ def make_eval_step(model: Transformer, mesh: Mesh) -> Jitted:
     m, compute = model.config, dataclasses.replace(model.compute, expert_buffer=None)
     model = Transformer(m, compute)  # nothing would stop an evaluation for its experts
 
-    def evaluate(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    def evaluate(params: Any, batch: Arrays) -> dict[str, jax.Array]:
         hidden = _apply(model)(params, batch).hidden
         _, parts = losses.cross_entropy_of(m, compute, None, hidden, params, batch)
         return {"ce_sum": parts["ce"], "tokens": batch["loss_weights"].sum()}
@@ -203,7 +203,7 @@ def make_norms(objective: Objective, model: Transformer, t: TrainConfig, mesh: M
     """
     gradients = _gradients_of(objective, model, t, mesh)
 
-    def norms(params: Any, batch: Batch) -> dict[str, jax.Array]:
+    def norms(params: Any, batch: Arrays) -> dict[str, jax.Array]:
         grads, _ = gradients(params, batch)
         stats = _apply(model, has_stats=True)(params, batch).stats
         out = {"norms/activation": stats["activation rms"]}

@@ -113,7 +113,7 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_complete_and_confirmed(
     tmp_path, monkeypatch
 ):
     events = []
-    write, mark, remove = storage.Writer.commit, layout.mark, layout.remove
+    write, mark, remove = storage.ArrayWriter.commit, layout.mark, layout.remove
 
     def told(word, call):
         def tell(at, *args, **keywords):
@@ -122,7 +122,7 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_complete_and_confirmed(
 
         return tell
 
-    monkeypatch.setattr(storage.Writer, "commit", told("commit", write))
+    monkeypatch.setattr(storage.ArrayWriter, "commit", told("commit", write))
     monkeypatch.setattr(layout, "mark", told("confirm", mark))
     monkeypatch.setattr(layout, "remove", told("remove", remove))
     run_to(tmp_path, 12, interval=4, keep=1, step0=False)
@@ -274,7 +274,7 @@ def test_a_checkpoint_behind_a_link_is_used_and_never_deleted(tmp_path):
 
 
 def fail_at(monkeypatch, step: int, delay: float = 0.0) -> None:
-    write = storage.Writer.write
+    write = storage.ArrayWriter.write
 
     def failing(self, *args):
         if self.folder.name == f"step{step}":
@@ -282,7 +282,7 @@ def fail_at(monkeypatch, step: int, delay: float = 0.0) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, *args)
 
-    monkeypatch.setattr(storage.Writer, "write", failing)
+    monkeypatch.setattr(storage.ArrayWriter, "write", failing)
 
 
 def test_a_failed_background_save_ends_the_run_at_the_next_save(tmp_path, monkeypatch):
@@ -320,9 +320,9 @@ def test_a_failed_save_deletes_nothing_and_can_be_repeated(tmp_path, monkeypatch
 
 
 def test_finish_waits_for_the_last_save(tmp_path, monkeypatch):
-    go, write = threading.Event(), storage.Writer.write
+    go, write = threading.Event(), storage.ArrayWriter.write
     monkeypatch.setattr(
-        storage.Writer, "write", lambda self, *args: (go.wait(5), write(self, *args))
+        storage.ArrayWriter, "write", lambda self, *args: (go.wait(5), write(self, *args))
     )
     run = Checkpointer(*of(config(tmp_path)))
     start = time.perf_counter()
@@ -337,13 +337,13 @@ def test_finish_waits_for_the_last_save(tmp_path, monkeypatch):
 KILLED = """
 import sys
 from test_checkpointer import *
-write = storage.Writer.write
+write = storage.ArrayWriter.write
 def slow(self, *args):
     write(self, *args)
     if self.folder.name == "step8":
         print("writing", flush=True)
         time.sleep(0.05)
-storage.Writer.write = slow
+storage.ArrayWriter.write = slow
 run_to(sys.argv[1], 8, interval=4, keep=1, step0=False)
 """
 
@@ -469,7 +469,7 @@ def test_an_empty_mistyped_or_torn_load_path_is_refused_by_name(tmp_path):
 def test_weights_alone_are_refused_with_the_option_that_takes_them(tmp_path):
     tree = {"params": train_state(0).params}
     leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in storage.names(tree).items()}
-    writer = storage.Writer(files.path(tmp_path / "weights"), leaves)
+    writer = storage.ArrayWriter(files.path(tmp_path / "weights"), leaves)
     for name, x in storage.names(tree).items():
         writer.write(name, (0,) * x.ndim, jax.device_get(x))
     writer.commit({"model": {}})
@@ -484,7 +484,7 @@ def test_a_new_optimizer_state_is_not_advised_where_parameters_are_missing(tmp_p
     state = train_state(0)
     tree = {"params": dict(list(state.params.items())[1:])}
     leaves = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in storage.names(tree).items()}
-    writer = storage.Writer(files.path(tmp_path / "weights"), leaves)
+    writer = storage.ArrayWriter(files.path(tmp_path / "weights"), leaves)
     for name, x in storage.names(tree).items():
         writer.write(name, (0,) * x.ndim, jax.device_get(x))
     writer.commit({"model": {}})

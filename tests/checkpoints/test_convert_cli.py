@@ -150,12 +150,12 @@ def test_a_damaged_checkpoint_of_ours_is_named(tmp_path):
 
 def test_a_copy_that_is_not_like_its_source_never_gets_its_name(tmp_path, monkeypatch):
     folder = save(tmp_path, "olmo2")
-    place = storage.Writer.write
+    place = storage.ArrayWriter.write
 
     def wrong(self, name, start, block):
         place(self, name, start, block * 2 if name.endswith("w_up") else block)
 
-    monkeypatch.setattr(storage.Writer, "write", wrong)
+    monkeypatch.setattr(storage.ArrayWriter, "write", wrong)
     result = run("to_jax", folder, tmp_path / "new")
     assert "the copy differs from its source: " in result.errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
@@ -168,7 +168,7 @@ from olmo_jax.checkpoints.formats import hf_write
 def commit(*args, **keywords):
     print("here", flush=True)
     time.sleep(60)
-storage.Writer.commit = hf_write._write_json = commit
+storage.ArrayWriter.commit = hf_write._write_json = commit
 """
 
 
@@ -221,7 +221,7 @@ def test_a_write_under_way_does_not_bring_back_what_an_error_removed(tmp_path, m
             future = threads.submit(late, pathlib.Path(self.folder) / "late")
             self._pending.append((future, block.nbytes, None))
 
-        monkeypatch.setattr(storage.Writer, "write", write)
+        monkeypatch.setattr(storage.ArrayWriter, "write", write)
         assert run("to_jax", folder, tmp_path / "new").errors == ["no space left"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 

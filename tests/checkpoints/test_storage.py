@@ -131,7 +131,7 @@ def test_a_checkpoint_written_slice_by_slice_is_the_same(saved, tmp_path):
         f"params/{name}": jax.ShapeDtypeStruct(x.shape, x.dtype)
         for name, x in storage.names(tree).items()
     }
-    writer = storage.Writer(target, shapes)
+    writer = storage.ArrayWriter(target, shapes)
     writer.write("params/embed", (0, 0), np.asarray(tree["embed"]))
     for i in range(3):
         writer.write("params/layers/wq", (i, 0, 0), np.asarray(tree["layers"]["wq"])[i : i + 1])
@@ -152,7 +152,7 @@ def test_a_checkpoint_written_slice_by_slice_is_the_same(saved, tmp_path):
 @pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/b", "a\\..\\b", "a//b", "..", ""])
 def test_a_file_that_would_lie_outside_of_the_checkpoint_is_refused(tmp_path, name):
     folder = files.path(tmp_path / "step1")
-    writer = storage.Writer(folder, {})
+    writer = storage.ArrayWriter(folder, {})
     refused = re.escape(f"{folder}: {name!r} is no name of a file in a checkpoint")
     with pytest.raises(ValueError, match=refused):
         writer.commit({}, files={name: b""})
@@ -295,7 +295,7 @@ import jax, numpy as np
 from olmo_jax import files
 from olmo_jax.checkpoints import storage
 folder, leaf = files.path(sys.argv[1]), np.arange(2**23, dtype=np.float32).reshape(2048, 4096)
-writer = storage.Writer(folder, {"w": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
+writer = storage.ArrayWriter(folder, {"w": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
 writer.write("w", (0, 0), leaf)
 writer.commit({})
 chunk, done, outcomes = pathlib.Path(sys.argv[1]) / "w/c/0/0", False, set()
@@ -380,12 +380,12 @@ import os, sys, time
 from olmo_jax import files
 from olmo_jax.checkpoints import snapshot, storage
 from small_state import state
-write = storage.Writer.write
+write = storage.ArrayWriter.write
 def slow(self, name, start, block):
     write(self, name, start, block)
     print(name, flush=True)
     time.sleep(0.05)
-storage.Writer.write = slow
+storage.ArrayWriter.write = slow
 snapshot.save(files.path(sys.argv[1]), state(), {}, background=True).wait()
 """
 

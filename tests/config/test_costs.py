@@ -78,7 +78,9 @@ OLMO1 = {"vocab_size": 50304, "norm": "nonparametric", "qk_norm": "none"}
     ],
 )  # fmt: skip
 def test_counts_equal_the_released_models(config, total, non_embedding, core):
-    assert costs.n_params(config) == costs.Counts(total, non_embedding, core or non_embedding)
+    assert costs.n_params(config) == costs.ParameterCounts(
+        total, non_embedding, core or non_embedding
+    )
 
 
 def test_a_tied_head_costs_as_much_as_one_of_its_own():

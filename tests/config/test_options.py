@@ -147,7 +147,7 @@ def test_every_option_that_is_a_path_starts_at_home(tmp_path, monkeypatch):
     (home / "mine.py").write_text(runs.CONFIG.read_text())
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
-    names = [name for name, hint in hints_of().items() if "Path(" in str(hint)]
+    names = [name for name, hint in hints_of().items() if "Location(" in str(hint)]
     assert {name.split(".")[-1] for name in names} == {
         "dir", "paths", "root", "corpus_dir", "tokenizer", "load_path",
     }  # fmt: skip

@@ -13,7 +13,7 @@ from olmo_jax import config
 from olmo_jax.data import documents
 from olmo_jax.data.documents import write_documents
 from olmo_jax.data.tokenizer import Tokenizer
-from olmo_jax.evals.perplexity import Evaluator, Stream, evaluate
+from olmo_jax.evals.perplexity import HeldOut, Stream, evaluate
 from olmo_jax.nn import transformer
 from olmo_jax.parallel import sharding
 from olmo_jax.training.loop import Budget
@@ -28,7 +28,7 @@ TEXT = np.random.default_rng(0).integers(0, VOCAB, 203).astype(np.uint16)
 
 
 def evaluator_of(c, mesh):
-    return Evaluator(c.eval, c.data, c.model, c.compute, mesh)
+    return HeldOut(c.eval, c.data, c.model, c.compute, mesh)
 
 
 def cfg(**data) -> config.Config:

@@ -12,12 +12,12 @@ from olmo_jax.config.options import ConfigError
 from olmo_jax.config.run import Config, validate
 from olmo_jax.kernels import blocked, pallas_tpu, reference
 from olmo_jax.kernels.attention import attention
-from olmo_jax.kernels.pallas_tpu import Tuning
+from olmo_jax.kernels.pallas_tpu import TpuTuning
 from olmo_jax.kernels.schedule import Blocks
 from olmo_jax.parallel.sharding import make_mesh, spec
 
-SMALL = Tuning(Blocks(256, 256, 256, 128), Blocks(256, 256, 256, 128))
-UNEQUAL = Tuning(Blocks(128, 256, 128, 128), Blocks(256, 128, 128, 128))
+SMALL = TpuTuning(Blocks(256, 256, 256, 128), Blocks(256, 256, 256, 128))
+UNEQUAL = TpuTuning(Blocks(128, 256, 128, 128), Blocks(256, 128, 128, 128))
 
 
 def interpreted(tuning, interpret=True):

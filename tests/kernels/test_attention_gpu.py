@@ -18,11 +18,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from olmo_jax.kernels import cudnn, pallas_gpu, reference, schedule
 from olmo_jax.kernels.attention import attention, choose
-from olmo_jax.kernels.pallas_gpu import Tuning
+from olmo_jax.kernels.pallas_gpu import GpuTuning
 from olmo_jax.kernels.pallas_gpu_body import Sizes
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = Tuning(Sizes(64, 64, 2), Sizes(64, 64, 2), Sizes(64, 64, 2))  # slots are used again soon
+SMALL = GpuTuning(Sizes(64, 64, 2), Sizes(64, 64, 2), Sizes(64, 64, 2))  # slots are used again soon
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 
 
@@ -63,10 +63,10 @@ def values_and_gradients(run, q, k, v, d_out):
     [
         (1, (1, 1), 48, None, None, SMALL),
         (200, (2, 1), 64, 70, "three", SMALL),
-        pytest.param(200, (1, 1), 128, None, "in any order", Tuning(), marks=pytest.mark.slow),
+        pytest.param(200, (1, 1), 128, None, "in any order", GpuTuning(), marks=pytest.mark.slow),
         pytest.param(300, (4, 2), 64, None, None, SMALL, marks=pytest.mark.slow),
-        pytest.param(600, (1, 1), 64, 256, None, Tuning(), marks=pytest.mark.slow),
-        pytest.param(300, (1, 1), 64, 5, "of length 1", Tuning(), marks=pytest.mark.slow),
+        pytest.param(600, (1, 1), 64, 256, None, GpuTuning(), marks=pytest.mark.slow),
+        pytest.param(300, (1, 1), 64, 5, "of length 1", GpuTuning(), marks=pytest.mark.slow),
     ],
 )
 def test_the_interpreted_kernels_equal_the_reference(seq, heads, dim, window, packed, tuning):

@@ -87,7 +87,7 @@ def test_the_tpu_kernels_in_a_ring_equal_the_reference(dim, window, packed):
     arrays, ids = inputs(512, dim=dim), documents(packed, 512)
     want = values_and_gradients(reference.attention, *arrays, window=window, segment_ids=ids)
     options = dict(head_dim=dim, scale=dim**-0.5, tuning=SMALL.dividing(128), interpret=True)
-    kernel = ring.Kernel(
+    kernel = ring.RingKernel(
         functools.partial(pallas_tpu.forward, **options),
         functools.partial(pallas_tpu.backward, **options),
         functools.partial(pallas_tpu.delta, head_dim=dim, interpret=True),

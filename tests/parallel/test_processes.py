@@ -73,11 +73,11 @@ def n_read():
     return sum(value["value"] for metric in found for value in metric["values"])
 
 written = []
-write = storage.Writer.write
+write = storage.ArrayWriter.write
 def counting(self, name, start, block):
     written.append(f"{name}@{','.join(map(str, start))}")
     write(self, name, start, block)
-storage.Writer.write = counting
+storage.ArrayWriter.write = counting
 
 tree = state(1, 4)  # sharded over both processes
 snapshot.save(folder / "step1", tree, {}, background=True).wait()
@@ -101,7 +101,7 @@ print("said", processes.from_process_0(lambda: ["a", 1] if index == 0 else None)
 if index == 1:  # its disk is full
     def failing(*_):
         raise OSError("No space left on device")
-    storage.Writer.write = failing
+    storage.ArrayWriter.write = failing
 job = snapshot.save(folder / "step3", state(1, 4), {}, background=True)
 try:
     job.wait()

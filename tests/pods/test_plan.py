@@ -236,8 +236,8 @@ def test_kernels_are_named_and_products_of_experts_counted():
         "}",
     ])  # fmt: skip
     assert hlo.totals(text).kernels == {
-        hlo.Kernel("ragged-dot-none", 16 + 1024 + 1024 + 2048, 2 * 64 * 8 * 16): 1,
-        hlo.Kernel("own", 4096, 0.0): 1,
+        hlo.CustomCall("ragged-dot-none", 16 + 1024 + 1024 + 2048, 2 * 64 * 8 * 16): 1,
+        hlo.CustomCall("own", 4096, 0.0): 1,
     }
 
 
@@ -415,7 +415,7 @@ def test_a_config_that_has_no_mesh_says_what_is_wrong():
 
 def test_a_kept_program_is_of_all_that_reaches_it_and_of_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "_versions", lambda: ["1"])
-    store, where, c = compiled.Store(tmp_path), Slice.parse("v5p:2x2x1"), load("olmo3_7b")
+    store, where, c = compiled.PlanStore(tmp_path), Slice.parse("v5p:2x2x1"), load("olmo3_7b")
     base = store._path(c, where)
     assert store._path(with_(c, log={"interval": 77}, optim={"lr": 9e-9}), where) == base
     others = [
@@ -430,7 +430,7 @@ def test_a_kept_program_is_of_all_that_reaches_it_and_of_nothing_else(tmp_path, 
 
 
 def test_a_damaged_file_is_made_again(tmp_path, monkeypatch):
-    store, where, c = compiled.Store(tmp_path), Slice.parse("v5p:2x2x1"), load("olmo3_7b")
+    store, where, c = compiled.PlanStore(tmp_path), Slice.parse("v5p:2x2x1"), load("olmo3_7b")
     monkeypatch.setattr(compiled, "_versions", lambda: ["1"])
     whole = compiled.Program("HloModule x", {"temp": 1.0}, None, 2.0)
     content = gzip.compress(json.dumps(dataclasses.asdict(whole)).encode())
@@ -651,7 +651,7 @@ def test_the_formula_counts_the_products_of_the_program(small):
     # With the mesh written out as the tool does, so that its program is found.
     c = config.load(str(ROOT / "configs/tiny_olmo2.py"), SMALL | {"mesh.fsdp": "4"})
     where = Slice.parse("v5e:2x2")
-    plan = report.compiler(where, compiled.Store(pathlib.Path(folder)))(c)
+    plan = report.compiler(where, compiled.PlanStore(pathlib.Path(folder)))(c)
     assert isinstance(plan, Plan)
     predicted = analytic.predict(c, where)
     assert predicted.done == pytest.approx(plan.done, rel=0.02)

@@ -54,7 +54,7 @@ loop.Run.record = killing
 KILL_IN_SAVE_OF_10 = """
 import os, signal, time
 from olmo_jax.checkpoints import storage
-write, count = storage.Writer.write, 0
+write, count = storage.ArrayWriter.write, 0
 def slow(self, *args):
     global count
     write(self, *args)
@@ -63,7 +63,7 @@ def slow(self, *args):
         count += 1
         if count == 10:
             os.kill(os.getpid(), signal.SIGKILL)
-storage.Writer.write = slow
+storage.ArrayWriter.write = slow
 """
 
 
@@ -279,7 +279,7 @@ def test_a_signal_at_start_saves_the_first_step(tmp_path, options, monkeypatch):
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_last_save_is_waited_for(tmp_path, options, monkeypatch, stopped):  # P10
-    write, record, last = storage.Writer.write, loop.Run.record, 5 if stopped else 7
+    write, record, last = storage.ArrayWriter.write, loop.Run.record, 5 if stopped else 7
 
     def slow(self, *args):
         if self.folder.name == f"step{last}":
@@ -299,7 +299,7 @@ def test_the_last_save_is_waited_for(tmp_path, options, monkeypatch, stopped):  
             final.update(storage.names({"params": jax.device_get(state.params)}))
         save(self, state, at, *args)
 
-    monkeypatch.setattr(storage.Writer, "write", slow)
+    monkeypatch.setattr(storage.ArrayWriter, "write", slow)
     monkeypatch.setattr(loop.Run, "record", stopping)
     monkeypatch.setattr(keeping.Keeper, "save", saving)
     result = runs.run(*options, f"dir={tmp_path}/run", "train.duration=7", "checkpoint.interval=5")

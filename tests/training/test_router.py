@@ -239,7 +239,7 @@ def test_biases_begin_at_0_where_a_run_takes_weights_without_them(tmp_path, caps
     plain, biased = make_config(model=EXPERTS), make_config(model=BIASED)
     mesh = sharding.make_mesh(plain.mesh, jax.devices()[:1])
     tree = storage.names(fields(made.fresh_state(plain, mesh)))
-    writer = storage.Writer(files.path(tmp_path / "step3"), tree)
+    writer = storage.ArrayWriter(files.path(tmp_path / "step3"), tree)
     for name, x in tree.items():
         writer.write(name, (0,) * x.ndim, jax.device_get(x))
     writer.commit({"model": to_dict(plain.model), "config": to_dict(plain)})

@@ -15,7 +15,7 @@ IDS = {"eos_token_id": [7, 9], "bos_token_id": None, "pad_token_id": 3}
 def source(folder: pathlib.Path, meta: dict, carried: dict, *, is_resume: bool = False) -> Origin:
     """A checkpoint without arrays."""
     path = files.path(folder / "source")
-    storage.Writer(path, {}).commit({"model": {}, "config": {}} | meta, files=carried)
+    storage.ArrayWriter(path, {}).commit({"model": {}, "config": {}} | meta, files=carried)
     return Origin(path, ("params",), is_resume, "")
 
 

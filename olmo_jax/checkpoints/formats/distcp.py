@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from olmo_jax.checkpoints.formats.folders import Folder, at_once
+from olmo_jax.checkpoints.formats.folders import SourceFolder, at_once
 from olmo_jax.checkpoints.formats.stacked import Shapes, narrowed
 from olmo_jax.checkpoints.formats.torch_files import Archive, Tensor, unpickle
 from olmo_jax.files import is_inside
 
-Ranges = list[tuple[int, int]]  # start and stop in each dimension
+Extents = list[tuple[int, int]]  # start and stop in each dimension
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Chunk:
 class Distributed:
     """A distributed checkpoint; `shapes` has shape and dtype of each tensor by key."""
 
-    def __init__(self, folder: Folder, prefix: str = ""):
+    def __init__(self, folder: SourceFolder, prefix: str = ""):
         """Read the metadata, and look whether all its files are there and long enough.
 
         Args:
@@ -117,7 +117,7 @@ class Distributed:
             out[tuple(into)] = part
         return out
 
-    def _read_chunk(self, key: str, chunk: _Chunk, common: Ranges) -> np.ndarray:
+    def _read_chunk(self, key: str, chunk: _Chunk, common: Extents) -> np.ndarray:
         """What a chunk has of a part of a tensor: whole rows are read, and narrowed here."""
         archive = self._archive(chunk)
         tensor, (_, dtype) = archive.tree, self.shapes[key]
@@ -134,7 +134,7 @@ class Distributed:
         return Archive(self._folder, chunk.file, chunk.start, chunk.stop)
 
 
-def _overlap(chunk: _Chunk, ranges: Ranges) -> Ranges | None:
+def _overlap(chunk: _Chunk, ranges: Extents) -> Extents | None:
     """What a chunk and a part of a tensor have in common, in the tensor's coordinates."""
     common = [
         (max(start, offset), min(stop, offset + size))

@@ -30,7 +30,7 @@ TIMEOUT = 60  # seconds without an answer
 T = TypeVar("T")
 
 
-class Folder(Protocol):
+class SourceFolder(Protocol):
     """Files by their names relative to the folder, such as `train/rank0.pt`."""
 
     name: str  # as the user wrote it
@@ -61,12 +61,12 @@ class Folder(Protocol):
         ...
 
 
-def open(src: str) -> Folder:
+def open(src: str) -> SourceFolder:
     """The folder at a path or an address."""
     return Remote(src) if re.match(r"https?://", src) else Local(src)
 
 
-def text(folder: Folder, file: str) -> str:
+def text(folder: SourceFolder, file: str) -> str:
     """The text of a small file."""
     return folder.read(file).tobytes().decode()
 

@@ -11,7 +11,7 @@ import numpy as np
 from olmo_jax import files
 from olmo_jax.checkpoints import names
 from olmo_jax.checkpoints.formats import folders, hf_config, safetensors, stacked, torch_files
-from olmo_jax.checkpoints.formats.folders import Folder
+from olmo_jax.checkpoints.formats.folders import SourceFolder
 from olmo_jax.checkpoints.formats.hub import CARRIED, TEMPLATES
 from olmo_jax.checkpoints.formats.stacked import Stacked, is_same, narrowed
 from olmo_jax.checkpoints.weights import Index, NoOptimizerError
@@ -27,7 +27,7 @@ FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
-class Tensor(NamedTuple):
+class FoundTensor(NamedTuple):
     """A tensor in one of the files, or some rows of one."""
 
     file: str
@@ -79,7 +79,7 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     architecture = f"{hf_config.family(config, CONFIG)}ForCausalLM"
     if optimizer:
         raise NoOptimizerError(f"{src}: a Hugging Face folder has no optimizer state")
-    store = Store(folder, is_tied=model.tie_embeddings)
+    store = Tensors(folder, is_tied=model.tie_embeddings)
     weights = Stacked(model, is_remote=isinstance(folder, folders.Remote))
     rows = names.rows(model, "Hugging Face")
     weights.add("params/", store, rows, lambda key: key, store.shapes)
@@ -101,10 +101,10 @@ def read(src: str, *, optimizer: bool = False) -> Stacked:
     return weights
 
 
-class Store:
+class Tensors:
     """The tensors of a folder by key, as `Stacked` reads them."""
 
-    def __init__(self, folder: Folder, *, is_tied: bool):
+    def __init__(self, folder: SourceFolder, *, is_tied: bool):
         """Read the index and the headers.
 
         Args:
@@ -116,7 +116,7 @@ class Store:
         self.where = folder.name.rstrip("/")
         self.places = [place for place in PLACES if folder.has(place)]  # the first is used
         found = _tensors(folder, self.places)
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, FoundTensor] = {}
         for key, tensor in found.items():
             if DERIVED.fullmatch(key):
                 continue
@@ -141,7 +141,7 @@ class Store:
         return narrowed(tensor.load, index, tensor.shape, tensor.dtype)
 
 
-def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
+def _one_by_one(key: str, tensor: FoundTensor) -> dict[str, FoundTensor]:
     """A tensor of all experts, as transformers 5 has them in memory, as one for each of them."""
     match = FUSED.fullmatch(key)
     if match is None or len(tensor.shape) != 3:
@@ -161,11 +161,11 @@ def _one_by_one(key: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _json(folder: Folder, file: str) -> dict[str, Any]:
+def _json(folder: SourceFolder, file: str) -> dict[str, Any]:
     return files.json_object(folder.read(file).tobytes(), f"{folder.name.rstrip('/')}/{file}")
 
 
-def _tensors(folder: Folder, places: Sequence[str]) -> dict[str, Tensor]:
+def _tensors(folder: SourceFolder, places: Sequence[str]) -> dict[str, FoundTensor]:
     """All tensors by key, from the one file or the shards that the index names."""
     where = folder.name.rstrip("/")
     if folder.has(ADAPTER):
@@ -183,7 +183,7 @@ def _tensors(folder: Folder, places: Sequence[str]) -> dict[str, Tensor]:
     return read(folder, places[0])
 
 
-def _of_shards(folder: Folder, index: str) -> dict[str, Tensor]:
+def _of_shards(folder: SourceFolder, index: str) -> dict[str, FoundTensor]:
     where = folder.name.rstrip("/")
     weight_map = _json(folder, index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -194,7 +194,7 @@ def _of_shards(folder: Folder, index: str) -> dict[str, Tensor]:
             raise ValueError(
                 f"{where}/{index}: {key} is in {name}, which is no file of this folder"
             )
-    found: dict[str, Tensor] = {}
+    found: dict[str, FoundTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not folder.has(file):
             raise FileNotFoundError(f"{where}: {file}, which {index} names, is missing")
@@ -211,17 +211,17 @@ def _of_shards(folder: Folder, index: str) -> dict[str, Tensor]:
     return found
 
 
-def _of_file(folder: Folder, file: str) -> dict[str, Tensor]:
+def _of_file(folder: SourceFolder, file: str) -> dict[str, FoundTensor]:
     if file.endswith(".safetensors"):
         return {
-            key: Tensor(file, entry, functools.partial(safetensors.load, folder))
+            key: FoundTensor(file, entry, functools.partial(safetensors.load, folder))
             for key, entry in safetensors.entries(folder, file).items()
         }
     archive = torch_files.Archive(folder, file)
     if not isinstance(archive.tree, dict) or not all(isinstance(key, str) for key in archive.tree):
         raise ValueError(f"{archive.where} holds no tensors by name")
     return {
-        key: Tensor(file, t, archive.read)
+        key: FoundTensor(file, t, archive.read)
         for key, t in archive.tree.items()
         if isinstance(t, torch_files.Tensor)
     }

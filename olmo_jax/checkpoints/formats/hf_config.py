@@ -11,14 +11,12 @@ from typing import Any
 
 from olmo_jax.checkpoints.formats import hf_rope
 from olmo_jax.checkpoints.formats.fields import LARGEST, MOST, number, odd_ids
-from olmo_jax.checkpoints.formats.hf_rope import KINDS
+from olmo_jax.checkpoints.formats.hf_rope import KINDS, ConfigValues
 from olmo_jax.config.changes import shortest
 from olmo_jax.config.model import ModelConfig
 
-Fields = dict[str, Any]
-
 # What the architectures say without a field in config.json. transformers: models/olmo*/.
-FAMILIES: dict[str, Fields] = {
+FAMILIES: dict[str, ConfigValues] = {
     "Olmo": {
         "norm": "nonparametric",
         "norm_position": "before",
@@ -67,7 +65,7 @@ OWN = {
     "Olmo3": {"rms_norm_eps": "norm_eps", "sliding_window": "window"},
 }
 # The only values that OLMo models have.
-FIXED: Fields = {
+FIXED: ConfigValues = {
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -79,7 +77,7 @@ FIXED: Fields = {
     "tie_encoder_decoder": False,
     "chunk_size_feed_forward": 0,
 }
-TOKEN_IDS: Fields = {"bos_token_id": None, "eos_token_id": 50_279, "pad_token_id": 1}
+TOKEN_IDS: ConfigValues = {"bos_token_id": None, "eos_token_id": 50_279, "pad_token_id": 1}
 # Other names of tokens, written where they were.
 OTHER_IDS = frozenset(
     "sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id bad_words_ids"
@@ -187,7 +185,7 @@ def read(config: Mapping[str, Any], where: str) -> ModelConfig:
     return ModelConfig(**fields)
 
 
-def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> None:
+def _add_layers(fields: ConfigValues, types: Any, name: str, problems: list[str]) -> None:
     n_layers = fields["n_layers"]
     if types is None and name == "Olmo3":  # as transformers fills it in
         types = [
@@ -210,7 +208,7 @@ def _add_layers(fields: Fields, types: Any, name: str, problems: list[str]) -> N
         fields["layer_types"] = shortest([KINDS[kind] for kind in types])
 
 
-def token_ids(config: Mapping[str, Any]) -> Fields:
+def token_ids(config: Mapping[str, Any]) -> ConfigValues:
     """The special tokens of a config.json; what it leaves out is what transformers fills in."""
     others = {key: config[key] for key in config if key in OTHER_IDS and config[key] is not None}
     return {key: config.get(key, default) for key, default in TOKEN_IDS.items()} | others
@@ -248,7 +246,7 @@ def family_of(model: ModelConfig) -> str:
     return name
 
 
-def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
+def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> ConfigValues:
     """The config.json of a model, which transformers 4.57 and 5 read as the same.
 
     Args:
@@ -260,7 +258,7 @@ def write(model: ModelConfig, ids: Mapping[str, Any], dtype: str) -> Fields:
     """
     name = family_of(model)
     rope = hf_rope.write(model)
-    fields: Fields = {
+    fields: ConfigValues = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": MODEL_TYPES.get(name, name.lower()),
         **{key: getattr(model, ours) for key, ours in (RENAMED | OWN[name]).items()},

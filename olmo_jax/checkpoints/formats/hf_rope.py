@@ -14,7 +14,7 @@ from typing import Any
 from olmo_jax.checkpoints.formats.fields import number
 from olmo_jax.config.model import ModelConfig, yarn_attention
 
-Fields = dict[str, Any]
+ConfigValues = dict[str, Any]
 
 KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 KEYS = frozenset(
@@ -25,7 +25,7 @@ KEYS = frozenset(
 THETA = {"Olmo": 1e4, "Olmo2": 1e4, "Olmo3": 5e5, "Olmoe": 1e4, "FlexOlmo": 5e5}
 
 
-def read(rest: Fields, fields: Fields, name: str, problems: list[str]) -> Fields:
+def read(rest: ConfigValues, fields: ConfigValues, name: str, problems: list[str]) -> ConfigValues:
     """The options of the rotary embedding, as fields of ModelConfig.
 
     Args:
@@ -69,7 +69,7 @@ def read(rest: Fields, fields: Fields, name: str, problems: list[str]) -> Fields
     return yarn | {"rope_theta": float(max(named, default=0.0))}
 
 
-def _group(key: str, rest: Fields, problems: list[str]) -> Fields:
+def _group(key: str, rest: ConfigValues, problems: list[str]) -> ConfigValues:
     """A group of options without those that are null, the kind under its newer name."""
     values = rest.pop(key, None)
     if not isinstance(values, Mapping | None):
@@ -85,8 +85,8 @@ def _group(key: str, rest: Fields, problems: list[str]) -> Fields:
 
 
 def _of_one_kind(
-    theta: float | None, new: Fields, old: Fields, name: str, problems: list[str]
-) -> tuple[Fields, set[float], set[float]]:
+    theta: float | None, new: ConfigValues, old: ConfigValues, name: str, problems: list[str]
+) -> tuple[ConfigValues, set[float], set[float]]:
     """The set of all layers, the theta that transformers takes, and those that are named."""
     if any(isinstance(value, Mapping) for value in new.values()):
         problems.append(
@@ -100,8 +100,12 @@ def _of_one_kind(
 
 
 def _of_olmo3(
-    theta: float | None, new: Fields, old: Fields, kinds: Collection[str], problems: list[str]
-) -> tuple[Fields, set[float], set[float]]:
+    theta: float | None,
+    new: ConfigValues,
+    old: ConfigValues,
+    kinds: Collection[str],
+    problems: list[str],
+) -> tuple[ConfigValues, set[float], set[float]]:
     """The set of full layers, the thetas that transformers 5 takes, and those that are named."""
     flat = {key: value for key, value in new.items() if key not in KINDS}
     sets = [new.get(kind, {}) for kind in KINDS]
@@ -129,7 +133,7 @@ def _of_olmo3(
     return full, {taken[kind] for kind in kinds}, {t for t in thetas if t is not None}
 
 
-def _refuse_other(new: Fields, old: Fields, problems: list[str]) -> None:
+def _refuse_other(new: ConfigValues, old: ConfigValues, problems: list[str]) -> None:
     """Refuse options of `rope_parameters` that `rope_scaling` has not, or has otherwise."""
     problems += [
         f"rope_scaling has {key}={old.get(key)}, rope_parameters {value}"
@@ -142,7 +146,7 @@ def _type(rope: Mapping[str, Any]) -> Any:
     return rope.get("rope_type", "default")
 
 
-def _read_yarn(rope: Mapping[str, Any], max_seq_len: int, problems: list[str]) -> Fields:
+def _read_yarn(rope: Mapping[str, Any], max_seq_len: int, problems: list[str]) -> ConfigValues:
     before, kind = len(problems), _type(rope)
     if unknown := rope.keys() - KEYS:
         problems.append(f"rotary embedding: unknown {', '.join(sorted(unknown))}")
@@ -176,7 +180,7 @@ def _read_yarn(rope: Mapping[str, Any], max_seq_len: int, problems: list[str]) -
     return fields
 
 
-def write(model: ModelConfig) -> Fields:
+def write(model: ModelConfig) -> ConfigValues:
     """The set of the full layers, in the form of transformers 5."""
     if model.yarn_factor is None:
         return {"rope_type": "default", "rope_theta": model.rope_theta}

@@ -18,7 +18,7 @@ import yaml
 from olmo_jax.checkpoints import names
 from olmo_jax.checkpoints.formats import folders, resume, safetensors, stacked
 from olmo_jax.checkpoints.formats.fields import MOST, Fields, odd_ids, real
-from olmo_jax.checkpoints.formats.folders import Folder
+from olmo_jax.checkpoints.formats.folders import SourceFolder
 from olmo_jax.checkpoints.formats.stacked import Shapes, Stacked, narrowed
 from olmo_jax.checkpoints.formats.torch_files import Archive, Tensor, unpickle
 from olmo_jax.checkpoints.weights import Index
@@ -197,7 +197,7 @@ def _optimizer(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _add_optimizer(
-    weights: Stacked, folder: Folder, rows: list[names.Row], config: Any, where: str
+    weights: Stacked, folder: SourceFolder, rows: list[names.Row], config: Any, where: str
 ) -> None:
     """Moments and Adam's step of `optim.pt`."""
     name = _optimizer(config).get("name", "lionw")
@@ -254,7 +254,7 @@ def _number(archive: "_File", value: Any) -> float:
     return float(value or 0)
 
 
-def _add_trainer(weights: Stacked, folder: Folder, config: Any, where: str) -> None:
+def _add_trainer(weights: Stacked, folder: SourceFolder, config: Any, where: str) -> None:
     """Finished steps and the place in the data."""
     file = next((file for file in TRAINERS if folder.has(file)), None)
     if file is None:
@@ -283,7 +283,7 @@ def _add_trainer(weights: Stacked, folder: Folder, config: Any, where: str) -> N
 class _File:
     """`model.pt`, `optim.pt`, or `model.safetensors` as OLMo writes it."""
 
-    def __init__(self, folder: Folder, file: str):
+    def __init__(self, folder: SourceFolder, file: str):
         self.where = f"{folder.name.rstrip('/')}/{file}"
         if file.endswith(".pt"):
             archive = Archive(folder, file)

@@ -14,7 +14,7 @@ from olmo_jax.checkpoints import names
 from olmo_jax.checkpoints.formats import folders, olmo_core_config, resume, stacked
 from olmo_jax.checkpoints.formats.distcp import Distributed
 from olmo_jax.checkpoints.formats.fields import find
-from olmo_jax.checkpoints.formats.folders import Folder
+from olmo_jax.checkpoints.formats.folders import SourceFolder
 from olmo_jax.checkpoints.formats.stacked import Stacked, is_same
 from olmo_jax.checkpoints.formats.torch_files import Archive
 
@@ -29,7 +29,7 @@ def recognises(src: str) -> bool:
     return folder.has("config.json") and _state(folder) is not None
 
 
-def _state(folder: Folder) -> str | None:
+def _state(folder: SourceFolder) -> str | None:
     """Where the arrays are: in a folder of their own, or (weights only) beside the config."""
     return next((at for at in (STATE, "") if folder.has(f"{at}.metadata")), None)
 
@@ -127,7 +127,9 @@ def _add_optimizer(
             weights.add_value(f"opt_state/history/{name}", value)
 
 
-def _add_trainer(weights: Stacked, folder: Folder, config: Mapping[str, Any], where: str) -> None:
+def _add_trainer(
+    weights: Stacked, folder: SourceFolder, config: Mapping[str, Any], where: str
+) -> None:
     """Finished steps and the place in the data, from the first process' state."""
     state: Any = {}
     step = count = int(weights.read("opt_state/count"))

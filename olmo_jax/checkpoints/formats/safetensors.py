@@ -1,7 +1,7 @@
 """Files of the safetensors format: eight bytes with the length of a JSON header, it, the tensors.
 
 Source: the format's description in github.com/huggingface/safetensors. Their reader allocates what
-it reads; this one takes any stretch of a tensor from a `Folder`, so also from behind https.
+it reads; this one takes any stretch of a tensor from a `SourceFolder`, so also from behind https.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 
 from olmo_jax import files
 from olmo_jax.checkpoints import storage
-from olmo_jax.checkpoints.formats.folders import Folder
+from olmo_jax.checkpoints.formats.folders import SourceFolder
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
         return part._replace(start=self.start + i * part.n_bytes)
 
 
-def entries(folder: Folder, file: str) -> dict[str, Entry]:
+def entries(folder: SourceFolder, file: str) -> dict[str, Entry]:
     """The tensors of a file by name, after a look whether all of them are there.
 
     Raises:
@@ -106,7 +106,7 @@ def _refuse_gaps(where: str, found: Mapping[str, Entry], begin: int, size: int) 
         raise ValueError(f"{where} is damaged: {size - at:,} bytes behind the last tensor")
 
 
-def load(folder: Folder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
+def load(folder: SourceFolder, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     """A tensor, or some rows of it; only these are read."""
     if not entry.shape:
         rows = slice(0, 1)

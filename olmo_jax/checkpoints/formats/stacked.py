@@ -22,7 +22,7 @@ BAND_BYTES = 32 << 20  # read at once of rows that are narrowed
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # and dtypes, by key
 
 
-class Store(Protocol):
+class TensorStore(Protocol):
     """Tensors by key."""
 
     where: str  # for errors
@@ -40,7 +40,7 @@ class Store(Protocol):
 class _Tree(NamedTuple):
     """Tensors that mirror the parameters: these themselves, or a moment of each."""
 
-    store: Store
+    store: TensorStore
     rows: list[Row]
     key_of: Callable[[str], str]  # the store's key of a parameter's
 
@@ -63,7 +63,7 @@ class Stacked(Weights):
     def add(
         self,
         prefix: str,
-        store: Store,
+        store: TensorStore,
         rows: list[Row],
         key_of: Callable[[str], str],
         own: Iterable[str],
@@ -221,7 +221,7 @@ def narrowed(
     return out
 
 
-def is_same(store: Store, one: str, other: str) -> bool:
+def is_same(store: TensorStore, one: str, other: str) -> bool:
     """Whether two tensors of a store are equal, read some rows at a time."""
     (shape, dtype), (n_rows, *rest) = store.shapes[one], store.shapes[one][0]
     if store.shapes[other] != (shape, dtype):

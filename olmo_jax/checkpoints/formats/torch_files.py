@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.checkpoints.formats.folders import Folder
+from olmo_jax.checkpoints.formats.folders import SourceFolder
 
 BLOCK_BYTES = 16 << 10  # read at once of what surrounds the tensors
 
@@ -203,7 +203,7 @@ class Archive:
 
     def __init__(
         self,
-        folder: Folder,
+        folder: SourceFolder,
         file: str,
         start: int = 0,
         stop: int | None = None,
@@ -293,7 +293,7 @@ class Archive:
 class _View:
     """A stretch of a file as a file, in blocks that are kept: few requests for many small reads."""
 
-    def __init__(self, folder: Folder, file: str, start: int, stop: int):
+    def __init__(self, folder: SourceFolder, file: str, start: int, stop: int):
         self._size, self._at = stop - start, 0
 
         def block(i: int) -> bytes:

@@ -363,7 +363,7 @@ def test_yarn_that_came_back_from_hugging_face_starts_a_run_with_the_config_that
     back = to_dict(hf_config.read(hf_config.write(model, {}, "float32"), "config.json"))
     assert back["yarn_attention_factor"] == 1.2079441541679836
     meta = {"model": back, "config": {"model": back}}
-    storage.Writer(files.path(tmp_path / "ours"), {}).commit(meta)  # as to_jax writes it
+    storage.ArrayWriter(files.path(tmp_path / "ours"), {}).commit(meta)  # as to_jax writes it
     options = CheckpointConfig(load_path=str(tmp_path / "ours"), load_optimizer=False)
     config = Config(dir=str(tmp_path / "run"), model=model, checkpoint=options)
     run = checkpointer.Checkpointer(config.checkpoint, config.run_dir)
