@@ -1,11 +1,15 @@
-"""Paths, local or on gs://, and files: read by position, or strictly as JSON."""
+"""Paths, local or on gs://, and files: written whole, read by position, or strictly as JSON."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import pathlib
 import re
 import resource
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NoReturn
 
 from etils import epath
 
@@ -61,16 +65,44 @@ def expand(path: str | os.PathLike[str]) -> str:
     Raises:
       ValueError: if there is no such home folder; a folder called ~ is never made.
     """
-    whole = os.path.expanduser(os.fspath(path))
-    if whole.startswith("~"):
-        raise ValueError(f"{brief(whole)}: {path_problem(whole)}")
-    return whole
+    expanded = os.path.expanduser(os.fspath(path))
+    if expanded.startswith("~"):
+        raise ValueError(f"{brief(expanded)}: {path_problem(expanded)}")
+    return expanded
 
 
 def brief(text: str) -> str:
     """The text on one line that is not long."""
     line = text if text.isprintable() else repr(text)[1:-1]
     return line if len(line) <= 120 else f"{line[:80]} … {line[-20:]}"
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole(path: Any) -> Iterator[BinaryIO]:
+    """A file to write into, which gets its name when all of it is on disk, or never.
+
+    Until then others read what was there before, and several may write the same.
+
+    Args:
+      path: local, or of a bucket, which does so by itself; its folder is there.
+    """
+    if is_address(os.fspath(path)):
+        held = io.BytesIO()
+        yield held
+        path.write_bytes(held.getvalue())
+        return
+    partial = f"{os.fspath(path)}.tmp{os.getpid()}"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        pathlib.Path(partial).unlink(missing_ok=True)
 
 
 # --- reading by position --------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import olmo_jax
 from olmo_jax import files
 from olmo_jax.checkpoints import arrays, compare, layout, storage
 from olmo_jax.checkpoints.derived import Mean, Padded, Upcycled
-from olmo_jax.checkpoints.formats import hf, hf_write, native, open, tokenizer_config
+from olmo_jax.checkpoints.formats import hf, hf_write, native, tokenizer_config
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.checkpoints.logits import logits
 from olmo_jax.checkpoints.weights import (
     PIECE_BYTES,
@@ -78,7 +79,7 @@ def to_jax(
     """
     _refuse_existing(dst)
     try:
-        source = open.open_weights(src, optimizer=optimizer, revision=revision)
+        source = open_weights(src, optimizer=optimizer, revision=revision)
     except NoOptimizerError as error:
         raise ValueError(f"{error}; leave --optimizer") from None
     if padded_vocab_size is not None:
@@ -111,7 +112,7 @@ def to_hf(
         not copied exactly.
     """
     _refuse_existing(dst)
-    source = open.open_weights(src, revision=revision)
+    source = open_weights(src, revision=revision)
     say(f"{src}: {source.line}")
     with _result(dst) as partial:
         with _bar("writing", _n_bytes(source)) as report:
@@ -134,7 +135,7 @@ def average(sources: Sequence[str], dst: str, *, say: Say = print) -> None:
     _refuse_existing(dst)
     if len(sources) < 2:
         raise ValueError("average: need at least two checkpoints before OUT")
-    opened = [open.open_weights(src) for src in sources]
+    opened = [open_weights(src) for src in sources]
     for src, source in zip(sources, opened, strict=True):
         say(f"{src}: {source.line}")
         _refuse_other_model(sources[0], opened[0], src, source)
@@ -159,7 +160,7 @@ def upcycle(
       FileNotFoundError, ValueError, OSError: if the source is not whole, or no dense model.
     """
     _refuse_existing(dst)
-    dense = open.open_weights(src, revision=revision)
+    dense = open_weights(src, revision=revision)
     moe = Upcycled(dense, n_experts, n_experts_per_token, router_std, seed)
     say(f"{src}: {moe.line}")
     _to_jax(moe, dst, "float32", say)
@@ -282,7 +283,7 @@ def check(a: str, b: str, *, atol: float = 0.0, say: Say = print) -> bool:
     Raises:
       ValueError: if a source is not whole, or they have different parameters.
     """
-    one, two = open.open_weights(a), open.open_weights(b)
+    one, two = open_weights(a), open_weights(b)
     say(f"{a}: {one.line}")
     say(f"{b}: {two.line}")
     options = compare.model_changes(one.model, two.model)

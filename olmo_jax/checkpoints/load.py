@@ -5,7 +5,7 @@ import jax
 from olmo_jax.checkpoints import storage
 from olmo_jax.checkpoints.arrays import on_devices
 from olmo_jax.checkpoints.derived import Padded
-from olmo_jax.checkpoints.formats import open
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.checkpoints.weights import Weights, parts, pieces
 from olmo_jax.config.model import ComputeConfig, MeshConfig
 from olmo_jax.nn import transformer
@@ -35,7 +35,7 @@ def load(
     Raises:
       FileNotFoundError, ValueError, OSError: if there is no checkpoint that is whole.
     """
-    source = open.open_weights(src, revision=revision)
+    source = open_weights(src, revision=revision)
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     ways = mesh.shape["tensor"]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from olmo_jax import files
 from olmo_jax.data.token_files import TokenFiles
 
 
@@ -99,27 +100,19 @@ def write_documents(
     """
     dtype = np.dtype(dtype).newbyteorder("<")
     names = iter(sources) if sources is not None else iter(lambda: "", None)
-    final = (boundaries_path(path), os.fspath(path))
-    partial = [f"{name}.tmp{os.getpid()}" for name in final]
     end = 0
-    try:
-        with (
-            open(partial[1], "wb") as file,
-            open(partial[0], "wb") as raw,
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-            io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
-        ):
-            table = csv.writer(text, lineterminator="\n")
-            for number, document in enumerate(documents):
-                ids = np.asarray(document, np.int64)
-                if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(dtype).max:
-                    raise ValueError(f"{path}: document {number} has ids outside {dtype.name}")
-                file.write(ids.astype(dtype).tobytes())
-                table.writerow((end, end + ids.size, number, next(names), 1))
-                end += ids.size
-        for old, new in zip(partial, final, strict=True):
-            os.replace(old, new)
-    finally:
-        for name in partial:
-            pathlib.Path(name).unlink(missing_ok=True)
+    with (
+        files.whole(path) as file,  # has its name last
+        files.whole(boundaries_path(path)) as raw,
+        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        table = csv.writer(text, lineterminator="\n")
+        for number, document in enumerate(documents):
+            ids = np.asarray(document, np.int64)
+            if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(dtype).max:
+                raise ValueError(f"{path}: document {number} has ids outside {dtype.name}")
+            file.write(ids.astype(dtype).tobytes())
+            table.writerow((end, end + ids.size, number, next(names), 1))
+            end += ids.size
     return end

@@ -16,6 +16,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from olmo_jax import files
+
 EOS_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -79,7 +81,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file that this tokenizer was made from, byte for byte."""
-        pathlib.Path(path).write_bytes(self._content)
+        with files.whole(path) as file:
+            file.write(self._content)
 
     @property
     def vocab_size(self) -> int:

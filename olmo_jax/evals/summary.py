@@ -71,7 +71,8 @@ def write(
         f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({run.folder!r})"',
     ]
     text = "\n".join(lines)
-    (folder / "summary.md").write_bytes(f"```\n{text}\n```\n".encode(errors="replace"))
+    with files.whole(folder / "summary.md") as file:
+        file.write(f"```\n{text}\n```\n".encode(errors="replace"))
     print(f"\n{text}", flush=True)
 
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from olmo_jax import files
 from olmo_jax.config.costs import GIB
 from olmo_jax.config.options import Bears, bearing
 from olmo_jax.config.run import Config, from_dict
@@ -151,7 +152,8 @@ class PlanStore:
         except (FileNotFoundError, *_NOT_WHOLE):
             forward, backward = kernels.seconds(case)
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps((forward, backward)).encode())
+            with files.whole(path) as file:
+                file.write(json.dumps((forward, backward)).encode())
         return forward, backward
 
     def _path(self, config: Config, where: Slice) -> pathlib.Path:
@@ -191,13 +193,6 @@ def _read(path: pathlib.Path) -> Program:
         return Program(**json.load(file))
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """All of it or nothing: another process may read, or write the same."""
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.write_bytes(content)
-    fresh.replace(path)
-
-
 def _run_child(task: dict[str, Any]) -> None:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.run(
@@ -228,7 +223,8 @@ def _child(task: dict[str, Any]) -> None:
     else:
         made = Program(compiled.as_text(), memory_of(compiled), None, time.monotonic() - start)
     content = json.dumps(dataclasses.asdict(made)).encode()
-    _write(pathlib.Path(task["path"]), gzip.compress(content, 6))
+    with files.whole(task["path"]) as file:
+        file.write(gzip.compress(content, 6))
 
 
 if __name__ == "__main__":

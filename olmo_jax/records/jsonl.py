@@ -10,8 +10,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from olmo_jax import files
 
 NAME = "metrics.jsonl"
 OF_A_STEP = "throughput/total tokens"  # in the record of every finished step
@@ -95,7 +97,8 @@ class Jsonl:
         if not all(kept) or not line.endswith(b"\n"):
             with self.path.open("rb") as f:
                 lines = (line.rstrip(b"\n") + b"\n" for line in f)
-                replace(self.path, itertools.compress(lines, kept))
+                with files.whole(self.path) as file:
+                    file.writelines(itertools.compress(lines, kept))
 
     def log(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Append a record, which survives the process, whatever ends that."""
@@ -193,16 +196,6 @@ class RecordFolder:
         """Remove the local copy."""
         if self._remote is not None:
             self._temporary.cleanup()
-
-
-def replace(path: pathlib.Path, parts: Iterable[bytes]) -> None:
-    """Write a file anew, wholly or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
-        f.writelines(parts)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

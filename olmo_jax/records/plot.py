@@ -56,7 +56,8 @@ def draw(run_dirs: list[Any], out: Any, x: str = "tokens") -> None:
     picture = io.BytesIO()
     with _plain_style():
         _figure(runs, x).savefig(picture, format=out.suffix[1:] or "png", dpi=120)
-    out.write_bytes(picture.getvalue())
+    with files.whole(out) as file:
+        file.write(picture.getvalue())
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from olmo_jax import files
 from olmo_jax.records import jsonl
 
 FLUSH_PERIOD = 10.0  # seconds that TensorBoard may lag behind
@@ -53,9 +54,11 @@ class TensorBoard:
             aside = jsonl.free(path.with_name(path.name.replace("tfevents", "damaged")))
             print(f"{path} is damaged and kept as {aside.name}; {len(kept):,} events of it are"
                   " whole and stay", flush=True)  # fmt: skip
-            jsonl.replace(aside, [data])
+            with files.whole(aside) as file:
+                file.write(data)
         if sum(map(len, kept)) < len(data):
-            jsonl.replace(path, kept)
+            with files.whole(path) as file:
+                file.writelines(kept)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add an event."""

@@ -75,7 +75,8 @@ class Wandb:
         return True
 
     def _save(self) -> None:
-        jsonl.replace(self._path, [json.dumps(self._state).encode()])
+        with files.whole(self._path) as file:
+            file.write(json.dumps(self._state).encode())
 
     def _start(
         self, wandb: Any, run: Mapping[str, Any], folder: pathlib.Path, row: int, rewind: bool

@@ -387,9 +387,8 @@ def write_config(config: Config) -> None:
                 f"config.dir: {folder / 'config.json'} is not the config of a run of olmo_jax and"
                 " is not overwritten; set another config.dir"
             )
-        new = folder / "config.json.new"
-        new.write_bytes(json.dumps(to_dict(config), indent=2).encode())
-        new.replace(folder / "config.json")
+        with files.whole(folder / "config.json") as file:
+            file.write(json.dumps(to_dict(config), indent=2).encode())
 
     try:
         processes.from_process_0(write)

@@ -27,7 +27,8 @@ from test_hf import TOKENS, quiet, save, tensors
 import olmo_jax
 from olmo_jax import convert
 from olmo_jax.checkpoints import conversion, storage
-from olmo_jax.checkpoints.formats import native, open, safetensors
+from olmo_jax.checkpoints.formats import native, safetensors
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.checkpoints.logits import logits
 from olmo_jax.data import foreign
 
@@ -73,7 +74,7 @@ def test_there_and_back_says_what_it_found_and_checked(tmp_path):
 def test_check_names_the_largest_difference_and_where_it_is(tmp_path):
     folder = save(tmp_path, "olmo2 grouped")
     conversion.to_hf(str(folder), str(tmp_path / "bf16"), dtype="bfloat16", say=quiet)
-    one, two = open.open_weights(str(folder)), open.open_weights(str(tmp_path / "bf16"))
+    one, two = open_weights(str(folder)), open_weights(str(tmp_path / "bf16"))
     apart = {name: np.abs(one.read(name) - two.read(name).astype("f4")) for name in one.leaves}
     worst = max(apart, key=lambda name: apart[name].max())
     at = [int(i) for i in np.unravel_index(apart[worst].argmax(), apart[worst].shape)]
@@ -264,7 +265,7 @@ def test_an_average_is_the_fp32_mean_of_all(tmp_path):
     result = run("average", tmp_path / "ours", second, first, tmp_path / "mean")
     assert result.code == 0, result.err
     mean = native.read(str(tmp_path / "mean"))
-    sources = [open.open_weights(str(path)) for path in (tmp_path / "ours", second, first)]
+    sources = [open_weights(str(path)) for path in (tmp_path / "ours", second, first)]
     for name, leaf in mean.leaves.items():
         assert leaf.dtype == np.float32
         parts = [source.read(name).astype(np.float64) for source in sources]
@@ -486,5 +487,5 @@ def test_a_mistyped_path_is_no_hub_id(tmp_path, monkeypatch):
     for name in ("runs/quickstrat", "model", "a/b/c", "./a/b"):
         assert not foreign.is_hub_id(name)
         with pytest.raises(FileNotFoundError, match="does not exist"):
-            open.open_weights(name)
+            open_weights(name)
     assert foreign.is_hub_id("allenai/OLMo-2-1124-7B")

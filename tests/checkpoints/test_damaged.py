@@ -31,7 +31,7 @@ from olmo_jax.checkpoints import (
     conversion,
     layout,
 )
-from olmo_jax.checkpoints.formats import open
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.config.data import FixedLength
 from olmo_jax.config.run import Config
 from olmo_jax.config.text import to_dict
@@ -189,7 +189,7 @@ def _with_length(text: bytes) -> bytes:
 
 def use(folder: pathlib.Path) -> None:
     """Read everything that there is, as conversions and the trainer do."""
-    source = open.open_weights(str(folder), optimizer=folder.name in ("core", "legacy"))
+    source = open_weights(str(folder), optimizer=folder.name in ("core", "legacy"))
     for name in source.leaves:
         source.view(name)
     if folder.name == "ours":

@@ -17,7 +17,7 @@ import pytest
 import runs
 
 from olmo_jax import config, files, plan, train
-from olmo_jax.checkpoints.formats import open
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.config import typed
 from olmo_jax.config.run import validate
 from olmo_jax.parallel import processes
@@ -167,7 +167,7 @@ def test_every_option_that_is_a_path_starts_at_home(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"^{home}/ours/metrics.jsonl: no such file"):
         plot.draw(["~/ours"], "~/picture.png")
     with pytest.raises(ValueError, match="is no checkpoint that is known"):
-        open.open_weights("~/ours")
+        open_weights("~/ours")
     assert list(here.iterdir()) == []
 
 

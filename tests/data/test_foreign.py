@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from olmo_jax.checkpoints.formats import native, open
+from olmo_jax.checkpoints.formats import native
+from olmo_jax.checkpoints.formats.open import open_weights
 
 TAKEN = "taken by: python -m olmo_jax.convert to_jax"
 HF = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
@@ -126,7 +127,7 @@ def test_a_file_is_named_too(tmp_path, name):
         native.find(str(tmp_path / name))
     assert str(caught.value).endswith(f"; it is {what}")
     with pytest.raises(ValueError, match="is no checkpoint that is known here") as caught:
-        open.open_weights(str(tmp_path / name))
+        open_weights(str(tmp_path / name))
     assert str(caught.value).endswith(f"here: it is {what}")
 
 
@@ -139,7 +140,7 @@ def test_the_converter_says_the_same_of_what_it_does_not_read(tmp_path, name):
     files, what = FOLDERS[name]
     make(tmp_path / name, files)
     with pytest.raises(ValueError, match=r"^(SRC: no complete|.* is no checkpoint)") as caught:
-        open.open_weights(str(tmp_path / name))
+        open_weights(str(tmp_path / name))
     assert str(caught.value).endswith(f"it is {what.format(tmp_path / name)}")
 
 

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 import olmo_jax
 from olmo_jax import files
 from olmo_jax.checkpoints import compare, conversion, layout, storage, weights
-from olmo_jax.checkpoints.formats import hf, native, open, safetensors, stacked
+from olmo_jax.checkpoints.formats import hf, native, safetensors, stacked
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.checkpoints.logits import logits
 from olmo_jax.config.model import MeshConfig
 from olmo_jax.parallel import sharding
@@ -89,7 +90,7 @@ def test_logits_are_those_of_transformers_and_the_way_back_is_exact(tmp_path, na
     model, params = olmo_jax.load(str(folder))
     ours = np.asarray(jax.jit(made.logits_of, static_argnums=0)(model, params, TOKENS))
     assert np.abs(ours - want).max() < 2e-5
-    streamed = logits(open.open_weights(str(folder)), TOKENS)
+    streamed = logits(open_weights(str(folder)), TOKENS)
     assert np.abs(streamed - want).max() < 2e-5
     assert tensors(back) == tensors(folder)
     assert np.array_equal(theirs(back), want)
@@ -123,7 +124,7 @@ def test_experts_in_one_tensor_are_those_in_many(tmp_path, name):
     (tmp_path / "fused").mkdir()
     save_file(state, tmp_path / "fused" / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path / "fused")
-    many, one = open.open_weights(str(folder)), open.open_weights(str(tmp_path / "fused"))
+    many, one = open_weights(str(folder)), open_weights(str(tmp_path / "fused"))
     assert one.leaves == many.leaves
     for leaf in many.leaves:
         assert np.array_equal(one.read(leaf), many.read(leaf))
@@ -151,7 +152,7 @@ def test_experts_in_one_tensor_that_cannot_be_right_are_named(tmp_path, change, 
     state = {key: value.numpy() for key, value in random_model("olmoe")[0].state_dict().items()}
     save_file(state | change(state), folder / "model.safetensors")
     with pytest.raises(ValueError, match=message) as error:
-        open.open_weights(str(folder))
+        open_weights(str(folder))
     assert "\n" not in str(error.value)
 
 
@@ -188,7 +189,7 @@ def test_fp32_is_rounded_to_bf16_as_torch_rounds(tmp_path):
 def test_shards_in_any_number_are_read(tmp_path, options):
     folder = save(tmp_path, "olmo3", **options)
     assert len(list(folder.glob("*.safetensors"))) == (1 if not options else 30)
-    found = open.open_weights(str(folder))
+    found = open_weights(str(folder))
     assert found.line.startswith("Hugging Face Olmo3ForCausalLM, 47 tensors in ")
     assert np.abs(logits(found, TOKENS) - theirs(folder)).max() < 2e-5
 
@@ -224,7 +225,7 @@ def test_of_several_weights_those_are_read_that_transformers_takes(tmp_path):
         "config.json", "generation_config.json", "model.safetensors", hf.INDEX}  # fmt: skip
 
     def ours(note: str) -> np.ndarray:
-        found = open.open_weights(str(folder))
+        found = open_weights(str(folder))
         assert found.line.endswith(note)
         return logits(found, TOKENS)
 
@@ -243,7 +244,7 @@ def test_of_several_weights_those_are_read_that_transformers_takes(tmp_path):
     assert np.abs(ours(note) - old).max() < 2e-5
     (folder / min(shards)).unlink()  # nothing falls back to what is left
     with pytest.raises(FileNotFoundError, match=f"{min(shards)}, which {hf.INDEX} names, is miss"):
-        open.open_weights(str(folder))
+        open_weights(str(folder))
     (folder / hf.INDEX).unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "gone.bin"}}')
@@ -260,11 +261,11 @@ def test_weights_with_an_adapter_beside_them_are_refused_naming_both(tmp_path, s
         (folder / hf.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     message = r"theirs: adapter_config\.json beside model\.safetensors: .* merge it into them"
     with pytest.raises(ValueError, match=message):
-        open.open_weights(str(folder))
+        open_weights(str(folder))
     (folder / "model.safetensors").unlink()
     beside = "model.safetensors.index.json" if stale else "config.json"
     with pytest.raises(ValueError, match=f"adapter_config.json beside {beside}: "):
-        open.open_weights(str(folder))
+        open_weights(str(folder))
 
 
 def test_files_beside_the_weights_are_carried_byte_for_byte(tmp_path):
@@ -333,7 +334,7 @@ def test_a_folder_behind_https_is_read_as_one_here(tmp_path):
     folder = save(tmp_path, "olmo1 tied", max_shard_size="40KB")
     with web.serving(tmp_path) as server:
         conversion.to_jax(f"{server.url}/theirs", str(tmp_path / "ours"), say=quiet)
-        assert open.open_weights(f"{server.url}/theirs").files.keys() == {"generation_config.json"}
+        assert open_weights(f"{server.url}/theirs").files.keys() == {"generation_config.json"}
     assert conversion.check(str(folder), str(tmp_path / "ours"), say=quiet)
 
 
@@ -361,9 +362,7 @@ def test_nothing_is_downloaded_twice(tmp_path, monkeypatch, verb):
 def test_large_tensors_are_read_in_parts_that_make_the_same_checkpoint(tmp_path, monkeypatch):
     folder = save(tmp_path, "olmo2 grouped")
     monkeypatch.setattr(layout, "CHUNK_BYTES", 4000)
-    conversion._write_native(
-        open.open_weights(str(folder)), files.path(tmp_path / "whole"), "float32"
-    )
+    conversion._write_native(open_weights(str(folder)), files.path(tmp_path / "whole"), "float32")
     monkeypatch.setattr(conversion, "PIECE_BYTES", 4000)
     monkeypatch.setattr(stacked, "BAND_BYTES", 1000)
     most, load = [], safetensors.load
@@ -373,7 +372,7 @@ def test_large_tensors_are_read_in_parts_that_make_the_same_checkpoint(tmp_path,
         return load(*args)
 
     monkeypatch.setattr(safetensors, "load", watched)
-    source = open.open_weights(str(folder))
+    source = open_weights(str(folder))
     conversion._write_native(source, files.path(tmp_path / "parts"), "float32")
     assert max(most) <= 4000  # a matrix has 16,384 bytes
     assert runs.arrays(tmp_path / "parts", ("params",)) == runs.arrays(
@@ -386,7 +385,7 @@ def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path, monkeypatch):
     folder = save(tmp_path, "olmo2 grouped", max_shard_size="40KB")
     conversion.to_jax(str(folder), str(tmp_path / "ours"), say=quiet)
     rng = np.random.default_rng(1)
-    for source in (open.open_weights(str(folder)), open.open_weights(str(tmp_path / "ours"))):
+    for source in (open_weights(str(folder)), open_weights(str(tmp_path / "ours"))):
         for name, leaf in source.leaves.items():
             everything = source.read(name)
             assert everything.shape == leaf.shape
@@ -422,7 +421,7 @@ def test_a_part_of_a_leaf_is_that_part_of_it(tmp_path, monkeypatch):
 )
 def test_each_trap_would_be_seen(tmp_path, name, wrong):
     folder = save(tmp_path, name)
-    source, want = open.open_weights(str(folder)), theirs(folder)
+    source, want = open_weights(str(folder)), theirs(folder)
     assert np.abs(logits(source, TOKENS) - want).max() < 2e-5
     if "gate" in wrong:
         read = source.read

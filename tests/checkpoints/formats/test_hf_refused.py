@@ -15,7 +15,8 @@ from test_hf import TOKENS, convert, quiet, save, tensors, theirs
 
 import olmo_jax
 from olmo_jax.checkpoints import compare, conversion, layout, weights
-from olmo_jax.checkpoints.formats import hf, open
+from olmo_jax.checkpoints.formats import hf
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.checkpoints.logits import logits
 
 
@@ -130,7 +131,7 @@ def test_old_tables_of_frequencies_are_no_weights(tmp_path):
 
 
 def theirs_params(folder: pathlib.Path) -> np.ndarray:
-    return logits(open.open_weights(str(folder)), TOKENS)
+    return logits(open_weights(str(folder)), TOKENS)
 
 
 def test_olmo_2_presented_as_olmo_1_is_refused(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import runs
 
 from olmo_jax.checkpoints import conversion, storage
-from olmo_jax.checkpoints.formats import open, orbax
+from olmo_jax.checkpoints.formats import orbax
+from olmo_jax.checkpoints.formats.open import open_weights
 from olmo_jax.checkpoints.weights import NoOptimizerError
 from olmo_jax.records import jsonl
 
@@ -54,7 +55,7 @@ def test_what_each_of_orbax_writers_wrote_comes_back(run, tmp_path, name):
         with WRITERS[name]() as writer:
             writer.save(folder := tmp_path / "there", tree)
     shutil.copy(ours / "meta.json", folder / "meta.json")
-    weights = open.open_weights(str(folder), optimizer=True)
+    weights = open_weights(str(folder), optimizer=True)
     want = storage.names(tree)
     assert weights.leaves.keys() == want.keys()
     assert {"params/embed", "opt_state/mu/embed", "opt_state/count", "step"} <= want.keys()
@@ -65,7 +66,7 @@ def test_what_each_of_orbax_writers_wrote_comes_back(run, tmp_path, name):
     np.testing.assert_array_equal(
         weights.read("params/layers/mlp/w_up", part), want["params/layers/mlp/w_up"][part]
     )
-    native = open.open_weights(str(ours), optimizer=True)
+    native = open_weights(str(ours), optimizer=True)
     assert (weights.model, weights.meta) == (native.model, native.meta)
     assert weights.line.startswith(f"Orbax checkpoint, {len(want)} arrays")
 
@@ -77,13 +78,13 @@ def test_parameters_alone_take_the_model_of_the_run_they_lie_in(run, tmp_path):
         with ocp.StandardCheckpointer() as writer:
             writer.save(folder, tree)
         with pytest.raises(ValueError, match="does not say what model it is; put the config"):
-            open.open_weights(str(folder))
+            open_weights(str(folder))
         shutil.copy(run[0] / "config.json", tmp_path / str(level) / "config.json")
-        weights = open.open_weights(str(folder))
-        assert weights.model == open.open_weights(str(run[0])).model
+        weights = open_weights(str(folder))
+        assert weights.model == open_weights(str(run[0])).model
         conversion.check(str(folder), str(ours), say=lambda line: None)
         with pytest.raises(NoOptimizerError, match="has no optimizer state"):
-            open.open_weights(str(folder), optimizer=True)
+            open_weights(str(folder), optimizer=True)
 
 
 def test_another_tree_or_a_damaged_one_is_refused_by_name(run, tmp_path):
@@ -94,10 +95,10 @@ def test_another_tree_or_a_damaged_one_is_refused_by_name(run, tmp_path):
         writer.save(folder, tree)
     shutil.copy(run[0] / "config.json", tmp_path / "run" / "config.json")
     with pytest.raises(ValueError, match=r"params/layers/mlp/w_up .* it is not there"):
-        open.open_weights(str(folder))
+        open_weights(str(folder))
     (folder / "_METADATA").write_text("{")
     with pytest.raises(ValueError, match=f"^{folder}: Orbax cannot read "):
-        open.open_weights(str(folder))
+        open_weights(str(folder))
     assert not orbax.recognises(str(tmp_path))
     assert not orbax.recognises("https://example.org/step100")
 
