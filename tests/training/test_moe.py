@@ -166,7 +166,7 @@ def test_a_run_ends_with_the_factor_that_it_needs(tmp_path):
 @pytest.mark.by_hand  # two runs of 80 seconds of a core
 def test_the_load_balancing_loss_keeps_every_expert_busy(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # those of the tests make slow code
-    busiest, idlest = {}, {}
+    busiest, n_idle = {}, {}
     for weight in ("0.01", "none"):
         folder = tmp_path / weight
         options = f"dir={folder}", f"train.load_balancing_loss={weight}", "eval.interval=none"
@@ -180,11 +180,11 @@ def test_the_load_balancing_loss_keeps_every_expert_busy(tmp_path, monkeypatch):
         loads = [np.array(found[step]["train/expert load"]) for step in range(160, 201, 10)]
         np.testing.assert_allclose(loads[-1].max(1), imbalance, atol=1e-4)
         busiest[weight] = max(imbalance)
-        idlest[weight] = np.mean(loads, 0).min()
+        n_idle[weight] = (np.mean(loads, 0) < 0.5).sum()  # with less than half of the mean load
     assert busiest["0.01"] < 2.0
     assert busiest["none"] > 1.5 * busiest["0.01"]
-    assert idlest["0.01"] > 0.3  # times the mean load
-    assert idlest["none"] < 0.5 * idlest["0.01"]
+    assert n_idle["0.01"] <= 2  # of 32
+    assert n_idle["none"] >= 5
 
 
 @pytest.mark.slow
