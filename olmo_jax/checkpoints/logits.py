@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmo_jax.checkpoints.names import rows
 from olmo_jax.checkpoints.weights import Weights, pieces
 from olmo_jax.config.model import ComputeConfig, ModelConfig
+from olmo_jax.config.parameters import nested
 from olmo_jax.nn import rope
 from olmo_jax.nn.layers import rms_norm
+from olmo_jax.nn.stack import slots_of
 from olmo_jax.nn.transformer import Block
 
 
@@ -33,24 +34,20 @@ def logits(weights: Weights, tokens: np.ndarray, as_dtype: str | None = None) ->
     table = [read("embed", (slice(int(t), int(t) + 1), slice(None)))[0] for t in tokens.flat]
     x = jnp.asarray(np.stack(table).reshape(*tokens.shape, c.d_model))
     kinds, tables = rope.kinds(c), rope.tables(c, jnp.arange(tokens.shape[1])[None])
-    layered = [row.ours for row in rows(c, "Hugging Face") if row.is_layered]
-    for i, kind in enumerate(c.layer_kinds):
-        params: dict = {}
-        for name in layered:
-            *groups, last = name.split("/")[1:]
-            place = params
-            for group in groups:
-                place = place.setdefault(group, {})
-            shape = weights.leaves[f"params/{name}"].shape[1:]
-            index = (slice(i, i + 1), *(slice(0, n) for n in shape))
-            place[last] = read(name, index)[0]
-        x = _block(c)(params, x, jnp.int32(kinds.index(kind)), tables)
+    for kind, slots in zip(c.layer_kinds, slots_of(c), strict=True):
+        params = {}
+        for path, n in slots.items():
+            shape = weights.leaves[f"params/layers/{path}"].shape[1:]
+            index = (slice(n, n + 1), *(slice(0, length) for length in shape))
+            params[path] = read(f"layers/{path}", index)[0]
+        block = _block(c, "moe/router" in params)
+        x = block(nested(params), x, jnp.int32(kinds.index(kind)), tables)
     return _head(weights, np.asarray(x), read)
 
 
 @functools.lru_cache(maxsize=2)  # compiled once for a checkpoint and its copy
-def _block(config: ModelConfig) -> Callable[..., jax.Array]:
-    block = Block(config, ComputeConfig(dtype="float32", remat="none"))
+def _block(config: ModelConfig, has_experts: bool) -> Callable[..., jax.Array]:
+    block = Block(config, ComputeConfig(dtype="float32", remat="none"), has_experts)
     return jax.jit(
         lambda params, x, kind, tables: block.apply({"params": params}, x, kind, tables, None)[0]
     )

@@ -15,6 +15,7 @@ from olmo_jax.config.options import (
     NonNegative,
     Positive,
     Range,
+    shown,
 )
 
 LANES = 128  # columns of a TPU's tile; sequences there are cut into multiples of it
@@ -34,6 +35,7 @@ class ModelConfig:
     d_ff: Count = 8192  # of each expert where there are any
     n_experts: Natural = 0  # a mixture of experts in the place of the MLP; 0: the MLP
     n_experts_per_token: Count = 8
+    dense_layers: tuple[Natural, ...] = ()  # numbers of layers that have the MLP all the same
     normalize_expert_weights: bool = False  # the weights of a token's experts sum to 1
     # Each token takes its best experts, or each expert the best tokens of every sequence, as many
     # on average; that looks ahead, so that such a model cannot generate text as it was trained.
@@ -186,6 +188,16 @@ def model_problems(m: ModelConfig) -> list[str]:
         problems.append(
             f"config.model.n_experts_per_token={m.n_experts_per_token} is above"
             f" n_experts={m.n_experts}"
+        )
+    if m.dense_layers and not (
+        m.n_experts
+        and sorted(set(m.dense_layers)) == list(m.dense_layers)
+        and m.dense_layers[-1] < m.n_layers
+        and len(m.dense_layers) < m.n_layers
+    ):
+        problems.append(
+            f"config.model.dense_layers={shown(m.dense_layers)}: need some of the layers 0 to"
+            f" {m.n_layers - 1}, rising, of a model with model.n_experts"
         )
     if m.router_bias_gamma is not None and (not m.n_experts or m.router == "expert_choice"):
         problems.append(

@@ -66,17 +66,19 @@ def table(m: ModelConfig) -> Mapping[str, Parameter]:
     """Every parameter of a model by its path."""
     lengths = axis_sizes(m)
     every = tuple(range(m.n_layers))
+    dense = tuple(i for i in every if not m.n_experts or i in m.dense_layers)
+    having = {"mlp": dense, "moe": tuple(i for i in every if i not in dense)}
     rows: dict[str, Parameter] = {}
 
     def add(path: str, axes: str, inputs: str, start: Values, whole: str = "") -> None:
-        letters = axes.split()
+        letters, (*_, part, _) = axes.split(), ("", *path.split("/"))
         rows[path] = Parameter(
             axes,
             tuple(lengths[x] for x in letters),
             tuple(None if x in whole else LOGICAL[x] for x in letters),
             inputs,
             start,
-            every if path.startswith("layers/") else None,
+            having.get(part, every) if path.startswith("layers/") else None,
         )
 
     def matrix(path: str, axes: str, inputs: str, *, writes: bool = False, whole: str = "") -> None:
@@ -101,7 +103,7 @@ def table(m: ModelConfig) -> Mapping[str, Parameter]:
         matrix("layers/moe/w_gate", "e d f", "d")
         matrix("layers/moe/w_up", "e d f", "d")
         matrix("layers/moe/w_down", "e f d", "f", writes=True)
-    else:
+    if dense:
         matrix("layers/mlp/w_gate", "d f", "d")
         matrix("layers/mlp/w_up", "d f", "d")
         matrix("layers/mlp/w_down", "f d", "f", writes=True)

@@ -66,7 +66,7 @@ def write(
         "",
         "next:",
         f"  {python} -m olmo_jax.plot {run.folder} --x=steps",
-        f"  {python} -m olmo_jax.train {options} --run.name={run.name}-slower"
+        f"  {python} -m olmo_jax.train {options} --config.name={run.name}-slower"
         f" --config.optim.lr={run.lr / 2:g}",
         f'  {python} -c "import olmo_jax; model, params = olmo_jax.load({run.folder!r})"',
     ]

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from olmo_jax.config.model import ComputeConfig, ModelConfig
 from olmo_jax.config.parameters import Parameter, nested, table
 from olmo_jax.kernels import ring
-from olmo_jax.nn import rope
+from olmo_jax.nn import rope, stack
 from olmo_jax.nn.attention import Attention
 from olmo_jax.nn.layers import MLP, einsum, lookup, norm, weight
 from olmo_jax.nn.moe import MoE
@@ -26,7 +26,8 @@ class Block(nn.Module):
 
     config: ModelConfig
     compute: ComputeConfig
-    stats: bool = False  # also return the RMS of the output
+    has_experts: bool
+    has_stats: bool = False  # also return the RMS of the output
 
     @nn.compact
     def __call__(
@@ -55,14 +56,14 @@ class Block(nn.Module):
         x = constrain(x, ("batch", "seq", None))
 
         y = norm(self, "layers/mlp_norm", x) if before else x
-        if c.n_experts:
+        if self.has_experts:
             y, stats = MoE(c, self.compute, name="moe")(y)
         else:
             y, stats = MLP(c, self.compute, name="mlp")(y), {}
         y = checkpoint_name(y, "mlp_projected")
         x = x + (y if before else norm(self, "layers/mlp_norm", y))
         x = constrain(x, ("batch", "seq", None))
-        if self.stats:
+        if self.has_stats:
             stats["activation rms"] = jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
         return x, stats
 
@@ -134,18 +135,17 @@ class Transformer(nn.Module):
             positions = (ring.order(seq) if is_split else jnp.arange(seq))[None]
         kinds, tables = rope.kinds(c), rope.tables(c, positions)
         kind = jnp.array([kinds.index(kind) for kind in c.layer_kinds], jnp.int32)
-        block = Block
+
+        def apply(i: int, params: Params, x: jax.Array, kind: jax.Array) -> tuple[jax.Array, Any]:
+            """A block as layer `i` has it, with the parameters of one layer."""
+            has_experts = bool(c.n_experts) and i not in c.dense_layers
+            block = Block(c, self.compute, has_experts, has_stats, parent=None, name="layers")
+            return block.apply({"params": params}, x, kind, tables, segment_ids)  # type: ignore
+
         if self.compute.remat != "none":
             policy = _REMAT[self.compute.remat]
-            block = nn.remat(Block, policy=policy, prevent_cse=False)
-        scan = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-            length=c.n_layers,
-        )
-        blocks = scan(c, self.compute, has_stats, name="layers")
-        x, routed = blocks(x, kind, tables, segment_ids)
+            apply = jax.checkpoint(apply, policy=policy, prevent_cse=False, static_argnums=0)
+        x, routed = stack.run(apply, c, self.variables["params"].get("layers", {}), x, kind)
         x = norm(self, "final_norm", x)
         x = ring.from_zigzag(x) if is_split else x
 

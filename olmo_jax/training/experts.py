@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.parameters import table
 from olmo_jax.config.training import TrainConfig
 
 
@@ -73,10 +74,12 @@ def balance(params: Any, tokens: jax.Array, gamma: jax.Array) -> Any:
     return params | {"layers": layers | {"moe": moe | {"router_bias": bias}}}
 
 
-def metrics(t: TrainConfig, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def metrics(m: ModelConfig, t: TrainConfig, parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """What the routers of a step did, by OLMo-core's names."""
-    load = loads(parts)
-    scalars = {f"train/block {i:02}/load imbalance": x for i, x in enumerate(load.max(1))}
+    layers, busiest = table(m)["layers/moe/router"].layers or (), loads(parts).max(1)
+    scalars = {
+        f"train/block {i:02}/load imbalance": x for i, x in zip(layers, busiest, strict=True)
+    }
     if "buffer" in parts:
         scalars["train/expert buffer"] = parts["buffer"]
     for name, key, weight in (

@@ -105,7 +105,7 @@ def make_update(
             scalars["train/Z loss unscaled"] = parts["z"]
         tables = {}
         if "routed" in parts:
-            scalars |= experts.metrics(t, parts)
+            scalars |= experts.metrics(m, t, parts)
             tables["train/expert load"] = experts.loads(parts)
         report = Report(parts["ce"], has_loss, norm, taken, parts.get("buffer"), scalars, tables)
         return TrainState(state.step + is_whole, params, opt_state), report

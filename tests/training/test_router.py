@@ -39,13 +39,15 @@ def routed(x, w_router, model, bias, n_counted):
     chosen, weights = router.choose_experts(scores, model, bias)
     stats = router.stats(jnp.bincount(chosen.reshape(-1), length=8), scores, lse)
     stats = jax.tree.map(lambda a: a[None], stats)  # one layer
-    config = make_config(model=model, router_loss_form="olmo_core", **LOSSES)
+    one = dataclasses.replace(model, n_layers=1, layer_types=("full",))
+    config = make_config(model=one, router_loss_form="olmo_core", **LOSSES)
     loss, parts = experts.router(stats, len(tokens), n_counted, model, config.train, 1)
     return loss, (
         chosen,
         weights,
         parts,
-        experts.metrics(config.train, parts) | {"train/expert load": experts.loads(parts)},
+        experts.metrics(config.model, config.train, parts)
+        | {"train/expert load": experts.loads(parts)},
     )
 
 

@@ -16,6 +16,8 @@ from olmo_jax.config.changes import shortest
 from olmo_jax.config.model import ModelConfig
 
 # What the architectures say without a field in config.json. transformers: models/olmo*/.
+# No architecture there computes with anything else.
+OTHERWISE = (("router", "token_choice"), ("router_bias_gamma", None), ("dense_layers", ()))
 FAMILIES: dict[str, ConfigValues] = {
     "Olmo": {
         "norm": "nonparametric",
@@ -236,7 +238,7 @@ def family_of(model: ModelConfig) -> str:
         clashes.append("layer_types with sliding layers (need full ones)")
     clashes += [
         f"{key}={getattr(model, key)!r} (need {need!r})"
-        for key, need in (("router", "token_choice"), ("router_bias_gamma", None))
+        for key, need in OTHERWISE
         if getattr(model, key) != need
     ]
     if clashes:

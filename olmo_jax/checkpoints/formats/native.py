@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from olmo_jax import files
-from olmo_jax.checkpoints import checkpointer, layout, names, storage
+from olmo_jax.checkpoints import checkpointer, layout, storage
 from olmo_jax.checkpoints.formats import fields, resume
 from olmo_jax.checkpoints.formats.fields import odd_ids
 from olmo_jax.checkpoints.weights import Index, Leaves, NoOptimizerError, Weights, whole
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.options import ConfigError
-from olmo_jax.config.parameters import axis_sizes
+from olmo_jax.config.parameters import table
 from olmo_jax.config.renamed import modern
 from olmo_jax.config.run import from_dict
 from olmo_jax.data import foreign
@@ -157,13 +157,11 @@ def checked_model(values: Any, stored: Leaves, where: str) -> ModelConfig:
     n_kinds = len(model.layer_types)
     if not n_kinds or model.n_layers % n_kinds:
         raise ValueError(f"{where}: {n_kinds} layer_types for {model.n_layers} layers")
-    for row in names.rows(model, "Hugging Face"):
-        layers = (model.n_layers,) if row.is_layered else ()
-        need = (*layers, *names.shape(row.axes, axis_sizes(model)))
-        found = stored.get(f"params/{row.ours}")
-        if found is None or found.shape != need:
+    for path, row in table(model).items():
+        found = stored.get(f"params/{path}")
+        if found is None or found.shape != row.shape:
             shape = "not there" if found is None else list(found.shape)
             raise ValueError(
-                f"{where}: its model has params/{row.ours} {list(need)}; it is {shape}"
+                f"{where}: its model has params/{path} {list(row.shape)}; it is {shape}"
             )
     return model
