@@ -16,7 +16,7 @@ import runs
 
 from olmo_jax import cli
 from olmo_jax.config.options import ConfigError, Count, File
-from olmo_jax.parallel import distributed
+from olmo_jax.parallel import watchdog
 
 RUN = ["-m", "olmo_jax.train", f"--config={runs.CONFIG}", "--config.data.paths=none.npy"]
 # What pip makes of `[project.scripts]`.
@@ -64,7 +64,7 @@ UNREAD = """
 import pathlib, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 from olmo_jax import cli
-from olmo_jax.parallel import distributed
+from olmo_jax.parallel import watchdog
 cli.begin()
 signal.raise_signal(signal.SIGHUP)
 import logging
@@ -160,7 +160,7 @@ def test_help_names_each_flag_and_exit_code_and_is_ascii_where_the_output_is(ver
     flags = {field.name for group in groups for field in dataclasses.fields(group) if field.kw_only}
     assert set(re.findall(r"--(\w+)", text)) == flags | {"debug"}
     codes = {int(code) for code in re.findall(r"\d+", text.split("Exit codes:")[1])}
-    preempted = {distributed.STALLED, cli.PREEMPTED} if verb == "train" else {129, 143}
+    preempted = {watchdog.STALLED, cli.PREEMPTED} if verb == "train" else {129, 143}
     assert codes == {cli.DONE, cli.FAILED, cli.WRONG, cli.INTERRUPTED} | preempted
 
 

@@ -13,8 +13,8 @@ import jax
 
 from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.data.source import Position
-from olmo_jax.parallel import distributed
 from olmo_jax.parallel.processes import say
+from olmo_jax.parallel.watchdog import Watchdog
 from olmo_jax.records import writer
 
 
@@ -45,7 +45,7 @@ class Keeper:
 
     checkpointer: Checkpointer
     log: writer.Writer
-    watchdog: distributed.Watchdog
+    watchdog: Watchdog
     describe: Callable[[Position, int], dict[str, Any]]
     carried: Mapping[str, bytes]
     max_nonfinite: int

@@ -19,8 +19,9 @@ from olmo_jax.config.training import EvalConfig, LogConfig, OptimConfig, TrainCo
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.source import Position
 from olmo_jax.nn.transformer import Transformer
-from olmo_jax.parallel import distributed, processes, sharding
+from olmo_jax.parallel import processes, sharding
 from olmo_jax.parallel.processes import say
+from olmo_jax.parallel.watchdog import Watchdog
 from olmo_jax.records import writer
 from olmo_jax.training import profiler, program, step
 from olmo_jax.training.keeping import Keeper, Stopped
@@ -99,7 +100,7 @@ class Run:
     began: Position  # in the data, before the first step
     pacing: Pacing
     preemption: processes.Preemption
-    watchdog: distributed.Watchdog
+    watchdog: Watchdog
     trace: profiler.Profiler
     scores_start: bool  # before the first step, where a run was stopped between the two
     scores_end: bool  # after the last step all evaluators run, on all of their texts

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from olmo_jax import files
 from olmo_jax.checkpoints import layout, storage
@@ -20,10 +22,18 @@ from olmo_jax.checkpoints.weights import NoOptimizerError, Weights
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.renamed import modern
 from olmo_jax.config.text import to_dict
-from olmo_jax.config.training import CheckpointConfig
+from olmo_jax.config.training import CheckpointConfig, OptimConfig
 from olmo_jax.data.source import NoPlaceError, Position, Source
 from olmo_jax.parallel import processes
 from olmo_jax.parallel.processes import say
+from olmo_jax.training.optim import ROUTER_BIAS
+from olmo_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_opt_state,
+    init_state,
+    replicated,
+)
 
 # Files that are a tokenizer; others say how it is used.
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
@@ -183,6 +193,28 @@ def _read(weights: Weights, wanted: dict[str, Any], new: Sequence[str]) -> dict[
         for name, leaf in leaves.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(wanted), filled)
+
+
+def initial_state(
+    m: ModelConfig, o: OptimConfig, seed: int, mesh: Mesh, origin: Origin | None, first: int
+) -> TrainState:
+    """The state after `first` steps: fresh, or with the parts that the origin gives."""
+    if origin is None:
+        return init_state(m, o, mesh, seed)
+    new = ()
+    if m.router_bias_gamma is not None and not _has_biases(origin):
+        say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
+        new = (ROUTER_BIAS,)
+    loaded = origin.load(abstract_state(m, o, mesh), new)
+    if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
+        loaded["opt_state"] = init_opt_state(m, o, mesh, loaded["params"])
+    if "step" not in loaded:
+        loaded["step"] = replicated(mesh, np.int32(first))
+    return TrainState(**loaded)
+
+
+def _has_biases(origin: Origin) -> bool:
+    return origin.meta["model"].get("router_bias_gamma") is not None
 
 
 # --- what checkpoints carry along -----------------------------------------------------------------

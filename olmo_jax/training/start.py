@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 import olmo_jax
@@ -20,35 +19,32 @@ from olmo_jax import cli, files
 from olmo_jax.checkpoints.checkpointer import Checkpointer
 from olmo_jax.config import changes
 from olmo_jax.config.data import batch_stages
-from olmo_jax.config.model import LANES, ModelConfig
+from olmo_jax.config.model import LANES
 from olmo_jax.config.options import ConfigError
 from olmo_jax.config.parameters import table
 from olmo_jax.config.run import Config
 from olmo_jax.config.schedule_problems import optimizer_problems
 from olmo_jax.config.text import to_dict
-from olmo_jax.config.training import LogConfig, OptimConfig
+from olmo_jax.config.training import LogConfig
 from olmo_jax.data.loader import Loader
 from olmo_jax.data.open import open_source
 from olmo_jax.data.schedule import BatchSchedule
 from olmo_jax.data.source import Position, Source
 from olmo_jax.kernels import attention
 from olmo_jax.nn.transformer import Transformer
-from olmo_jax.parallel import distributed, processes, sharding
+from olmo_jax.parallel import processes, sharding
 from olmo_jax.parallel.processes import say
+from olmo_jax.parallel.watchdog import Watchdog
 from olmo_jax.records import jsonl, speed, writer
 from olmo_jax.records.tensorboard import TensorBoard
 from olmo_jax.records.wandb import Wandb
 from olmo_jax.training import loop, losses, optim, profiler, program
 from olmo_jax.training.keeping import FellBack, Keeper, Stopped
-from olmo_jax.training.optim import ROUTER_BIAS
-from olmo_jax.training.origin import Origin, find_origin, kept
+from olmo_jax.training.origin import Origin, find_origin, initial_state, kept
 from olmo_jax.training.pacing import Pacing
 from olmo_jax.training.state import (
     TrainState,
     abstract_state,
-    init_opt_state,
-    init_state,
-    replicated,
 )
 
 
@@ -154,7 +150,7 @@ def _train(
                 say(f"no checkpoint in {config.run_dir}, but records: kept as {set_aside}")
         if not is_done:
             write_config(config)
-        watchdog = stack.enter_context(distributed.Watchdog(config.train.step_timeout_s))
+        watchdog = stack.enter_context(Watchdog(config.train.step_timeout_s))
         log = _records(config, schedule, is_resume, pacing.last)
         stack.callback(log.close)
         if origin is not None:
@@ -347,28 +343,6 @@ def with_loss_ranks(config: Config, mesh: Mesh) -> Config:
     say(f"train.loss_ranks: {ranks}, the data-parallel ways of this mesh; set it to keep the loss"
         " the same on another")  # fmt: skip
     return config.changed("train", loss_ranks=ranks)
-
-
-def initial_state(
-    m: ModelConfig, o: OptimConfig, seed: int, mesh: Mesh, origin: Origin | None, first: int
-) -> TrainState:
-    """The state after `first` steps: fresh, or with the parts that the origin gives."""
-    if origin is None:
-        return init_state(m, o, mesh, seed)
-    new = ()
-    if m.router_bias_gamma is not None and not _has_biases(origin):
-        say("model.router_bias_gamma: biases of the routers begin at 0, the checkpoint has none")
-        new = (ROUTER_BIAS,)
-    loaded = origin.load(abstract_state(m, o, mesh), new)
-    if "opt_state" not in loaded:  # never hold fresh and loaded parameters at once
-        loaded["opt_state"] = init_opt_state(m, o, mesh, loaded["params"])
-    if "step" not in loaded:
-        loaded["step"] = replicated(mesh, np.int32(first))
-    return TrainState(**loaded)
-
-
-def _has_biases(origin: Origin) -> bool:
-    return origin.meta["model"].get("router_bias_gamma") is not None
 
 
 def write_config(config: Config) -> None:

@@ -20,7 +20,7 @@ import runs
 from olmo_jax import files
 from olmo_jax.checkpoints import layout
 from olmo_jax.data.loader import Loader
-from olmo_jax.parallel import distributed
+from olmo_jax.parallel import distributed, watchdog
 from olmo_jax.parallel.distributed import Cluster
 from olmo_jax.records import jsonl
 
@@ -213,13 +213,13 @@ def test_all_processes_fall_back_to_the_same_checkpoint(tmp_path, options):
 
 # The first steps compile, which takes its time on a machine that others use too.
 PATIENT_AT_FIRST = """
-from olmo_jax.parallel import distributed
-beat = distributed.Watchdog.beat
+from olmo_jax.parallel import watchdog
+beat = watchdog.Watchdog.beat
 def patient(self, what):
     beat(self, what)
     if what in ("step 1", "step 2"):
         self._beat += 300
-distributed.Watchdog.beat = patient
+watchdog.Watchdog.beat = patient
 """
 
 
@@ -247,13 +247,13 @@ def test_a_stalled_process_ends_the_run_after_the_set_time(tmp_path, options):
 
 FAILING = """
 import jax
-from olmo_jax.parallel import distributed
-beat = distributed.Watchdog.beat
+from olmo_jax.parallel import watchdog
+beat = watchdog.Watchdog.beat
 def failing(self, what):
     beat(self, what)
     if what == "step 6" and jax.process_index() == 1:
         raise OSError("config.data.paths: the disk is gone")
-distributed.Watchdog.beat = failing
+watchdog.Watchdog.beat = failing
 """
 
 
@@ -284,10 +284,10 @@ def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
         codes.append(code)
         ended.set()
 
-    monkeypatch.setattr(distributed.os, "_exit", end)
-    with distributed.Watchdog(1.5) as watchdog:
+    monkeypatch.setattr(watchdog.os, "_exit", end)
+    with watchdog.Watchdog(1.5) as dog:
         for i in range(8):
-            watchdog.beat(f"step {i}")
+            dog.beat(f"step {i}")
             time.sleep(0.25)
         assert codes == []
         assert ended.wait(20)
@@ -296,7 +296,7 @@ def test_the_watchdog_ends_a_process_that_does_not_move(capsys, monkeypatch):
 
 
 def test_the_watchdog_says_that_data_are_waited_for(tmp_path, options, monkeypatch):
-    beat, read, codes, go_on = distributed.Watchdog.beat, Loader.read, [], threading.Event()
+    beat, read, codes, go_on = watchdog.Watchdog.beat, Loader.read, [], threading.Event()
 
     def impatient(self, what):
         self._timeout_s = 0.2 if what == "the data of step 5" else 600.0
@@ -310,8 +310,8 @@ def test_the_watchdog_says_that_data_are_waited_for(tmp_path, options, monkeypat
         codes.append(code)
         go_on.set()
 
-    monkeypatch.setattr(distributed.Watchdog, "beat", impatient)
-    monkeypatch.setattr(distributed.os, "_exit", end)
+    monkeypatch.setattr(watchdog.Watchdog, "beat", impatient)
+    monkeypatch.setattr(watchdog.os, "_exit", end)
     monkeypatch.setattr(Loader, "read", hanging)
     result = runs.run(*options, f"dir={tmp_path}/run", "train.duration=6", "checkpoint.interval=4")
     assert (result.code, set(codes)) == (0, {74})

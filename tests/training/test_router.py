@@ -24,8 +24,8 @@ from olmo_jax.config.run import validate
 from olmo_jax.config.text import to_dict
 from olmo_jax.nn import moe, router, transformer
 from olmo_jax.parallel import sharding
-from olmo_jax.training import experts, optim, start
-from olmo_jax.training.origin import Origin
+from olmo_jax.training import experts, optim
+from olmo_jax.training.origin import Origin, initial_state
 
 SCRIPT = pathlib.Path(__file__).with_name("route_olmo_core.py")
 BIASED = dataclasses.replace(EXPERTS, router_bias_gamma=0.03)
@@ -247,7 +247,7 @@ def test_biases_begin_at_0_where_a_run_takes_weights_without_them(tmp_path, caps
     writer.commit({"model": to_dict(plain.model), "config": to_dict(plain)})
     parts = "step", "params", "opt_state"
     source = Origin(files.path(tmp_path / "step3"), parts, False, "")
-    state = start.initial_state(biased.model, biased.optim, 0, mesh, source, 0)
+    state = initial_state(biased.model, biased.optim, 0, mesh, source, 0)
     assert "biases of the routers begin at 0, the checkpoint has none" in capsys.readouterr().out
     for name, x in storage.names(fields(state)).items():
         expected = tree[name] if name in tree else np.zeros((2, 8), np.float32)
