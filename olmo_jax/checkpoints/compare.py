@@ -56,7 +56,7 @@ def differences(
     one: Weights, two: Weights, report: Callable[[int], None] = lambda n: None
 ) -> list[Difference]:
     """The largest difference in each leaf, in float32; rows that only one has are padding."""
-    found = []
+    pairs = []
     # Ours can be read across for the price of its chunks; a remote tensor would come many times.
     across = two if two.torch_layout else one
     for name, leaf in one.leaves.items():
@@ -69,8 +69,8 @@ def differences(
                     here = _difference(one, two, name, tuple(slice(*pair) for pair in inner))
                     worst = max(worst, here, key=lambda d: d.value)
             report(size(leaf) // len(parts(name, leaf)))
-        found.append(worst)
-    return found
+        pairs.append(worst)
+    return pairs
 
 
 def _difference(one: Weights, two: Weights, name: str, index: Index) -> Difference:

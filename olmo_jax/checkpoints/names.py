@@ -105,7 +105,7 @@ def rows(model: ModelConfig, names: str) -> list[Row]:
     """
     header, *lines = (re.split(r"\s{2,}", line) for line in TABLE.strip().splitlines())
     column = header.index(names)
-    theirs: dict[str, tuple[str, str, int | None]] = {}  # PyTorch's axes, key and part
+    foreign: dict[str, tuple[str, str, int | None]] = {}  # PyTorch's axes, key and part
     for line in lines:
         ours, torch_axes, key = line[0], line[1], line[column]
         match = re.fullmatch(r"(.*)\[(\d)\]", key)
@@ -113,16 +113,16 @@ def rows(model: ModelConfig, names: str) -> list[Row]:
         if names == "Hugging Face" and model.norm_position == "before":
             key = BEFORE.get(ours, key)
         prefix = LAYERS[names] if ours.startswith("layers/") else ""
-        theirs[ours] = torch_axes, f"{prefix}{key}.weight", part
+        foreign[ours] = torch_axes, f"{prefix}{key}.weight", part
     for ours, spelled in EXPERTS.items():
         torch_axes, key = spelled[names]
-        theirs[ours] = torch_axes, LAYERS[names] + key, None
-    ordered = [*theirs]
+        foreign[ours] = torch_axes, LAYERS[names] + key, None
+    ordered = [*foreign]
     at = ordered.index("layers/mlp/w_gate")  # experts stand where the MLP does
     n = len(EXPERTS)
     ordered = [*ordered[:at], *ordered[-n:], *ordered[at:-n]]
     parameters = table(model)
-    return [Row(x, parameters[x].axes, *theirs[x]) for x in ordered if x in parameters]
+    return [Row(x, parameters[x].axes, *foreign[x]) for x in ordered if x in parameters]
 
 
 def has_experts(name: str) -> bool:

@@ -66,8 +66,8 @@ def table(m: ModelConfig) -> Mapping[str, Parameter]:
     """Every parameter of a model by its path."""
     lengths = axis_sizes(m)
     every = tuple(range(m.n_layers))
-    dense = tuple(i for i in every if not m.n_experts or i in m.dense_layers)
-    having = {"mlp": dense, "moe": tuple(i for i in every if i not in dense)}
+    dense = m.dense_layers if m.n_experts else every
+    having = {"mlp": dense, "moe": tuple(sorted({*every} - {*dense}))}
     rows: dict[str, Parameter] = {}
 
     def add(path: str, axes: str, inputs: str, start: Values, whole: str = "") -> None:

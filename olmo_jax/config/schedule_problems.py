@@ -42,27 +42,27 @@ def _optimizer(cfg: OptimConfig) -> list[str]:
 
 def _schedule(cfg: OptimConfig, t_max: float) -> list[str]:
     s = cfg.schedule
-    found = _unused(s)
+    problems = _unused(s)
     for name in ("warmup", "decay"):
         units, fraction = getattr(s, name), getattr(s, f"{name}_fraction")
         if units and fraction is not None:
-            found.append(f"{name}={units} and {name}_fraction={fraction}: set one of them")
+            problems.append(f"{name}={units} and {name}_fraction={fraction}: set one of them")
         low = getattr(s, f"{name}_min_lr")
         if low > cfg.lr:
-            found.append(f"{name}_min_lr={low}: need a number in [0, lr={cfg.lr}]")
+            problems.append(f"{name}_min_lr={low}: need a number in [0, lr={cfg.lr}]")
     if (highest := _highest(cfg)) > LARGEST:
-        found.append(f"name={s.name}: reaches a rate of {highest:.0e}; need at most {LARGEST}")
+        problems.append(f"name={s.name}: reaches a rate of {highest:.0e}; need at most {LARGEST}")
     if s.name == "exponential" and s.lr_min > cfg.lr:
-        found.append(f"lr_min={s.lr_min}: need a number in (0, lr={cfg.lr}]")
-    if not found:  # lengths below rest on the values above
+        problems.append(f"lr_min={s.lr_min}: need a number in (0, lr={cfg.lr}]")
+    if not problems:  # lengths below rest on the values above
         total = s.t_max or t_max
         if s.name == "wsds":
-            found = _periods(s)
+            problems = _periods(s)
         elif s.name in STAGED:
-            found = _stages(s, t_max)
+            problems = _stages(s, t_max)
         elif s.name not in UNWARMED:
-            found = _lengths(s, warmup_length(s, total), total, t_max)
-    return [f"schedule.{line}" for line in found]
+            problems = _lengths(s, warmup_length(s, total), total, t_max)
+    return [f"schedule.{line}" for line in problems]
 
 
 def _highest(cfg: OptimConfig) -> float:
@@ -116,43 +116,43 @@ def _lengths(s: ScheduleConfig, warmup: float, total: float, run: float) -> list
 def _periods(s: ScheduleConfig) -> list[str]:
     if not s.period_lengths:
         return ["period_lengths=(): wsds needs the length of every period"]
-    found: list[str] = []
+    problems: list[str] = []
     if s.period_peaks and len(s.period_peaks) != len(s.period_lengths):
-        found.append(f"period_peaks={s.period_peaks}: need {len(s.period_lengths)} or none")
+        problems.append(f"period_peaks={s.period_peaks}: need {len(s.period_lengths)} or none")
     for i, length in enumerate(s.period_lengths):
         warmup, decay = 0 if i else warmup_length(s, length), decay_length(s, length)
         if decay < 1 or warmup + decay > length:
-            found.append(
+            problems.append(
                 f"period_lengths[{i}]={length}: need 1 to {length} {s.unit} for warmup={warmup}"
                 f" and decay={decay} together"
             )
-    return found
+    return problems
 
 
 def _stages(s: ScheduleConfig, run: float) -> list[str]:
     if not s.stages:
         return [f"stages: {s.name} needs at least one"]
     shapes = SEQUENCE if s.name == "sequential" else ("linear", "cosine")
-    found: list[str] = []
+    problems: list[str] = []
     start = 0
     for i, stage in enumerate(s.stages):
         at, is_last = f"stages[{i}]", i == len(s.stages) - 1
         if stage.shape not in shapes:
-            found.append(f"{at}.shape={brief(stage.shape)}: need one of {', '.join(shapes)}")
-        if s.name == "sequential" and not found:
+            problems.append(f"{at}.shape={brief(stage.shape)}: need one of {', '.join(shapes)}")
+        if s.name == "sequential" and not problems:
             if not is_last and not 1 <= stage.duration < run - start:
-                found.append(
+                problems.append(
                     f"{at}.duration={stage.duration}: need 1 to {run - start - 1} {s.unit}, for"
                     f" the next stage to begin before the end of the run, {run}"
                 )
             part, length = stage_of(s, i), run - start if is_last else stage.duration
-            found += [
+            problems += [
                 f"{at}: {x}" for x in _lengths(part, warmup_length(part, length), length, length)
             ]
         start += stage.duration
     if s.final_decay_start is not None and s.final_decay < 1:
-        found.append(
+        problems.append(
             f"final_decay={s.final_decay} from final_decay_start={s.final_decay_start}: need at"
             " least 1"
         )
-    return found
+    return problems

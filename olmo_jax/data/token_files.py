@@ -62,18 +62,18 @@ def resolve_paths(
         path = os.path.join(root, path)
         if "://" in path:
             raise ValueError(f"{option}: {path} is remote; token files must lie on a local disk")
-        found = [path]
+        usable = [path]
         if glob.has_magic(path) and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True))
-            found = [m for m in matches if not os.path.isdir(m) and not m.endswith(".csv.gz")]
-            if not found:
+            usable = [m for m in matches if not os.path.isdir(m) and not m.endswith(".csv.gz")]
+            if not usable:
                 hint = f", but {matches[0]}{_instead(matches[0], option)}" if matches else ""
                 raise FileNotFoundError(f"{option}: no token file matches {path}{hint}")
-        for file in found:
+        for file in usable:
             if not os.path.isfile(file):
                 hint = _instead(file, option)
                 raise FileNotFoundError(f"{option}: no such token file: {file}{hint}")
-        files += found
+        files += usable
     if permutation_seed is not None:
         random.Random(permutation_seed).shuffle(files)
     return files

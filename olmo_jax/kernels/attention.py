@@ -97,18 +97,18 @@ def obstacle(
     """Why an implementation cannot compute this on a device, in words; None if it can."""
     if impl not in ("pallas", "cudnn", "blocked"):
         return "there are auto, pallas, cudnn, blocked and reference"
-    found = None
+    reason = None
     if impl == "cudnn":
-        found = cudnn.obstacle(target, dtype, head_dim, has_documents)
+        reason = cudnn.obstacle(target, dtype, head_dim, has_documents)
     elif impl == "pallas" and target.platform == "gpu":
         from olmo_jax.kernels import pallas_gpu
 
-        found = pallas_gpu.obstacle(target, dtype, head_dim)
+        reason = pallas_gpu.obstacle(target, dtype, head_dim)
     elif impl == "pallas" and target.platform != "tpu":
-        found = f"a TPU or a Hopper GPU is needed, this is {target.platform}"
+        reason = f"a TPU or a Hopper GPU is needed, this is {target.platform}"
     if is_split and impl != "blocked" and target.platform == "gpu":
-        found = found or "mesh.context splits sequences"
-    return found and f"{found}; use auto or blocked"
+        reason = reason or "mesh.context splits sequences"
+    return reason and f"{reason}; use auto or blocked"
 
 
 def _kernel(impl: str, q: jax.Array, scale: float, has_documents: bool) -> ring.RingKernel:

@@ -134,7 +134,7 @@ def _call(
             jax.ShapeDtypeStruct((batch, n_blocks, 1, width), F32),
         ),
     }
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(kernel, options=options),
         grid=(batch, n_blocks),
         in_specs=[block, whole, turn, turn, *[block] * len(others)],
@@ -145,7 +145,7 @@ def _call(
         interpret=options.interpret,
         name=f"qk{kernel.__name__}",
     )(x, None if gain is None else gain[None], cos, sin, *others)
-    return [a[:, :seq] if kind == "rows" else a for a, kind in zip(found, kinds, strict=True)]
+    return [a[:, :seq] if kind == "rows" else a for a, kind in zip(outputs, kinds, strict=True)]
 
 
 def _turn(x, gain, cos, sin, y, *, options):

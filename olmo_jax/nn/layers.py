@@ -32,13 +32,17 @@ def weight(module: Any, path: str) -> jax.Array:
       ValueError: if it is missing or has another shape.
     """
     *_, name = path.split("/")
-    sizes = table(module.config)[path].sizes
-    if not module.has_variable("params", name):
-        raise ValueError(f"parameter {path} is missing; the model needs it with shape {sizes}")
     value = module.get_variable("params", name)
-    if value.shape != sizes:
-        raise ValueError(f"parameter {path} has shape {value.shape}, the config needs {sizes}")
+    check(path, table(module.config)[path].sizes, value)
     return value
+
+
+def check(path: str, shape: tuple[int, ...], value: Any) -> None:
+    """Refuse a parameter that is missing (None), or has another shape than the config needs."""
+    if value is None:
+        raise ValueError(f"parameter {path} is missing; the model needs it with shape {shape}")
+    if value.shape != shape:
+        raise ValueError(f"parameter {path} has shape {value.shape}, the config needs {shape}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from olmo_jax.config.model import ModelConfig
 from olmo_jax.config.parameters import nested, table
+from olmo_jax.nn.layers import check
 
 # A layer by its number, the parameters of it alone, the residual stream and its entry of the tables
 # -> the stream and what the layer tells.
@@ -32,8 +33,13 @@ def run(
       x: the residual stream, [batch, seq, d_model].
       kinds: [n_layers] int32, of the tables.
     Returns: the stream, and what the layers tell, `{name: [layers that tell it, …]}`.
+    Raises:
+      ValueError: if a parameter is missing or has another shape.
     """
     leaves, slots = _flat(params), slots_of(config)
+    for path, row in table(config).items():
+        if row.layers is not None:
+            check(path, row.shape, leaves.get(path.removeprefix("layers/")))
     first, period = periods([frozenset(slots[i]) for i in range(config.n_layers)])
     told: dict[str, list[jax.Array]] = defaultdict(list)
     for i in range(first):

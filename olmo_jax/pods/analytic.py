@@ -336,7 +336,7 @@ def _collectives(
         ("collective-permute", "context", kv * sum(hops), 3 + again),
         ("all-to-all", "expert", activations * m.n_experts_per_token, (4 + 2 * again) * n),
     ]
-    rates, found = machine.rates(work.mesh), {}
+    rates, moved = machine.rates(work.mesh), {}
     for kind, axis, n_bytes, times in wanted:
         if shape[axis] == 1:
             continue
@@ -346,9 +346,9 @@ def _collectives(
             kind = "all-reduce" if is_reduce else kind
         took = micro * times * sent(kind, n_bytes, shape[axis]) / rates[axis]
         name = f"{kind} over {axis} {shape[axis]}"
-        old = found.get(name, (0.0, 0.0, 0.0))
-        found[name] = (old[0] + micro * times, old[1] + micro * times * n_bytes, old[2] + took)
-    return found
+        old = moved.get(name, (0.0, 0.0, 0.0))
+        moved[name] = (old[0] + micro * times, old[1] + micro * times * n_bytes, old[2] + took)
+    return moved
 
 
 def sent(kind: str, n_bytes: float, n: int) -> float:

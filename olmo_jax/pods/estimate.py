@@ -38,10 +38,10 @@ def estimate(
     work = analytic.Work.of(config.model, config.compute, config.mesh, config.data)
     chip, kinds = where.chip, rope.kinds(config.model)  # as the model has its branches
     shares = [config.model.layer_kinds.count(kind) / config.model.n_layers for kind in kinds]
-    found = hlo.totals(program.text, lambda n: shares if n == len(shares) else hlo.first_of_two(n))
-    exchanged = _collectives(found, where, mesh)
-    other, experts, notes = _kernels(found, chip)
-    attention, more = _attention(config.model, config.data, where, mesh, found, kinds, seconds_of)
+    totals = hlo.totals(program.text, lambda n: shares if n == len(shares) else hlo.first_of_two(n))
+    exchanged = _collectives(totals, where, mesh)
+    other, experts, notes = _kernels(totals, chip)
+    attention, more = _attention(config.model, config.data, where, mesh, totals, kinds, seconds_of)
     sizes = costs.state_bytes(config.model, dict(mesh.shape), config.compute.grad_dtype)
     return Plan(
         memory={
@@ -54,10 +54,10 @@ def estimate(
         available=chip.hbm,
         activations=analytic.kept_bytes(work, dict(mesh.shape)),
         flops=analytic.useful_flops(work) / where.n_devices,
-        done=found.flops,
+        done=totals.flops,
         seconds={
-            "products": found.cycles(True) / chip.clock,
-            "other": found.cycles(False) / chip.clock,
+            "products": totals.cycles(True) / chip.clock,
+            "other": totals.cycles(False) / chip.clock,
             "attention": attention,
             "experts": experts,
             "kernels": other,
@@ -65,7 +65,7 @@ def estimate(
         },
         other_floor=sum(
             times * min(f.cycles / chip.clock, _ABOVE_FLOOR * f.n_bytes / chip.bandwidth)
-            for f, times in found.fusions.items()
+            for f, times in totals.fusions.items()
             if not f.has_products
         ),
         collectives=exchanged,

@@ -298,18 +298,18 @@ def group(line: str) -> tuple[int, ...]:
     into groups; `mesh['a'=4,'b'=2], device_ids=([shape]T(order)) {'b'}`: along axes of a mesh, of
     devices that may be turned first. Empty for all devices.
     """
-    if found := re.search(
+    if groups := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line
     ):
-        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        used = re.findall(r"'(\w+)'", found[3])
-        devices = _turned(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", groups[1])}
+        used = re.findall(r"'(\w+)'", groups[3])
+        devices = _turned(groups[2]) if groups[2] else np.arange(math.prod(sizes.values()))
         first = tuple(slice(None) if name in used else 0 for name in sizes)
         return _sorted(devices.reshape(list(sizes.values()))[first])
-    if found := re.search(r"replica_groups=\[([\d,]*)\]<=(\[[\d,]*\](?:T\([\d,]*\))?)", line):
-        return _sorted(_turned(found[2])[: int(found[1].split(",")[-1])])
-    found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}", line)
-    return _sorted(np.array(_numbers(found[1]), int)) if found else ()
+    if groups := re.search(r"replica_groups=\[([\d,]*)\]<=(\[[\d,]*\](?:T\([\d,]*\))?)", line):
+        return _sorted(_turned(groups[2])[: int(groups[1].split(",")[-1])])
+    groups = re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}", line)
+    return _sorted(np.array(_numbers(groups[1]), int)) if groups else ()
 
 
 def _turned(text: str) -> np.ndarray:

@@ -194,21 +194,21 @@ def _of_shards(folder: SourceFolder, index: str) -> dict[str, FoundTensor]:
             raise ValueError(
                 f"{where}/{index}: {key} is in {name}, which is no file of this folder"
             )
-    found: dict[str, FoundTensor] = {}
+    by_key: dict[str, FoundTensor] = {}
     for file in sorted(set(weight_map.values())):
         if not folder.has(file):
             raise FileNotFoundError(f"{where}: {file}, which {index} names, is missing")
         tensors = _of_file(folder, file)
-        if twice := found.keys() & tensors.keys():
+        if twice := by_key.keys() & tensors.keys():
             key = min(twice)
-            raise ValueError(f"{where}: {key} is there twice: in {found[key].file} and in {file}")
-        found |= tensors
+            raise ValueError(f"{where}: {key} is there twice: in {by_key[key].file} and in {file}")
+        by_key |= tensors
     for key, file in weight_map.items():
-        if key not in found or found[key].file != file:
+        if key not in by_key or by_key[key].file != file:
             raise ValueError(f"{where}/{index} lists {key} in {file}, which is not there")
-    for key in found.keys() - weight_map.keys():
-        raise ValueError(f"{where}: {key} in {found[key].file} is not listed in {index}")
-    return found
+    for key in by_key.keys() - weight_map.keys():
+        raise ValueError(f"{where}: {key} in {by_key[key].file} is not listed in {index}")
+    return by_key
 
 
 def _of_file(folder: SourceFolder, file: str) -> dict[str, FoundTensor]:
