@@ -156,12 +156,14 @@ class Run:
                     report = None
                 else:
                     state, report = update(at, state, arrays, np.float32(lr), np.float32(clip))
+                # The step before is read while the devices work on this one: they never wait.
                 self.record(pending)
                 wait = slowest(read.waited_s)
                 pending = Done(at, report, lr, seen, batch_tokens, wait)
 
             kind, stop = self.keeper.checkpointer.due(at), self.preemption.requested()
             due_eval = self.due_eval(at)
+            # What follows needs this step's loss: a checkpoint of one that is not finite is none.
             if kind or stop or due_eval or at == self.pacing.last or self.trace.ends_at(at):
                 self.record(pending)
                 pending = None

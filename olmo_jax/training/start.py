@@ -92,6 +92,7 @@ def _train(
     needs_end: bool,
 ) -> Outcome:
     with contextlib.ExitStack() as stack:
+        # What may be refused comes first, cheap things before dear ones; nothing is written yet.
         config = resolve(config)
         mesh = sharding.make_mesh(config.mesh)
         shape = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
@@ -102,12 +103,14 @@ def _train(
         config = with_loss_ranks(config, mesh)
         checkpointer = Checkpointer(config.checkpoint, config.run_dir)
         stack.callback(_wait_for_save, checkpointer)
+        # Before the data: the checkpoint knows the place in them, and what may not have changed.
         origin = find_origin(config.checkpoint, config.model, checkpointer)
         first = first_step(origin, to_dict(config), config.checkpoint.allow_changes)
         is_resume = origin is not None and origin.is_resume
         checkpointer.refuse_foreign(first if first or is_resume else -1)
         data = open_source(config.data, config.model.vocab_size)
         schedule = BatchSchedule(data, batch_stages(config.data), position(origin, data), first)
+        # Only now, since a run of epochs ends where its data end.
         pacing = Pacing(config.train, config.optim, schedule)
         if problems := optimizer_problems(config.optim, pacing.schedule_end):
             raise ConfigError(problems)
@@ -117,6 +120,7 @@ def _train(
             config.data.n_threads,
             config.data.prefetch,
         )
+        # They open their files here: one that is missing is no reason to lose an hour of training.
         evaluators = make_evaluators(config, mesh)
         rows = table(config.model)
         say(
@@ -148,7 +152,7 @@ def _train(
             set_aside = processes.from_process_0(lambda: jsonl.set_aside(config.run_dir))
             if set_aside:
                 say(f"no checkpoint in {config.run_dir}, but records: kept as {set_aside}")
-        if not is_done:
+        if not is_done:  # what ran stands there; a config that changed nothing is not what ran
             write_config(config)
         watchdog = stack.enter_context(Watchdog(config.train.step_timeout_s))
         log = _records(config, schedule, is_resume, pacing.last)
