@@ -83,7 +83,7 @@ def convert(n_devices: int, *arguments: str) -> tuple[float, float, float]:
     """Seconds, CPU-seconds, and the peak of anonymous memory in GB of a conversion."""
     flags = f"--xla_force_host_platform_device_count={n_devices}"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "convert.py", *arguments],
+        [sys.executable, "-m", "olmo_jax.convert", *arguments],
         env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
     )
@@ -107,7 +107,7 @@ def convert(n_devices: int, *arguments: str) -> tuple[float, float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"convert.py {' '.join(arguments)} ended with {process.returncode}")
+        raise SystemExit(f"convert {' '.join(arguments)} ended with {process.returncode}")
     return seconds, usage.ru_utime + usage.ru_stime, peak / 1e9
 
 
