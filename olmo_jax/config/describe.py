@@ -67,7 +67,9 @@ def _experts(model: ModelConfig) -> list[str]:
         return []
     active = costs.n_params(model, active=True).total
     per_token = f"{model.n_experts_per_token} of {model.n_experts} experts"
-    return [f"  of a token      {active:,}, with {per_token} in each layer"]
+    n = model.n_layers - len(model.dense_layers)
+    layers = f"{n} of {model.n_layers} layers" if model.dense_layers else "each layer"
+    return [f"  of a token      {active:,}, with {per_token} in {layers}"]
 
 
 def _options(config: Any, path: str = "config") -> list[str]:
