@@ -77,6 +77,8 @@ def _canonical(flat: Mapping[str, Any]) -> dict[str, Any]:
         values["model.yarn_attention_factor"] = yarn_attention(factor) if is_sound else None
     if not values.get("model.padded_vocab_size"):
         values["model.padded_vocab_size"] = values.get("model.vocab_size")
+    if values.get("compute.attention") == "auto":  # older versions did not say what ran
+        unused |= {"compute.attention"}
     if not values.get("model.n_experts"):
         unused |= {"model.n_experts_per_token", "model.normalize_expert_weights", "model.router"}
     if values.get("optim.name") != "skip_step_adamw":

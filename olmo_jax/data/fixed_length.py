@@ -142,7 +142,7 @@ class FixedLengthSource:
             case [
                 {"epoch": int(epoch), "row": int(row), "tokens": int(tokens)},
                 {"seq_len": int(old_len), "order": str(order)},
-            ] if order in FIRST_EPOCH and old_len > 0:
+            ] if order in FIRST_EPOCH and old_len > 0 and min(epoch, row, tokens) >= 0:
                 pass
             case _:
                 raise NoPlaceError("no place in data of fixed length")

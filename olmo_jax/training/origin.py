@@ -20,6 +20,7 @@ from olmo_jax.checkpoints.formats.open import is_foreign, open_weights
 from olmo_jax.checkpoints.load import read_leaf
 from olmo_jax.checkpoints.weights import NoOptimizerError, Weights
 from olmo_jax.config.model import ModelConfig
+from olmo_jax.config.options import INT32
 from olmo_jax.config.renamed import modern
 from olmo_jax.config.text import to_dict
 from olmo_jax.config.training import CheckpointConfig, OptimConfig
@@ -101,7 +102,7 @@ class Origin:
           ValueError: if the checkpoint does not say it.
         """
         step = self.meta.get("step")
-        if not isinstance(step, int):
+        if type(step) is not int or not 0 <= step <= INT32:
             raise self._unplaced()
         return step
 
@@ -178,12 +179,21 @@ def _open(name: str, options: CheckpointConfig, model: ModelConfig) -> Weights:
     return weights
 
 
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def _read(weights: Weights, wanted: dict[str, Any], new: Sequence[str]) -> dict[str, Any]:
     """The leaves of `wanted`, in its dtypes and on its shardings."""
     leaves = storage.names(wanted)
     known = {name: leaf for name, leaf in leaves.items() if not name.endswith(tuple(new))}
     stored = {name: x for name, x in weights.leaves.items() if name.split("/")[0] in wanted}
     problems = storage.differences(stored, known, cast=True)
+    problems += [  # a float may be another float, and nothing else
+        f"{name} is {stored[name].dtype}, need {leaf.dtype}"
+        for name, leaf in known.items()
+        if name in stored and _is_float(stored[name]) != _is_float(leaf)
+    ]
     if problems:
         raise ValueError(f"{weights.line} does not fit: " + "; ".join(problems))
     filled = [

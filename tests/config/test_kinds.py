@@ -110,6 +110,14 @@ def test_options_of_several_kinds_have_one_default():
     assert all(KINDS[name]().kind == name for name in KINDS)
 
 
+def test_an_attention_that_an_older_version_left_to_choose_is_no_change():
+    old, new = (to_dict(config.Config()) for _ in range(2))
+    new["compute"]["attention"] = "blocked"
+    assert changes.between(old, new) == []
+    old["compute"]["attention"] = "reference"
+    assert [change.key for change in changes.between(old, new)] == ["compute.attention"]
+
+
 # --- other names ----------------------------------------------------------------------------------
 
 

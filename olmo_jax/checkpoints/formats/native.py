@@ -132,7 +132,13 @@ class Native(Weights):
 
 def _meta(folder: files.Path) -> dict[str, Any]:
     """What the checkpoint says of itself, after a look at it."""
-    meta, where = layout.read_meta(folder), f"{folder}/meta.json"
+    meta = layout.read_meta(folder)
+    check_said(meta, f"{folder}/meta.json")
+    return meta
+
+
+def check_said(meta: Mapping[str, Any], where: str) -> None:
+    """Refuse what no checkpoint says of itself (ValueError); `where` is the file that says it."""
     for key in ("token_ids", "config"):
         if not isinstance(meta.get(key, {}), dict):
             raise ValueError(f"{where}: {key} is {reprlib.repr(meta[key])}, need a group of values")
@@ -141,7 +147,6 @@ def _meta(folder: files.Path) -> dict[str, Any]:
     if meta.get("dtype", "float32") not in ("float16", "bfloat16", "float32", "float64"):
         raise ValueError(f"{where}: dtype is {reprlib.repr(meta['dtype'])}, need one of floats")
     resume.whole(meta.get("step", 0), "step", where)
-    return meta
 
 
 def checked_model(values: Any, stored: Leaves, where: str) -> ModelConfig:

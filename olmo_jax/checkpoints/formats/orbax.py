@@ -7,11 +7,15 @@ alone. Orbax itself reads it, a leaf at a time. It keeps no options: the model's
 """
 
 import collections
+import contextlib
+import logging
 import pathlib
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from olmo_jax.checkpoints import storage
@@ -36,7 +40,7 @@ def read(src: str, *, optimizer: bool = False) -> "Orbax":
       ValueError: if Orbax cannot read it, its tree is not that of a model, no file beside it says
         which model it is, or it has no optimizer state when that is asked for.
     """
-    return Orbax(pathlib.Path(src), optimizer)
+    return Orbax(pathlib.Path(src).absolute(), optimizer)  # Orbax takes no other path
 
 
 class Orbax(Weights):
@@ -54,6 +58,7 @@ class Orbax(Weights):
         if optimizer and not any(name.startswith("opt_state/") for name in stored):
             raise NoOptimizerError(f"{src} has no optimizer state")
         said, where = _said(folder)
+        native.check_said(said, where)
         self.model = native.checked_model(said.get("model"), stored, where)
         self.leaves = {
             name: leaf for name, leaf in stored.items() if optimizer or name.startswith("params/")
@@ -75,6 +80,17 @@ class Orbax(Weights):
             return self._leaves[name][whole(self.leaves[name].shape, index)]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs what it raises, with tracebacks, and warns of what is right."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _item(folder: pathlib.Path) -> pathlib.Path | None:
     """The folder itself, or the one item of a `CheckpointManager`'s step that is a tree."""
     if (folder / METADATA).is_file():
@@ -89,21 +105,36 @@ def _stored(folder: pathlib.Path) -> tuple[dict[str, tuple[str, ...]], Leaves]:
     import orbax.checkpoint as ocp  # takes seconds
 
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             found: Any = checkpointer.metadata(folder).item_metadata
     except Exception as error:  # Orbax has no kinds of errors; each says that it cannot be read
         raise ValueError(f"{folder}: Orbax cannot read it: {storage.cause(error)}") from error
     if found is None:  # it has only logged why
         raise ValueError(f"{folder}: Orbax cannot read its {METADATA}")
     paths, leaves = {}, {}
-    for name, leaf in storage.names(found.tree).items():
-        keys = tuple(name.split("/"))
-        ours = name if {"params", "opt_state"} & {*keys[:1]} or keys == ("step",) else None
-        ours = (ours or f"params/{name}").replace("params/params/", "params/")
-        if leaf.shape is None or leaf.dtype is None:
-            raise ValueError(f"{folder}: {name} is no array")
-        paths[ours], leaves[ours] = keys, jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+    for keys, leaf in _leaves_of(found.tree):
+        name = "/".join(keys)
+        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        if shape is None or dtype is None or any("/" in key for key in keys):
+            raise ValueError(f"{folder}: {name} is no array of a model")
+        ours = name if {"params", "opt_state"} & {*keys[:1]} or name == "step" else f"params/{name}"
+        ours = ours.replace("params/params/", "params/")
+        kinds = (jnp.floating,) if ours.startswith("params/") else (jnp.floating, jnp.integer)
+        if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            raise ValueError(f"{folder}: {name} is {dtype}, which is none of a model's")
+        if ours in paths:
+            raise ValueError(f"{folder}: {name} is there twice, also as {'/'.join(paths[ours])}")
+        paths[ours], leaves[ours] = keys, jax.ShapeDtypeStruct(tuple(shape), dtype)
     return paths, leaves
+
+
+def _leaves_of(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The leaves of nested groups, whatever they are, with their keys."""
+    if not isinstance(tree, Mapping):
+        yield keys, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves_of(value, (*keys, str(key)))
 
 
 def _restore(folder: pathlib.Path, keys: tuple[str, ...]) -> np.ndarray:
@@ -115,7 +146,7 @@ def _restore(folder: pathlib.Path, keys: tuple[str, ...]) -> np.ndarray:
     for key in reversed(keys):
         item, arguments = {key: item}, {key: arguments}
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             options = ocp.args.PyTreeRestore(item, arguments, partial_restore=True)
             found = checkpointer.restore(folder, args=options)
     except Exception as error:

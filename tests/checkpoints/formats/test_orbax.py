@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -129,3 +130,57 @@ def test_a_run_goes_on_from_what_orbax_wrote_as_from_ours(run, tmp_path):
         f"{there} has no step and place in the data; to start at the beginning:"
         " config.checkpoint.load_position=False"
     ]
+
+
+def test_a_relative_path_is_taken(run, tmp_path, monkeypatch):
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(tmp_path / "there", saved(run[0] / "checkpoints" / "step2"))
+    shutil.copy(run[0] / "config.json", tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    weights = open_weights("there")
+    assert weights.read("params/final_norm").shape == (weights.model.d_model,)
+
+
+def test_leaves_that_are_none_of_a_model_are_refused(run, tmp_path):
+    tree, wrong = saved(run[0] / "checkpoints" / "step2"), {}
+    integers = lambda t: jax.tree.map(lambda x: np.asarray(x, np.int32), t)  # noqa: E731
+    wrong["integers"] = {"params": integers(tree["params"])}
+    wrong["complex"] = {"params": {**tree["params"], "embed": tree["params"]["embed"] * (1 + 0j)}}
+    wrong["word"] = {"params": tree["params"], "name": "x"}
+    wrong["slash"] = {"params": {**tree["params"], "a/b": tree["params"]["embed"]}}
+    wrong["twice"] = {"params": {**tree["params"], "params": {"embed": tree["params"]["embed"]}}}
+    for name, value in wrong.items():
+        with ocp.PyTreeCheckpointer() as writer:
+            writer.save(tmp_path / name, value)
+        shutil.copy(run[0] / "config.json", tmp_path / name)
+        with pytest.raises(ValueError, match=f"^{tmp_path / name}: .*"):
+            open_weights(str(tmp_path / name))
+    moments = {**tree["opt_state"], "mu": integers(tree["opt_state"]["mu"])}
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(tmp_path / "moments", {**tree, "opt_state": moments})
+    shutil.copy(run[0] / "config.json", tmp_path / "moments")
+    result = runs.run(*run[1], f"dir={tmp_path / 'run'}",
+                      f"checkpoint.load_path={tmp_path / 'moments'}")  # fmt: skip
+    assert result.code == 1
+    assert "opt_state/mu/embed is int32, need float32" in result.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("config", 5), ("token_ids", 3), ("step", -3), ("step", True), ("step", 2**40),
+     ("position", {"epoch": -1, "row": -1, "tokens": -1})],
+)  # fmt: skip
+def test_what_is_said_beside_a_tree_is_checked_before_anything_is_written(
+    run, tmp_path, key, value
+):
+    folder, options = run
+    there = tmp_path / "there"
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(there, saved(folder / "checkpoints" / "step2"))
+    said = json.loads((folder / "checkpoints" / "step2" / "meta.json").read_text())
+    (there / "meta.json").write_text(json.dumps(said | {key: value}))
+    result = runs.run(*options, f"dir={tmp_path / 'run'}", f"checkpoint.load_path={there}",
+                      "checkpoint.load_position=true")  # fmt: skip
+    assert result.code == 1
+    assert len(result.errors) == 1
+    assert not (tmp_path / "run" / "config.json").exists()
