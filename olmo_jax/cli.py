@@ -39,6 +39,7 @@ def main() -> int:
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in VERBS:
         run(sys.argv.pop(1))
+    begin()
     if verb and verb not in ("-h", "--help"):
         said = meant(verb, {name: name for name in VERBS})
         return fail([], WRONG, f"{verb}: there is no such verb{said}; see --help")

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
@@ -84,7 +85,8 @@ def brief(text: str) -> str:
 def whole(path: Any) -> Iterator[BinaryIO]:
     """A file to write into, which gets its name when all of it is on disk, or never.
 
-    Until then others read what was there before, and several may write the same.
+    Until then others read what was there before, and several may write the same. What a link leads
+    to is written, with the mode that it had; a device or a pipe takes the bytes as they come.
 
     Args:
       path: local, or of a bucket, which does so by itself; its folder is there.
@@ -94,12 +96,19 @@ def whole(path: Any) -> Iterator[BinaryIO]:
         yield held
         path.write_bytes(held.getvalue())
         return
-    partial = f"{os.fspath(path)}.tmp{os.getpid()}"
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
+            yield file
+        return
+    partial = f"{path}.tmp{os.getpid()}"
     try:
         with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, partial)
         os.replace(partial, path)
     finally:
         pathlib.Path(partial).unlink(missing_ok=True)

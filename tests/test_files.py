@@ -1,6 +1,7 @@
 """Files of others are read strictly, and say in one line what is wrong with them."""
 
 import json
+import os
 
 import pytest
 
@@ -53,3 +54,25 @@ def test_names_of_files_in_a_folder_are_inside_it(name):
 )  # fmt: skip
 def test_names_that_may_lead_out_of_it_are_not(name):
     assert not files.is_inside(name)
+
+
+def test_a_file_written_whole_keeps_its_mode_its_links_and_what_is_no_file(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    with files.whole(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"new", 0o600)
+    with pytest.raises(ValueError, match="no"), files.whole(target) as file:
+        file.write(b"half")
+        raise ValueError("no")
+    assert target.read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with files.whole(tmp_path / "pipe") as file:
+        file.write(b"bytes")
+    assert os.read(reader, 10) == b"bytes"
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
